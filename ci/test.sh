@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# All fast tests, each folder from a copy outside the repository. Arguments go to pytest: bash ci/test.sh -k plan
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+source ci/environment.sh test recipes/*/requirements.txt ci/requirements.txt
+export TEST_DATA=${TEST_DATA:-$(dirname "$root")/shared/data}  # real proteins, if they are there
+export PYTHONDONTWRITEBYTECODE=1 TOKENIZERS_PARALLELISM=false
+
+ruff format --check .
+ruff check .
+codespell
+python ci/sync_shared.py
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+status=0
+for folder in models/* recipes/*; do
+  echo "--- $folder"
+  mkdir -p "$scratch/$(dirname "$folder")"
+  cp -r "$folder" "$scratch/$folder"
+  # 5: no test was selected, as with -k
+  (cd "$scratch/$folder" && python -m pytest -p no:cacheprovider "$@") || { code=$?; [ $code -eq 5 ] || status=$code; }
+done
+exit $status

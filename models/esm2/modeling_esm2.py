@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ESM-2, the protein language model of Lin et al. 2023 (doi:10.1126/science.ade2574), for padded and packed batches.
+
+Shapes: B sequences, S padded length, T packed tokens of all sequences; N is either `B, S` (padded) or `T` (packed).
+L labelled tokens, E the width, V the 33 tokens, P the vocabulary padded to 64 rows.
+
+It computes what `transformers.EsmForMaskedLM` computes; `convert.py` translates the weights both ways.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+
+from layers import AttentionInputs, TransformerLayer
+
+
+def _size(num_layers: int, hidden_size: int, num_heads: int) -> dict[str, int]:
+    return {
+        "num_hidden_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": num_heads,
+        "intermediate_size": 4 * hidden_size,
+    }
+
+
+# `Esm2Config(**SIZES[name])`. The first is ours, for laptops and tests; the others are the published ones.
+SIZES = {
+    "esm2_t4_1M": _size(4, 128, 4),
+    "esm2_t6_8M_UR50D": _size(6, 320, 20),
+    "esm2_t12_35M_UR50D": _size(12, 480, 20),
+    "esm2_t30_150M_UR50D": _size(30, 640, 20),
+    "esm2_t33_650M_UR50D": _size(33, 1280, 20),
+    "esm2_t36_3B_UR50D": _size(36, 2560, 40),
+    "esm2_t48_15B_UR50D": _size(48, 5120, 40),
+}
+
+
+class Esm2Config(PreTrainedConfig):
+    """Shape of the model; the defaults that remain are common to all published sizes."""
+
+    model_type = "esm2_native"
+
+    hidden_size: int = 320
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 20
+    intermediate_size: int = 1280
+    vocab_size: int = 33
+    padded_vocab_size: int = 64
+    max_position_embeddings: int = 1026
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    # The published checkpoints were trained with frequencies rounded to float16, and carry them; see convert.py.
+    rope_inv_freq_dtype: str = "float32"
+    token_dropout: bool = True
+    cls_token_id: int = 0
+    pad_token_id: int = 1
+    eos_token_id: int = 2
+    mask_token_id: int = 32
+    initializer_range: float = 0.02
+    layer_backend: str = "auto"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not give num_attention_heads {self.num_attention_heads} an even "
+                f"number of channels each; it must be a multiple of {2 * self.num_attention_heads}."
+            )
+        if self.padded_vocab_size < self.vocab_size:
+            raise ValueError(
+                f"padded_vocab_size {self.padded_vocab_size} must be at least vocab_size {self.vocab_size}."
+            )
+        if self.layer_backend not in ("auto", "te", "torch"):
+            raise ValueError(f"layer_backend {self.layer_backend!r} must be one of auto, te, torch.")
+
+
+def rope_inv_freq(config: Esm2Config, dtype: str, device: torch.device | None = None) -> Tensor:
+    """Rotary frequencies in radians per position, FP32 [D/2], after rounding to `dtype`."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    return (1.0 / config.rope_theta**exponents).to(getattr(torch, dtype)).float()
+
+
+def te_available() -> tuple[bool, str]:
+    """Whether TransformerEngine's layer can be used here and, if not, why."""
+    if not torch.cuda.is_available():
+        return False, "there is no CUDA device"
+    try:
+        import layers_te  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:  # missing package, missing libraries, wrong build
+        return False, f"TransformerEngine cannot be imported ({error})"
+    return True, ""
+
+
+def resolve_layer_backend(name: str) -> str:
+    """`te` or `torch` for `name`, which may be `auto`: TransformerEngine where it works.
+
+    Raises ValueError where `te` is asked for and does not work.
+    """
+    if name == "torch":
+        return "torch"
+    available, reason = te_available()
+    if name == "te" and not available:
+        raise ValueError(f"layer_backend: te is impossible because {reason}; use layer_backend: torch or auto.")
+    return "te" if available else "torch"
+
+
+class Embeddings(nn.Module):
+    """Token embedding with ESM's token dropout: a `<mask>` is zero, and what is left is scaled up."""
+
+    def __init__(self, config: Esm2Config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size, config.pad_token_id)
+        self.token_dropout = config.token_dropout
+        self.mask_token_id = config.mask_token_id
+
+    def forward(self, input_ids_N: Tensor, mask_BS: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """Tokens [N] to [N, E], 0 where `mask_BS` is False."""
+        x_NE = self.word_embeddings(input_ids_N)
+        if self.token_dropout:
+            is_mask_N = input_ids_N == self.mask_token_id
+            if cu_seqlens is None:
+                lengths_B = input_ids_N.shape[1] if mask_BS is None else mask_BS.sum(-1).clamp(min=1)
+                scale_B = token_dropout_scale(is_mask_N.sum(-1), lengths_B)
+                scale_N = scale_B.unsqueeze(-1)
+            else:
+                num_masks_before = F.pad(is_mask_N.cumsum(0), (1, 0))[cu_seqlens]
+                scale_B = token_dropout_scale(num_masks_before.diff(), cu_seqlens.diff().clamp(min=1))
+                scale_N = scale_B[sequence_index(cu_seqlens, len(input_ids_N))]
+            x_NE = x_NE.masked_fill(is_mask_N.unsqueeze(-1), 0.0)
+            x_NE = (x_NE * scale_N.unsqueeze(-1)).to(x_NE.dtype)
+        return x_NE if mask_BS is None else x_NE * mask_BS.unsqueeze(-1)
+
+
+def token_dropout_scale(num_masks_B: Tensor, lengths_B: Tensor | int) -> Tensor:
+    """Usual over observed share of tokens that are not `<mask>`: 15% are chosen in training, 80% of those masked."""
+    return (1 - 0.15 * 0.8) / (1 - num_masks_B / lengths_B)
+
+
+def sequence_index(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The number of the sequence that each packed token belongs to, [T]."""
+    tokens_T = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.bucketize(tokens_T, cu_seqlens[1:], right=True)
+
+
+class Encoder(nn.Module):
+    """The stack of layers and the last norm."""
+
+    def __init__(self, config: Esm2Config):
+        super().__init__()
+        self.backend = resolve_layer_backend(config.layer_backend)
+        layer_class = TransformerLayer
+        if self.backend == "te":
+            from layers_te import TransformerLayer as layer_class
+        size = (config.hidden_size, config.intermediate_size, config.num_attention_heads, config.layer_norm_eps)
+        self.layer = nn.ModuleList(layer_class(*size) for _ in range(config.num_hidden_layers))
+        self.emb_layer_norm_after = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, x_NE: Tensor, inputs: AttentionInputs) -> Tensor:
+        """[N, E] to [N, E]."""
+        for layer in self.layer:
+            x_NE = layer(x_NE, inputs)
+        return self.emb_layer_norm_after(x_NE)
+
+
+class ContactRegression(nn.Module):
+    """Weights of the published contact predictor, carried along and not trained: buffers."""
+
+    def __init__(self, config: Esm2Config):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(1, config.num_hidden_layers * config.num_attention_heads))
+        self.register_buffer("bias", torch.empty(1))
+
+
+class LMHead(nn.Module):
+    """Dense, erf-GELU, norm, and the word embedding as the decoder."""
+
+    def __init__(self, config: Esm2Config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.empty(config.vocab_size))
+
+    def forward(self, x_LE: Tensor, embedding_PE: Tensor) -> Tensor:
+        """[L, E] to logits [L, V]."""
+        x_LE = self.layer_norm(F.gelu(self.dense(x_LE)))
+        # Matrix units want a multiple of 8 rows: multiply by all 64, then cut.
+        return F.linear(x_LE, embedding_PE)[..., : len(self.bias)] + self.bias
+
+
+class Esm2PreTrainedModel(PreTrainedModel):
+    """What both models share towards `transformers`."""
+
+    config_class = Esm2Config
+    base_model_prefix = "esm"
+    supports_gradient_checkpointing = True
+
+    def initialize_weights(self):
+        """Fill what has no value yet: everything after construction, what the checkpoint lacked after loading."""
+        new = {name: x for name, x in named_tensors(self).items() if not getattr(x, "_is_hf_initialized", False)}
+        fill(new, lambda name: initial_value(name, new[name].shape, self.config, torch.initial_seed()))
+        for x in new.values():
+            x._is_hf_initialized = True
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        if self.base_model.encoder.backend == "te":
+            from layers_te import checkpoint as gradient_checkpointing_func
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+
+class Esm2Model(Esm2PreTrainedModel):
+    """The encoder: tokens in, one vector of width E per token out."""
+
+    def __init__(self, config: Esm2Config):
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.contact_head = nn.ModuleDict({"regression": ContactRegression(config)})
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Hook of transformers."""
+        return self.embeddings.word_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> BaseModelOutput:
+        """Padded: `input_ids` [B, S], `attention_mask` [B, S] (None: no padding). Packed: [T], with `cu_seqlens`."""
+        if (input_ids.ndim == 1) != (cu_seqlens is not None):
+            raise ValueError(
+                f"input_ids of {input_ids.ndim} dimension(s) {'with' if cu_seqlens is not None else 'without'} "
+                "cu_seqlens is neither a padded batch [B, S] nor a packed one [T] with cu_seqlens."
+            )
+        mask_BS = None if attention_mask is None else attention_mask.bool()
+        x_NE = self.embeddings(input_ids, mask_BS, cu_seqlens)
+        x_NE = self.encoder(x_NE, self.attention_inputs(input_ids, mask_BS, cu_seqlens, max_seqlen))
+        return BaseModelOutput(last_hidden_state=x_NE)
+
+    def attention_inputs(
+        self, input_ids: Tensor, mask_BS: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None
+    ) -> AttentionInputs:
+        """Positions, from 0 in every sequence, and borders: made once for all layers."""
+        mask_B11S = positions_T = None
+        if cu_seqlens is None:
+            max_seqlen = input_ids.shape[1]
+            if mask_BS is not None:
+                # A row of padding only attends to itself: a softmax over nothing is NaN in some kernels.
+                mask_B11S = (mask_BS | ~mask_BS.any(-1, keepdim=True))[:, None, None]
+        else:
+            max_seqlen = max_seqlen or int(cu_seqlens.diff().max())
+            starts_T = cu_seqlens[sequence_index(cu_seqlens, len(input_ids))]
+            positions_T = torch.arange(len(input_ids), device=input_ids.device) - starts_T
+        inv_freq = rope_inv_freq(self.config, self.config.rope_inv_freq_dtype, input_ids.device).repeat(2)
+        angles_SD = torch.arange(max_seqlen, device=input_ids.device)[:, None] * inv_freq
+        return AttentionInputs(angles_SD, mask_B11S, cu_seqlens, positions_T, max_seqlen)
+
+
+class Esm2ForMaskedLM(Esm2PreTrainedModel):
+    """The encoder with the head that predicts masked tokens."""
+
+    def __init__(self, config: Esm2Config):
+        super().__init__(config)
+        self.esm = Esm2Model(config)
+        self.lm_head = LMHead(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> MaskedLMOutput:
+        """Inputs as in `Esm2Model`; `labels` like `input_ids`, -100 where nothing is to be predicted.
+
+        Without labels: logits [N, V]. With labels: logits [L, V] of the labelled tokens only, and their cross-entropy
+        in nats, summed in FP32 and divided by `num_items_in_batch` (None: by L). No label at all gives a loss of 0
+        that still reaches every parameter, because ranks must agree on what they reduce.
+        """
+        x_NE = self.esm(input_ids, attention_mask, cu_seqlens, max_seqlen).last_hidden_state
+        # Not a second Parameter but the same one, used in the forward pass of the module that owns both (FSDP2: the
+        # root), so keep the embedding in one sharding group with the head.
+        embedding_PE = self.esm.embeddings.word_embeddings.weight
+        if labels is None:
+            return MaskedLMOutput(logits=self.lm_head(x_NE, embedding_PE))
+        is_labelled_N = labels != -100
+        labels_L = labels[is_labelled_N]
+        logits_LV = self.lm_head(x_NE[is_labelled_N], embedding_PE)
+        if num_items_in_batch is None:
+            num_items_in_batch = max(len(labels_L), 1)
+        loss = F.cross_entropy(logits_LV.float(), labels_L, reduction="sum") / num_items_in_batch
+        return MaskedLMOutput(loss=loss, logits=logits_LV)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name: what a checkpoint holds."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def init_parameters(model: PreTrainedModel, seed: int) -> None:
+    """Fill `model`, which may be sharded, with initial values that depend on `seed` and the names only.
+
+    One full tensor at a time is made on the CPU, on every rank alike, so nothing is communicated.
+    """
+    tensors = named_tensors(model)
+    fill(tensors, lambda name: initial_value(name, tensors[name].shape, model.config, seed))
+
+
+def copy_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy full CPU tensors by name into `model`, which may be sharded; one at a time is read from `values`.
+
+    Raises ValueError where names are missing, unexpected, or belong to tensors of another shape.
+    """
+    tensors = named_tensors(model)
+    missing, unexpected = sorted(tensors.keys() - values.keys()), sorted(values.keys() - tensors.keys())
+    if missing or unexpected:
+        raise ValueError(f"These weights do not fit the model: missing {missing}, unexpected {unexpected}.")
+    fill(tensors, values.__getitem__)
+
+
+@torch.no_grad()
+def fill(tensors: Mapping[str, Tensor], full_value: Callable[[str], Tensor]) -> None:
+    """Write `full_value(name)` into each tensor, or this rank's part of it into each DTensor."""
+    for name, tensor in tensors.items():
+        value = full_value(name)
+        if value.shape != tensor.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)} where the model has {tuple(tensor.shape)}.")
+        if isinstance(tensor, DTensor):
+            # src_data_rank=None: every rank has the full value and cuts its own part out of it.
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.copy_(value)
+
+
+def initial_value(name: str, shape: torch.Size, config: Esm2Config, seed: int) -> Tensor:
+    """Biases 0, norm weights 1, matrices normal with deviation `initializer_range`, as `EsmPreTrainedModel` has them.
+
+    The embedding of padding and of the tokens that do not exist is 0.
+    """
+    if len(shape) == 1:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    # The encoder's weights do not depend on whether there is a head around it.
+    key = f"{seed} {name.removeprefix('esm.')}".encode()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
+    value = torch.empty(shape, device="cpu").normal_(std=config.initializer_range, generator=generator)
+    if name.endswith("word_embeddings.weight"):
+        value[config.pad_token_id] = 0.0
+        value[config.vocab_size :] = 0.0
+    return value
+
+
+def training_flops(config: Esm2Config, seq_lens: Iterable[int], num_labels: int) -> int:
+    """Floating-point operations of one training step: three times those of the forward pass.
+
+    Forward: layers * [2 (4 E^2 + 2 E F) T + 4 E sum(length^2)] + 2 (E^2 + E P) L, with F the feed-forward width, over
+    real tokens. Recomputation and padding do not count.
+    """
+    seq_lens = list(seq_lens)
+    width, num_layers = config.hidden_size, config.num_hidden_layers
+    products = 2 * (4 * width**2 + 2 * width * config.intermediate_size) * sum(seq_lens)
+    attention = 4 * width * sum(length**2 for length in seq_lens)
+    head = 2 * (width**2 + width * config.padded_vocab_size) * num_labels
+    return 3 * (num_layers * (products + attention) + head)

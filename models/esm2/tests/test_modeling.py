@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model against itself: padded and packed, with and without recomputation, whole and from parts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ODD
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_esm2 import (
+    SIZES,
+    Embeddings,
+    Esm2Config,
+    Esm2ForMaskedLM,
+    Esm2Model,
+    copy_parameters,
+    init_parameters,
+    training_flops,
+)
+
+
+def loss_and_gradients(model, batch, **options):
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch, **options).loss
+    loss.backward()
+    return loss.detach(), {name: x.grad for name, x in model.named_parameters()}
+
+
+def assert_same_step(left, right):
+    torch.testing.assert_close(left[0], right[0], rtol=1e-6, atol=0)
+    for name in left[1]:
+        torch.testing.assert_close(left[1][name], right[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("align", [1, 32], ids=["exact", "aligned"])
+def test_padded_and_packed_agree(make_model, make_batches, align, checkpointing):
+    model = make_model()
+    padded, packed = make_batches(align=align)
+    assert len(packed["input_ids"]) % align == 0
+    expected = loss_and_gradients(model, padded)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    assert_same_step(loss_and_gradients(model, padded), expected)
+    assert_same_step(loss_and_gradients(model, packed), expected)
+
+
+def test_recomputation_happens(make_model, make_batches):
+    model = make_model()
+    padded, _ = make_batches()
+    calls = []
+    mlp = model.esm.encoder.layer[0].layernorm_mlp
+    mlp.matmul = lambda *args: calls.append(1) or F.linear(*args)
+    loss_and_gradients(model, padded)
+    assert len(calls) == 2
+    model.activation_checkpointing_enable()
+    loss_and_gradients(model, padded)
+    assert len(calls) == 6
+
+
+def test_padding_does_not_matter(make_model, make_batches):
+    """More pads, a row of pads, and an empty sequence in the pack leave loss and gradients alone."""
+    model = make_model()
+    padded, packed = make_batches()
+    expected = loss_and_gradients(model, padded)
+    fill = {"input_ids": 1, "labels": -100, "attention_mask": 0}
+    assert_same_step(
+        loss_and_gradients(model, {k: F.pad(x, (0, 4, 0, 1), value=fill[k]) for k, x in padded.items()}), expected
+    )
+    cu_seqlens = packed["cu_seqlens"]
+    packed["cu_seqlens"] = torch.cat([cu_seqlens[:2], cu_seqlens[1:]])
+    assert_same_step(loss_and_gradients(model, packed), expected)
+
+
+def test_token_dropout_counts_within_a_sequence():
+    config = Esm2Config(**ODD)
+    embeddings = Embeddings(config)
+    torch.nn.init.ones_(embeddings.word_embeddings.weight)
+    # Two of 8 masked, none of 4, then a tail of pads.
+    padded = torch.tensor([[0, 5, 32, 6, 32, 7, 8, 2], [0, 5, 6, 2, 1, 1, 1, 1]])
+    mask = padded != 1
+    x_BSE = embeddings(padded, mask, None)
+    scale = torch.tensor([0.88 / (1 - 2 / 8), 0.88])[:, None] * (mask & (padded != 32))
+    torch.testing.assert_close(x_BSE, scale[..., None].expand_as(x_BSE))
+    packed = F.pad(padded[mask], (0, 4), value=1)
+    x_TE = embeddings(packed, None, torch.tensor([0, 8, 12, 16], dtype=torch.int32))
+    torch.testing.assert_close(x_TE[:12], x_BSE[mask])
+
+
+@torch.no_grad()
+def test_head_on_labels_only(make_model, make_batches):
+    model = make_model()
+    _, packed = make_batches()
+    output = model(**packed)
+    labels = packed.pop("labels")
+    logits_TV = model(**packed).logits
+    assert logits_TV.shape == (len(labels), 33)
+    torch.testing.assert_close(output.logits, logits_TV[labels != -100])
+    torch.testing.assert_close(output.loss, F.cross_entropy(logits_TV, labels))
+    num_labels = int((labels != -100).sum())
+    for given in (2 * num_labels, torch.tensor(2 * num_labels)):
+        halved = model(**packed, labels=labels, num_items_in_batch=given)
+        torch.testing.assert_close(halved.loss, output.loss / 2)
+
+
+@pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
+def test_no_labels(make_model, make_batches, layout):
+    batch = make_batches()[layout]
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss, gradients = loss_and_gradients(make_model(), batch)
+    assert loss == 0
+    for name, gradient in gradients.items():
+        assert gradient is not None and not gradient.any(), name
+
+
+def test_padded_vocabulary_stays_zero(make_model, make_batches):
+    model = make_model()
+    _, gradients = loss_and_gradients(model, make_batches()[0])
+    assert not gradients["esm.embeddings.word_embeddings.weight"][33:].any()
+
+
+def test_initial_values():
+    config = Esm2Config(**SIZES["esm2_t4_1M"])
+    torch.manual_seed(3)
+    direct = Esm2ForMaskedLM(config).state_dict()
+    with torch.device("meta"):
+        model = Esm2ForMaskedLM(config)
+    model.to_empty(device="cpu")
+    init_parameters(model, seed=3)
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, direct[name]), name
+        if x.ndim == 1:
+            assert (x == (0 if name.endswith("bias") else 1)).all(), name
+        elif x.numel() > 1000:
+            torch.testing.assert_close(x[x != 0].std(), torch.tensor(0.02), rtol=0.1, atol=0)
+    embedding = model.esm.embeddings.word_embeddings.weight
+    assert not embedding[1].any() and not embedding[33:].any()
+    for name, x in Esm2Model(config).state_dict().items():
+        assert torch.equal(x, direct["esm." + name]), name
+    init_parameters(model, seed=4)
+    assert not torch.equal(model.lm_head.dense.weight, direct["lm_head.dense.weight"])
+
+
+def test_copy_refuses(make_model):
+    model = make_model()
+    values = dict(model.state_dict())
+    with pytest.raises(ValueError, match=r"lm_head\.bias has shape"):
+        copy_parameters(model, values | {"lm_head.bias": torch.zeros(32)})
+    with pytest.raises(ValueError, match=r"unexpected \['head'\]"):
+        copy_parameters(model, values | {"head": torch.zeros(1)})
+    del values["lm_head.bias"]
+    with pytest.raises(ValueError, match=r"missing \['lm_head.bias'\]"):
+        copy_parameters(model, values)
+
+
+def test_save_and_load(make_model, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    expected = model.state_dict()
+    loaded = Esm2ForMaskedLM.from_pretrained(tmp_path)
+    assert loaded.config.to_diff_dict().items() >= model.config.to_diff_dict().items()
+    for name, x in loaded.state_dict().items():
+        assert torch.equal(x, expected[name]), name
+    for name, x in Esm2Model.from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(x, expected["esm." + name]), name
+
+
+def test_load_fills_what_is_missing(make_model, tmp_path):
+    model = make_model()
+    weights = {name: x for name, x in model.state_dict().items() if name != "lm_head.dense.weight"}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    torch.manual_seed(5)
+    loaded = Esm2ForMaskedLM.from_pretrained(tmp_path).state_dict()
+    torch.manual_seed(5)
+    assert torch.equal(loaded["lm_head.dense.weight"], Esm2ForMaskedLM(model.config).lm_head.dense.weight)
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def test_bf16(make_model, make_batches):
+    """Autocast, and weights in BF16 as FSDP2 has them: near the FP32 loss, every gradient finite."""
+    model = make_model()
+    for batch in make_batches():
+        expected, _ = loss_and_gradients(model, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, gradients = loss_and_gradients(model, batch)
+        torch.testing.assert_close(loss, expected, rtol=0.02, atol=0)
+        assert all(x.isfinite().all() for x in gradients.values())
+    low = make_model().bfloat16()
+    output = low(**batch)
+    assert output.logits.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, expected, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
+def test_compiled_layers(make_model, make_batches, layout):
+    """Each layer compiled by itself, as the recipes do; new lengths must not compile again for ever."""
+    model, compiled = make_model(), make_model()
+    for layer in compiled.esm.encoder.layer:
+        layer.compile(dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for lengths in ((17, 5, 30), (9, 41), (12, 8, 7, 33), (31, 2, 6)):
+            batch = make_batches(lengths)[layout]
+            assert_same_step(loss_and_gradients(compiled, batch), loss_and_gradients(model, batch))
+
+
+def test_wrong_batches(make_model, make_batches):
+    padded, packed = make_batches()
+    with pytest.raises(ValueError, match="without cu_seqlens"):
+        make_model()(packed["input_ids"])
+    with pytest.raises(ValueError, match="with cu_seqlens"):
+        make_model()(padded["input_ids"], cu_seqlens=packed["cu_seqlens"])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"hidden_size": 66}, "multiple of 12"),
+        ({"padded_vocab_size": 32}, "padded_vocab_size 32"),
+        ({"layer_backend": "jax"}, "layer_backend 'jax'"),
+    ],
+)
+def test_wrong_configs(options, message):
+    with pytest.raises(ValueError, match=message):
+        Esm2Config(**ODD | options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_te_without_cuda_says_why():
+    with pytest.raises(ValueError, match="no CUDA device"):
+        Esm2ForMaskedLM(Esm2Config(**ODD, layer_backend="te"))
+
+
+def test_parameter_names(make_model):
+    layer = {name.removeprefix("esm.encoder.layer.1.") for name in make_model().state_dict() if ".layer.1." in name}
+    assert layer == {
+        *(f"self_attention.layernorm_qkv.{x}" for x in ("layer_norm_weight", "layer_norm_bias", "weight", "bias")),
+        *(f"self_attention.proj.{x}" for x in ("weight", "bias")),
+        *(f"layernorm_mlp.{x}" for x in ("layer_norm_weight", "layer_norm_bias")),
+        *(f"layernorm_mlp.{x}" for x in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")),
+    }
+
+
+@pytest.mark.parametrize(
+    "name, millions", [("8M", 8), ("35M", 34), ("150M", 148), ("650M", 651), ("3B", 2839), ("15B", 15129)]
+)
+def test_published_sizes(name, millions):
+    size = next(size for full_name, size in SIZES.items() if f"_{name}_" in full_name)
+    with torch.device("meta"):
+        model = Esm2ForMaskedLM(Esm2Config(**size))
+    assert round(sum(x.numel() for x in model.parameters()) / 1e6) == pytest.approx(millions, abs=1)
+
+
+def test_training_flops(make_model, make_batches):
+    model = make_model()
+    lengths = (17, 5, 30)
+    _, packed = make_batches(lengths)
+    num_labels = int((packed["labels"] != -100).sum())
+    # The counter knows matrix products, not the CPU's fused attention.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(**packed)
+    assert training_flops(model.config, lengths, num_labels) == 3 * counter.get_total_flops()
+    # By hand, for one protein of 10 tokens with 2 labels and E = 60, F = 91, P = 64.
+    products = 10 * 2 * (60 * 180 + 60 * 60 + 60 * 91 + 91 * 60)
+    attention = 2 * (2 * 10 * 10 * 60)
+    head = 2 * 2 * (60 * 60 + 60 * 64)
+    assert training_flops(model.config, [10], 2) == 3 * (2 * (products + attention) + head)

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Protein rows to batches: sources, cleaning, and the loaders for training and validation."""
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from glob import glob
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from collator import Batch, MaskedLMCollator
+from distributed import Distributed
+from epoch_plan import EpochPlan, Grouping, MicroBatch, RankSampler, permuted, uniform_below
+
+
+VOCABULARY = (Path(__file__).parent / "tokenizer" / "vocab.txt").read_text().split()
+CLS, EOS, UNKNOWN_RESIDUE = (VOCABULARY.index(token) for token in ("<cls>", "<eos>", "X"))
+RESIDUES = "".join(token for token in VOCABULARY if len(token) == 1 and token.isalpha())
+TO_TOKEN = bytearray([UNKNOWN_RESIDUE]) * 256
+for letter in RESIDUES:
+    TO_TOKEN[ord(letter)] = TO_TOKEN[ord(letter.lower())] = VOCABULARY.index(letter)
+MEMBER, CROP = 1, 2  # what a random number is for, as the last part of its key
+
+
+def tokenize(sequence: bytes) -> bytes:
+    """Residues as one token id a byte, without <cls> and <eos>.
+
+    The rule for signs that are no residue of ESM's alphabet: lower case counts as upper case; gaps (`-`, `.`) and white
+    space are dropped; stops (`*`) are dropped at the end and become X inside; every other sign becomes X.
+    """
+    return sequence.rstrip(b"*-. \t\r\n").translate(TO_TOKEN, b"-. \t\r\n")
+
+
+def describe_cleaning(sequences: list[bytes]) -> str | None:
+    """One sentence that counts what `tokenize` changes in these sequences; None if that is nothing."""
+    counts = np.bincount(np.frombuffer(b"".join(sequences), dtype=np.uint8), minlength=256)
+    signs = {"lower-case letters (read as upper case)": RESIDUES.lower().encode(), "gaps (dropped)": b"-.",
+             "stops (dropped at the end, X inside)": b"*"}  # fmt: skip
+    usual = RESIDUES.encode() + b" \t\r\n" + b"".join(signs.values())
+    signs["unknown signs (read as X)"] = bytes(set(range(256)) - set(usual))
+    found = [f"{total:,} {what}" for what, which in signs.items() if (total := int(counts[list(which)].sum()))]
+    if empty := sum(not tokenize(sequence) for sequence in sequences):
+        found.append(f"{empty:,} empty sequences (skipped)")
+    return f"in the first {len(sequences):,} sequences: {', '.join(found)}" if found else None
+
+
+def open_rows(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | datasets.IterableDataset:
+    """`datasets.load_dataset`; a user's mistake is a ValueError of one sentence that names `section`."""
+    name, path = f"{section}.load_dataset_kwargs", load_dataset_kwargs.get("path")
+    files = load_dataset_kwargs.get("data_files")
+    if path in ("parquet", "arrow", "csv", "json", "text", "fasta") and "data_dir" not in load_dataset_kwargs:
+        if not files:  # datasets would read whatever lies in the working folder
+            raise ValueError(f"{name}.data_files is not set; path={path} needs a file, a pattern or a list of them.")
+        for pattern in _patterns(files):
+            found = [] if "://" in pattern else [Path(match) for match in glob(pattern, recursive=True)]
+            if not found and "://" not in pattern:
+                raise ValueError(
+                    f"{name}.data_files={pattern}: no such file; give a full path or one from {Path.cwd()}."
+                )
+            if empty := [str(file) for file in found if file.stat().st_size == 0]:
+                raise ValueError(f"{name}.data_files={empty[0]}: the file is empty; give one with sequences in it.")
+    if path == "fasta":  # by default it keeps each record's raw bytes in a further column
+        load_dataset_kwargs = {"columns": ["id", "sequence"], **load_dataset_kwargs}
+    try:
+        rows = datasets.load_dataset(**load_dataset_kwargs)
+        first = next(iter(rows), None)  # a stream opens its files only when it is asked for a row
+    except Exception as error:  # whatever its readers raise: Arrow's, JSON's, the system's, the hub's and its own
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{name}: datasets cannot load {load_dataset_kwargs}: {reason[0]}") from error
+    if isinstance(rows, dict):
+        raise ValueError(f"{name}.split is not set; this data set has the splits {', '.join(rows)}.")
+    if first is None:
+        raise ValueError(f"{name}: {files or path} has no rows.")
+    return rows
+
+
+def _patterns(files: str | Iterable[str] | Mapping) -> list[str]:
+    """`data_files` is a pattern, a list of them, or either by split."""
+    if isinstance(files, str):
+        return [files]
+    if isinstance(files, Mapping):
+        return [pattern for some in files.values() for pattern in _patterns(some)]
+    return list(files)
+
+
+def check_column(section: str, key: str, column: str, names: list[str]) -> None:
+    """Raise ValueError unless the data has the column."""
+    if column not in names:
+        raise ValueError(f"{section}.{key}={column}: the data has no such column; it has {', '.join(names)}.")
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+class Column:
+    """Random access to one column of a memory-mapped data set: only the rows asked for are read."""
+
+    def __init__(self, rows: datasets.Dataset, name: str):
+        self.rows, self.name = rows, name
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: np.ndarray) -> pa.Array:
+        chunks = self.rows.data.column(self.name).chunks
+        starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
+        which = np.searchsorted(starts, indices, side="right") - 1
+        # One `take` a chunk: on a chunked array it would first copy the whole column into one.
+        order = np.argsort(which, kind="stable")
+        parts = [chunks[c].take(pa.array(indices[which == c] - starts[c])) for c in np.unique(which)]
+        return pa.concat_arrays(parts).take(pa.array(np.argsort(order)))
+
+
+class SequenceRows:
+    """Each row is a sequence."""
+
+    def __init__(self, section: str, rows: datasets.Dataset, sequence_column: str, max_seq_length: int, seed: int):
+        check_column(section, "sequence_column", sequence_column, rows.column_names)
+        self.section, self.max_seq_length, self.seed = section, max_seq_length, seed
+        self.column = Column(rows, sequence_column)
+        kind = rows.data.column(sequence_column).type
+        if not is_text(kind):
+            raise ValueError(f"{section}.sequence_column={sequence_column}: the column holds {kind}, not text.")
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def read(self, rows: np.ndarray, epoch: int) -> list[bytes]:
+        """The raw sequences of these rows."""
+        return [text or b"" for text in self.column[rows].cast(pa.large_binary()).to_pylist()]
+
+    def lengths(self, rows: np.ndarray, epoch: int) -> np.ndarray:
+        """Tokens of each row with <cls> and <eos>, at most `max_seq_length`; 0 where no residue is left."""
+        residues = np.array([len(tokenize(sequence)) for sequence in self.read(rows, epoch)])
+        return np.where(residues > 0, np.minimum(residues + 2, self.max_seq_length), 0)
+
+    def tokens(self, rows: np.ndarray, epoch: int) -> list[np.ndarray]:
+        """The token arrays of these rows, those too long cropped anew in each epoch."""
+        return crop(self.read(rows, epoch), rows, self.max_seq_length, self.seed, epoch)
+
+
+class ClusterRows(SequenceRows):
+    """Each row is a cluster (UniRef50); its members' (UniRef90) sequences are in SQLite `protein(id, sequence)`.
+
+    An epoch shows each cluster once, by a member drawn from (seed, epoch, cluster): Lin et al. 2023, A.1.1.
+    """
+
+    def __init__(
+        self, section: str, rows: datasets.Dataset, cluster_column: str, database: str, max_seq_length: int, seed: int
+    ):
+        check_column(section, "cluster_column", cluster_column, rows.column_names)
+        self.section, self.max_seq_length, self.seed, self.database = section, max_seq_length, seed, database
+        self.column = Column(rows, cluster_column)
+        self.connection: sqlite3.Connection | None = None
+        if not Path(database).is_file():
+            raise ValueError(f"{section}.protein_database={database}: no such file.")
+        kind = rows.data.column(cluster_column).type
+        if not is_text(getattr(kind, "value_type", kind)):
+            raise ValueError(f"{section}.cluster_column={cluster_column}: the column holds {kind}, not ids.")
+        try:
+            self._query("SELECT id, sequence FROM protein LIMIT 1", [])
+        except sqlite3.Error as error:
+            reason = f"not an SQLite file with a table protein(id, sequence): {error}"
+            raise ValueError(f"{section}.protein_database={database}: {reason}.") from error
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"connection": None}  # each worker opens its own
+
+    def _query(self, query: str, values: list[str]) -> list[tuple[str, str]]:
+        if self.connection is None:
+            self.connection = sqlite3.connect(
+                f"{Path(self.database).absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False
+            )
+        return self.connection.execute(query, values).fetchall()
+
+    def read(self, rows: np.ndarray, epoch: int) -> list[bytes]:
+        """The raw sequence of this epoch's member of each of these clusters."""
+        members = [[m] if isinstance(m, str) else m or [] for m in self.column[rows].to_pylist()]
+        picks = uniform_below(np.array([len(m) for m in members]), rows, self.seed, epoch, MEMBER)
+        ids = [m[pick] if m else None for m, pick in zip(members, picks, strict=True)]
+        sequences: dict[str | None, str] = {None: ""}
+        wanted = iter(set(ids) - {None})
+        while some := list(islice(wanted, 500)):  # older SQLite takes 999 placeholders at most
+            marks = ",".join("?" * len(some))
+            sequences.update(self._query(f"SELECT id, sequence FROM protein WHERE id IN ({marks})", some))
+        if missing := set(ids) - set(sequences):
+            raise ValueError(f"{self.section}.protein_database={self.database}: no protein has the id {min(missing)}.")
+        return [(sequences[i] or "").encode() for i in ids]
+
+
+def crop(sequences: list[bytes], rows: np.ndarray, max_seq_length: int, *key: int) -> list[np.ndarray]:
+    """<cls> residues <eos> for each row; of a longer one a random stretch, so that its ends are seen as well."""
+    residues = [np.frombuffer(tokenize(sequence), dtype=np.uint8) for sequence in sequences]
+    room = max_seq_length - 2
+    starts = uniform_below(np.array([max(0, len(r) - room) + 1 for r in residues]), rows, *key, CROP)
+    return [np.concatenate(([CLS], r[s : s + room], [EOS])) for r, s in zip(residues, starts, strict=True)]
+
+
+class TokenRows(Dataset):
+    """Reads the rows of a micro-batch; in the loader's workers, if it has any."""
+
+    def __init__(self, source: SequenceRows):
+        self.source = source
+
+    def __getitems__(self, micro_batch: MicroBatch) -> dict:
+        return {"name": micro_batch[:3], "tokens": self.source.tokens(micro_batch.rows, micro_batch.epoch)}
+
+
+class StreamedMicroBatches(IterableDataset):
+    """Windows of a stream: each rank and worker packs its own share, shuffled inside the window.
+
+    The state is where the stream stood before the window and the place in it, so that a resume repeats no row.
+    """
+
+    def __init__(self, stream: datasets.IterableDataset, column: str, grouping: Grouping, max_seq_length: int,
+                 window_rows: int, seed: int, rank: int):  # fmt: skip
+        self.stream, self.column, self.grouping, self.max_seq_length = stream, column, grouping, max_seq_length
+        self.window_rows, self.seed, self.rank = window_rows, seed, rank
+        self.state = {"epoch": 0, "window": 0, "index": 0, "stream": None}
+
+    def state_dict(self) -> dict:
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.state = dict(state)
+
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        worker = info.id if info else 0
+        while True:
+            epoch = self.state["epoch"]
+            self.stream.set_epoch(epoch)
+            if self.state["stream"] is not None:
+                self.stream.load_state_dict(self.state["stream"])
+            rows, found = iter(self.stream), self.state["window"] > 0
+            while sequences := [(row[self.column] or "").encode() for row in islice(rows, self.window_rows)]:
+                name = (epoch, self.rank, worker, self.state["window"])
+                order = permuted(np.arange(len(sequences)), len(sequences), self.seed, *name)
+                tokens = crop([sequences[i] for i in order], order, self.max_seq_length, self.seed, *name)
+                lengths = np.array([len(t) if len(t) > 2 else 0 for t in tokens])
+                groups = self.grouping(lengths, (self.seed, *name))
+                found = found or bool(groups)
+                for index in range(self.state["index"], len(groups)):
+                    self.state["index"] = index + 1
+                    yield {"name": (*name, index), "tokens": [tokens[i] for i in groups[index]]}
+                self.state |= {"window": self.state["window"] + 1, "index": 0, "stream": self.stream.state_dict()}
+            if not found:
+                raise ValueError(f"The stream has no sequences for rank {self.rank}, worker {worker}: use fewer.")
+            self.state = {"epoch": epoch + 1, "window": 0, "index": 0, "stream": None}
+
+
+class TrainLoader:
+    """This rank's micro-batches without end, with a state to resume from.
+
+    Map-style, the state is one place in the plan, good for any number of ranks and workers. Streaming, it is every
+    rank's own, good for the same number of both.
+    """
+
+    def __init__(
+        self,
+        distributed: Distributed,
+        seed: int,
+        packed: bool,
+        pad_to_multiple_of: int,
+        *,
+        load_dataset_kwargs: dict,
+        sequence_column: str = "sequence",
+        cluster_column: str = "ur90_id",
+        protein_database: str | None = None,
+        micro_batch_size: int | None = None,
+        token_micro_batch_size: int | None = None,
+        max_seq_length: int = 1024,
+        mlm_probability: float = 0.15,
+        num_workers: int = 1,
+        window_rows: int = 10_000,
+    ):
+        section = "dataset"
+        self.distributed, self.num_workers = distributed, num_workers
+        if max_seq_length < 3:
+            raise ValueError(f"{section}.max_seq_length={max_seq_length} must be at least 3: <cls>, a residue, <eos>.")
+        if not 0 < mlm_probability < 1:
+            raise ValueError(f"{section}.mlm_probability={mlm_probability} must lie between 0 and 1.")
+        if window_rows < 1:
+            raise ValueError(f"{section}.window_rows={window_rows} must be at least 1.")
+        grouping = Grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
+        with distributed.main_first():
+            rows = open_rows(section, load_dataset_kwargs)
+        self.streaming = isinstance(rows, datasets.IterableDataset)
+        if self.streaming:
+            if protein_database is not None:
+                raise ValueError(f"{section}.protein_database needs {section}.load_dataset_kwargs.streaming=false.")
+            stream = split_dataset_by_node(rows, distributed.rank, distributed.num_ranks)
+            self.num_workers = min(num_workers, stream.num_shards)
+            rows = datasets.Dataset.from_list(list(rows.take(min(window_rows, 1000))))  # to look at
+            data = StreamedMicroBatches(
+                stream, sequence_column, grouping, max_seq_length, window_rows, seed, distributed.rank
+            )
+            how = {"dataset": data, "batch_size": None}
+        source = open_source(section, rows, sequence_column, cluster_column, protein_database, max_seq_length, seed)
+        some = source.read(np.arange(min(window_rows, len(source))), epoch=0)
+        self.note = describe_cleaning(some)
+        if not any(tokenize(sequence) for sequence in some):
+            raise ValueError(f"{section}: the first {len(some):,} sequences are all empty; is the column right?")
+        if not self.streaming:
+            self.plan = EpochPlan(source, grouping, seed, window_rows)
+            self.sampler = RankSampler(self.plan, distributed.rank, distributed.num_ranks)
+            how = {"dataset": TokenRows(source), "batch_sampler": self.sampler}
+        self.loader = StatefulDataLoader(
+            **how,
+            collate_fn=MaskedLMCollator(packed, seed, mlm_probability, pad_to_multiple_of),
+            num_workers=self.num_workers,
+            # A fork after the process group or CUDA is up can crash or hang.
+            multiprocessing_context="forkserver" if self.num_workers else None,
+            pin_memory=distributed.device.type == "cuda",
+        )
+        self.last_name: tuple | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            self.last_name = batch.name
+            yield batch
+
+    def state_dict(self) -> dict:
+        """What is left to read, the same on every rank; JSON."""
+        if not self.streaming:
+            position = self.sampler.position_after(self.last_name) if self.last_name else self.sampler.position
+            return {"position": list(position)}
+        states = [None] * self.distributed.num_ranks
+        torch.distributed.all_gather_object(states, self.loader.state_dict())
+        return {"layout": self._layout(), "ranks": states}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a saved state. Raises ValueError for a stream that was saved on another layout."""
+        self.last_name = None
+        if not self.streaming:
+            self.sampler.position = tuple(state["position"])
+        elif state["layout"] != self._layout():
+            raise ValueError(
+                f"A streamed data set resumes only on the layout it was saved on, {state['layout']}; this run has "
+                f"{self._layout()}. Use that layout, or dataset.load_dataset_kwargs.streaming=false."
+            )
+        else:
+            self.loader.load_state_dict(state["ranks"][self.distributed.rank])
+
+    def _layout(self) -> dict:
+        return {"num_ranks": self.distributed.num_ranks, "num_workers": self.num_workers}
+
+
+def open_source(
+    section: str,
+    rows: datasets.Dataset,
+    sequence_column: str,
+    cluster_column: str,
+    protein_database: str | None,
+    max_seq_length: int,
+    seed: int,
+) -> SequenceRows:
+    """The kind of source that the keys ask for."""
+    if protein_database is None:
+        return SequenceRows(section, rows, sequence_column, max_seq_length, seed)
+    return ClusterRows(section, rows, cluster_column, protein_database, max_seq_length, seed)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a checkpoint into a folder that plain `transformers` opens, without GPUs, ranks or the training data.
+
+    python export.py CKPT_DIR/step_1000 [final_model]
+
+writes `config.json` of an `EsmForMaskedLM`, `model.safetensors`, the tokenizer and a model card.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import save_torch_state_dict
+from omegaconf import OmegaConf
+
+from build_model import is_reference
+from convert import hf_config, save_hf
+from modeling_esm2 import Esm2Config
+
+
+CARD = """---
+library_name: transformers
+tags: [esm, protein-language-model, masked-lm]
+---
+# {model_tag}, {step:,} steps
+
+A protein language model of the ESM-2 architecture (Lin et al. 2023), trained from {start} for {step:,} steps
+({num_tokens:,} tokens) on `{data}`.
+
+| | |
+|---|---|
+| validation loss | {loss} |
+| validation perplexity | {perplexity} |
+| masked residues predicted rightly | {accuracy} |
+
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+model, tokenizer = AutoModelForMaskedLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+logits = model(**tokenizer("MSKGEELFTGVVPILVELDGDVNGHK<mask>SVSGEGEGDATYGK", return_tensors="pt")).logits
+```
+
+Outside its training data it knows nothing: it has seen only what is named above. The configuration:
+
+```yaml
+{config}```
+"""
+
+
+def read_weights(step_folder: Path) -> dict[str, torch.Tensor]:
+    """The model's full tensors on the CPU, from the shards of any strategy and number of ranks."""
+    metadata = dcp.FileSystemReader(step_folder).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if name.startswith("model.") and hasattr(entry, "size")
+    }
+    dcp.load(state, checkpoint_id=step_folder, no_dist=True)
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+def export(step_folder: Path, target: Path) -> None:
+    """Write the final model of one checkpoint; `target` appears only when it is complete.
+
+    Raises ValueError for a folder that is no complete checkpoint, and for a target that exists.
+    """
+    step_folder, target = Path(step_folder), Path(target)
+    if not (step_folder / ".metadata").exists():
+        raise ValueError(f"{step_folder} is no complete checkpoint: it has no .metadata; give a step_<n> folder.")
+    if target.exists():
+        raise ValueError(f"{target} exists; move it away or give another name.")
+    run = json.loads((step_folder / "run.json").read_text())
+    config, weights = Esm2Config(**run["model"]), read_weights(step_folder)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if is_reference(run["config"]["model_tag"]):
+        save_torch_state_dict(weights, partial)
+        hf_config(config).save_pretrained(partial)
+    else:
+        save_hf(weights, config, partial)
+    shutil.copytree(Path(__file__).parent / "tokenizer", partial, dirs_exist_ok=True)
+    (partial / "README.md").write_text(model_card(run))
+    partial.rename(target)
+
+
+def model_card(run: dict) -> str:
+    """What the model is and how it came about, in Markdown."""
+    config, validation = run["config"], run.get("validation") or {}
+    data = config["dataset"]["load_dataset_kwargs"]
+    return CARD.format(
+        model_tag=config["model_tag"],
+        step=run["step"],
+        start=f"`{config['init_from']}`" if config["init_from"] else "random weights",
+        num_tokens=run["num_tokens"],
+        data=data.get("data_files") or data["path"],
+        config=OmegaConf.to_yaml(OmegaConf.create(config)),
+        **{key: f"{validation[key]:.4f}" if key in validation else "-" for key in ("loss", "perplexity", "accuracy")},
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step_folder", type=Path)
+    parser.add_argument("target", type=Path, nargs="?", help="default: final_model beside the step folder")
+    arguments = parser.parse_args()
+    try:
+        export(arguments.step_folder, arguments.target or arguments.step_folder.parent / "final_model")
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Let Megatron-FSDP, which is written against `torch.cuda`, train on CPUs over gloo."""
+
+import contextlib
+import importlib
+import types
+
+import torch
+
+
+class _Stream:
+    """A stream that is its own event, with nothing to wait for: CPU work is done when a call returns."""
+
+    def wait_stream(self, stream):
+        pass
+
+    def record_event(self):
+        return self
+
+    def wait(self):
+        pass
+
+
+def _tensor(*args, **kwargs):
+    tensor = torch.tensor(*args, **kwargs)
+    tensor.cuda = lambda: tensor
+    return tensor
+
+
+class _TorchOnCPU(types.ModuleType):
+    """`torch`, except for what Megatron-FSDP 0.6.1 takes from CUDA in FP32 and BF16."""
+
+    cuda = types.SimpleNamespace(
+        Stream=_Stream,
+        current_stream=_Stream,
+        stream=contextlib.nullcontext,
+        current_device=lambda: 0,
+        empty_cache=lambda: None,
+        is_available=lambda: False,
+    )
+    device = staticmethod(lambda name: torch.device("cpu"))
+    tensor = staticmethod(_tensor)
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+def stand_in_for_cuda() -> str | None:
+    """Without CUDA, give Megatron-FSDP, and nobody else, a `torch.cuda` that does nothing; call it before wrapping.
+
+    Returns the sentence that tells the user so, None where CUDA is there.
+    """
+    if torch.cuda.is_available():
+        return None
+    # Its own name for `torch` is replaced in its own files: `torch.cuda` stays what it is for the rest of the process.
+    for name in ("megatron_fsdp", "param_and_grad_buffer", "uneven_dtensor"):
+        importlib.import_module(f"megatron_fsdp.{name}").torch = _TorchOnCPU("torch")
+    return "Megatron-FSDP on the CPU: a stand-in that does nothing takes the place of its CUDA streams and events."

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind: progress on the terminal, `metrics.jsonl`, `run.json`, `config.yaml`, and W&B if asked."""
+
+import hashlib
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from collator import Batch
+from distributed import Distributed
+from modeling_esm2 import Esm2Config, training_flops
+from precision import Precision
+
+
+# Dense BF16 matrix products, TFLOP/s, from the vendors' data sheets.
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "GB200": 2250, "B300": 2250, "L4": 121,
+               "L40S": 362}  # fmt: skip
+PACKAGES = (
+    "torch",
+    "transformers",
+    "transformer-engine",
+    "megatron-fsdp",
+    "torchao",
+    "datasets",
+    "torchdata",
+    "hydra-core",
+)
+
+
+def measured_peak_tflops(dtype: torch.dtype) -> float:
+    """The CPU's rate in products of 1024 x 1024 matrices, in TFLOP/s: the best of a few, about 0.2 s."""
+    a, b = torch.randn(2, 1024, 1024, dtype=dtype)
+    a @ b
+    best = min(_seconds(lambda: a @ b) for _ in range(5))
+    return 2 * 1024**3 / best / 1e12
+
+
+def _seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # no Linux, or a processor that has no such line
+        return platform.processor() or platform.machine()
+
+
+def code_hash() -> str:
+    """A hash of the recipe's Python files: it tells two runs' code apart without a repository."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def git_commit() -> str | None:
+    """The commit of the folder the recipe is in, if it is in a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class PerfLogger:
+    """Counts what goes through the model and reports it every `frequency` steps, over the whole window between."""
+
+    def __init__(
+        self,
+        distributed: Distributed,
+        config: DictConfig,
+        model_config: Esm2Config,
+        precision: Precision,
+        script: str,
+        *,
+        frequency: int = 10,
+        log_dir: str | None = None,
+        peak_tflops: float | None = None,
+    ):
+        if frequency < 1:
+            raise ValueError(f"logger.frequency={frequency} must be at least 1.")
+        self.distributed, self.model_config, self.frequency = distributed, model_config, frequency
+        self.folder = Path(log_dir) if log_dir else None
+        self.num_steps, self.num_tokens, self.validation = config.num_train_steps, 0, {}
+        self.wandb = self.bar = None
+        device = distributed.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+        source = "given" if peak_tflops else "data sheet" if device.type == "cuda" else "measured"
+        if peak_tflops is None and device.type == "cuda":
+            peak_tflops = next(
+                (peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name.replace("-", " ").split()), None
+            )
+        if peak_tflops is None and device.type == "cpu":
+            peak_tflops = measured_peak_tflops(precision.dtype or torch.float32)
+        self.peak_tflops, self.notes = peak_tflops, [precision.note]
+        self.run = {
+            "model_tag": config.model_tag, "strategy": script.removeprefix("train_"),
+            "num_ranks": distributed.num_ranks, "device": name, "threads_per_rank": torch.get_num_threads(),
+            "precision": "bf16" if precision.dtype else "fp32", "fp8": precision.fp8,
+            "peak_tflops_per_rank": peak_tflops, "peak_source": source, "code_sha256": code_hash(),
+            "git": git_commit(), "versions": versions(), "command": sys.argv,
+        }  # fmt: skip
+        if distributed.is_main and self.folder:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+            except OSError as error:
+                raise ValueError(f"logger.log_dir={log_dir} cannot be written: {error.strerror}.") from error
+
+    def start(self, progress: dict, num_parameters: int, notes: list[str | None], wandb_init_args: dict) -> None:
+        """Begin at `progress["step"]`; lines that a killed run wrote past it are dropped, an earlier run's file is kept."""
+        self.num_tokens = progress.get("num_tokens", 0)
+        self.validation = progress.get("validation", {})
+        self._reset_window()
+        if not self.distributed.is_main:
+            return
+        self.run["num_parameters"] = num_parameters
+        if self.folder:
+            self._open_metrics(progress["step"])
+            (self.folder / "run.json").write_text(json.dumps(self.run, indent=1) + "\n")
+        if wandb_init_args.get("mode") != "disabled":
+            import wandb
+
+            self.wandb = wandb.init(**wandb_init_args, config=self.run)
+        interactive = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=self.num_steps, initial=progress["step"], unit="step", disable=not interactive, dynamic_ncols=True
+        )
+
+        run = self.run
+        self.say(
+            f"{run['model_tag']} ({num_parameters / 1e6:,.1f}M parameters), {run['strategy']}, {run['num_ranks']} x "
+            f"{run['device']}, {run['precision']}; {self.folder or 'no folder'} for metrics.jsonl"
+        )
+        for note in filter(None, (*self.notes, *notes)):
+            self.say(note)
+
+    def _open_metrics(self, step: int) -> None:
+        path, kept = self.folder / "metrics.jsonl", []
+        if path.exists() and step == 0:
+            number = 1 + len(list(self.folder.glob("metrics.before_*.jsonl")))
+            path.rename(self.folder / f"metrics.before_{number}.jsonl")
+        elif path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except ValueError:  # cut off by the kill
+                    continue
+        path.write_text("".join(kept))
+
+    def say(self, text: str) -> None:
+        """A line for the reader, beside the progress bar."""
+        if self.distributed.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    def _reset_window(self) -> None:
+        self.start_time = time.perf_counter()
+        self.window = {"steps": 0, "tokens": 0, "slots": 0, "flops": 0.0, "data_wait": 0.0}
+
+    def count(self, batches: list[Batch], data_wait_s: float, num_tokens: int) -> None:
+        """One step of this rank's batches; `num_tokens` is that of all ranks."""
+        self.num_tokens += num_tokens
+        self.window["steps"] += 1
+        self.window["data_wait"] += data_wait_s
+        for batch in batches:
+            self.window["tokens"] += batch.num_tokens
+            self.window["slots"] += batch.num_slots
+            self.window["flops"] += training_flops(self.model_config, batch.seq_lens, batch.num_labels)
+
+    def log_step(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        """Report, if this step is one to report; all ranks call it. `loss` is this rank's part of the step's loss."""
+        if self.bar is not None:
+            self.bar.update()
+        if step % self.frequency and step != self.num_steps:
+            return
+        loss = loss.item()  # waits for the device, so that the time below is that of work done
+        seconds, window, num_ranks = time.perf_counter() - self.start_time, self.window, self.distributed.num_ranks
+        loss, tokens, slots, flops, wait, memory = self.distributed.sum(
+            loss,
+            window["tokens"],
+            window["slots"],
+            window["flops"],
+            window["data_wait"],
+            peak_memory_gib(self.distributed),
+        )
+        tflops = flops / seconds / 1e12
+        self._write(
+            {
+                "kind": "train", "step": step, "loss": loss, "grad_norm": float(grad_norm), "learning_rate": learning_rate,
+                "tokens_per_second": tokens / seconds, "num_tokens": self.num_tokens, "fill": tokens / slots,
+                "step_time_s": seconds / window["steps"], "data_wait_s": wait / num_ranks / window["steps"],
+                "peak_memory_gib": memory / num_ranks, "model_tflops": tflops,
+                "peak_share": tflops / num_ranks / self.peak_tflops if self.peak_tflops else None,
+            }
+        )  # fmt: skip
+        if self.bar is not None:
+            left = (self.num_steps - step) * seconds / window["steps"]
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
+            if self.bar.disable:
+                self.say(
+                    f"step {step}/{self.num_steps}  loss {loss:.4f}  grad norm {float(grad_norm):.3f}  lr {learning_rate:.2e}"
+                    f"  {tokens / seconds:,.0f} tokens/s  {left / 60:.1f} min left"
+                )
+        self._reset_window()
+
+    @contextmanager
+    def paused(self):
+        """The time spent in the block counts for no step."""
+        started = time.perf_counter()
+        yield
+        self.start_time += time.perf_counter() - started
+
+    def log_validation(self, step: int, result: dict) -> None:
+        """Report a validation."""
+        self.validation = {"step": step, **result}
+        self._write({"kind": "validation", "step": step, **result})
+        self.say(
+            f"step {step}  validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.3f}  "
+            f"accuracy {result['accuracy']:.4f}"
+        )
+
+    def _write(self, line: dict) -> None:
+        if not self.distributed.is_main:
+            return
+        if self.folder:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(
+                {f"{line['kind']}/{k}": v for k, v in line.items() if k not in ("kind", "step")}, step=line["step"]
+            )
+
+    def progress(self) -> dict:
+        """What a checkpoint keeps of the counts."""
+        return {"num_tokens": self.num_tokens, "validation": self.validation}
+
+    def close(self) -> None:
+        """Finish the bar and the W&B run."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def peak_memory_gib(distributed: Distributed) -> float:
+    """Most memory this process has held: on the GPU what torch allocated, on the CPU the resident set."""
+    if distributed.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

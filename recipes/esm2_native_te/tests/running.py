@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start trainers the way users do, at a size that takes a second."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+from hydra.core.global_hydra import GlobalHydra
+
+
+RECIPE = Path(__file__).parents[1]
+TRAINERS = ("train_ddp", "train_fsdp2", "train_mfsdp")
+# Odd widths and a bias of 33, so that shards are uneven.
+TINY = [
+    "model_kwargs.hidden_size=48", "model_kwargs.num_hidden_layers=2", "model_kwargs.num_attention_heads=4",
+    "model_kwargs.intermediate_size=80", "dataset.max_seq_length=96", "dataset.micro_batch_size=2",
+    "micro_batches_per_step=4", "num_train_steps=6", "logger.frequency=1", "validation.max_rows=11",
+    "validation.every_n_steps=3", "precision=fp32", "lr_scheduler_kwargs.num_warmup_steps=2",
+]  # fmt: skip
+
+
+def run_here(trainer: str, log_dir: Path, *overrides: str) -> Path:
+    """One rank in this process, through Hydra's command line; returns the folder with the metrics."""
+    GlobalHydra.instance().clear()
+    arguments = [f"{trainer}.py", *TINY, f"logger.log_dir={log_dir}", *overrides]
+    from config import launch
+
+    with patch.object(sys, "argv", arguments):
+        launch(importlib.import_module(trainer).main)
+    return log_dir
+
+
+def run_ranks(trainer: str, num_ranks: int, log_dir: Path, *overrides: str, timeout: int = 300) -> Path:
+    """Ranks under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}", "--standalone"]
+    command += [f"{trainer}.py", *TINY, f"logger.log_dir={log_dir}", *overrides]
+    done = subprocess.run(command, cwd=RECIPE, env=environment(), capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return log_dir
+
+
+def environment() -> dict:
+    """This process's, without what a test before left of a process group."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+def metrics(log_dir: Path, kind: str, key: str) -> list[float]:
+    """One column of `metrics.jsonl`."""
+    lines = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if line["kind"] == kind]
+
+
+def curve(log_dir: Path) -> list[float]:
+    """Every number that the trajectory decides."""
+    train = [metrics(log_dir, "train", key) for key in ("loss", "grad_norm", "learning_rate", "num_tokens")]
+    return sum(train, []) + metrics(log_dir, "validation", "loss") + metrics(log_dir, "validation", "accuracy")

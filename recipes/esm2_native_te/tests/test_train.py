@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trajectory belongs to (config, seed, data): not to strategy, ranks, accumulation, layout or workers."""
+
+import pytest
+from running import TRAINERS, curve, metrics, run_here, run_ranks
+
+
+PACKED = "use_sequence_packing=true"
+
+
+@pytest.fixture(scope="module")
+def reference_curve(tmp_path_factory):
+    return curve(run_here("train_ddp", tmp_path_factory.mktemp("reference")))
+
+
+@pytest.mark.parametrize("options", [[], [PACKED], ["dataset.num_workers=2"]], ids=["padded", "packed", "workers"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_one_rank_gives_the_same_curve(trainer, options, reference_curve, tmp_path):
+    assert curve(run_here(trainer, tmp_path, *options)) == pytest.approx(reference_curve, rel=1e-5)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_two_ranks_give_the_same_curve(trainer, reference_curve, tmp_path):
+    assert curve(run_ranks(trainer, 2, tmp_path, PACKED)) == pytest.approx(reference_curve, rel=1e-5)
+
+
+def test_without_accumulation_the_curve_is_the_same(reference_curve, tmp_path):
+    assert curve(run_ranks("train_fsdp2", 4, tmp_path)) == pytest.approx(reference_curve, rel=1e-5)
+
+
+def test_another_seed_gives_another_curve(reference_curve, tmp_path):
+    losses = metrics(run_here("train_ddp", tmp_path, "seed=1"), "train", "loss")
+    assert losses != pytest.approx(reference_curve[: len(losses)], rel=1e-3)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_clipping_bounds_the_update(trainer, reference_curve, tmp_path):
+    clipped = curve(run_here(trainer, tmp_path / "clipped", "max_grad_norm=0.01", "num_train_steps=3"))
+    free = curve(run_here("train_ddp", tmp_path / "free", "max_grad_norm=0.01", "num_train_steps=3"))
+    assert clipped == pytest.approx(free, rel=1e-5)
+    assert clipped[:3] != pytest.approx(reference_curve[:3], rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", [[], [PACKED]], ids=["padded", "packed"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_hugging_faces_own_model_follows_the_same_curve(trainer, layout, reference_curve, tmp_path):
+    path = run_here(trainer, tmp_path, "model_tag=facebook/esm2_t6_8M_UR50D", *layout)
+    assert curve(path) == pytest.approx(reference_curve, rel=2e-4)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_activation_checkpointing_changes_nothing(trainer, reference_curve, tmp_path):
+    path = run_here(trainer, tmp_path, "use_activation_checkpointing=true")
+    assert curve(path) == pytest.approx(reference_curve, rel=1e-5)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_bf16_stays_near_fp32(trainer, reference_curve, tmp_path):
+    losses = metrics(run_here(trainer, tmp_path, "precision=bf16"), "train", "loss")
+    assert losses == pytest.approx(reference_curve[: len(losses)], rel=5e-3)
+    assert losses != reference_curve[: len(losses)]
+
+
+@pytest.mark.parametrize("layout", [[], [PACKED]], ids=["padded", "packed"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_fp8_stays_near_fp32_and_says_that_it_is_emulated(trainer, layout, reference_curve, tmp_path, capsys):
+    losses = metrics(run_here(trainer, tmp_path, "fp8_config.enabled=true", *layout), "train", "loss")
+    assert losses == pytest.approx(reference_curve[: len(losses)], rel=2e-2)
+    assert losses != pytest.approx(reference_curve[: len(losses)], rel=1e-6)
+    assert "emulated" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], [PACKED]], ids=["padded", "packed"])
+@pytest.mark.parametrize("trainer", ["train_ddp", "train_fsdp2"])
+def test_compiled_layers_give_the_same_curve(trainer, layout, reference_curve, tmp_path):
+    path = run_here(trainer, tmp_path, "use_torch_compile=true", *layout)
+    assert curve(path) == pytest.approx(reference_curve, rel=1e-4)
+
+
+def test_real_proteins(real_proteins, tmp_path):
+    path = run_here(
+        "train_fsdp2", tmp_path, f"dataset.load_dataset_kwargs.data_files={real_proteins}", PACKED,
+        "dataset.micro_batch_size=null", "dataset.token_micro_batch_size=1024", "dataset.max_seq_length=512",
+        "num_train_steps=12", "adamw_kwargs.lr=0.005",
+    )  # fmt: skip
+    losses, fill = metrics(path, "train", "loss"), metrics(path, "train", "fill")
+    assert losses[-1] < 3.0 < losses[0]
+    assert min(fill) == 1.0  # a packed batch has no padding at all
