@@ -15,7 +15,7 @@ from modeling_esm2 import SIZES, Esm2Config, Esm2ForMaskedLM, copy_parameters, i
 
 
 class ReferenceEsmForMaskedLM(EsmForMaskedLM):
-    """Hugging Face's layers under our calling convention: packed batches are padded, the loss takes its denominator."""
+    """Hugging Face's layers called like ours: packed batches are padded, the loss is given its denominator."""
 
     def __init__(self, config: EsmConfig):
         super().__init__(config)
@@ -84,7 +84,7 @@ def build_model(model_tag: str, config: Esm2Config) -> Esm2ForMaskedLM | Referen
 def read_pretrained(init_from: str, config: Esm2Config) -> Mapping[str, torch.Tensor]:
     """A public checkpoint's weights under our names, each read when it is asked for; from a folder or the hub.
 
-    Sets `config.rope_inv_freq_dtype` to the checkpoint's. Raises ValueError for one that is missing or of another size.
+    Sets `config.rope_inv_freq_dtype` to the checkpoint's. Raises ValueError for a missing one or another size.
     """
     try:
         folder = local_folder(init_from)
@@ -99,7 +99,7 @@ def read_pretrained(init_from: str, config: Esm2Config) -> Mapping[str, torch.Te
     for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
         if getattr(found, key) != getattr(config, key):
             raise ValueError(
-                f"init_from={init_from} has {key} {getattr(found, key)}, and model_tag asks for {getattr(config, key)}; "
+                f"init_from={init_from} has {key} {getattr(found, key)}, model_tag asks for {getattr(config, key)}; "
                 f"model_tag={init_from} takes the size from there."
             )
     config.rope_inv_freq_dtype = found.rope_inv_freq_dtype

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Save and resume a run under any strategy, on any number of ranks.
 
-A checkpoint is a folder `step_<n>/`: DCP's shards of model, optimizer and RNG, and `run.json` with the rest. DCP writes
-`.metadata` last, and only a folder that has it counts.
+A checkpoint is a folder `step_<n>/`: DCP's shards of model, optimizer and RNG, and `run.json` with the rest. DCP
+writes `.metadata` last, and only a folder that has it counts.
 """
 
 import json
@@ -111,7 +111,7 @@ class Checkpointer:
             raise ValueError(f"checkpoint.ckpt_dir={self.folder} cannot be written: {error.strerror}.") from error
         if (free := shutil.disk_usage(self.folder).free) < needed:
             raise ValueError(
-                f"checkpoint.ckpt_dir={self.folder} has {free / 2**20:,.0f} MiB free, and one checkpoint and the final "
+                f"checkpoint.ckpt_dir={self.folder} has {free / 2**20:,.0f} MiB free, and a checkpoint and the final "
                 f"model take {needed / 2**20:,.0f} MiB; make room or take another folder."
             )
 
@@ -127,8 +127,8 @@ class Checkpointer:
             told = "; ".join(f"{k} was {before.get(k)} and is {now.get(k)}" for k in model or serious)
             way_out = "" if model else ", or set checkpoint.allow_config_change=true to go on all the same"
             raise ValueError(
-                f"checkpoint.ckpt_dir={self.folder} was written with another configuration: {told}; give the old values, "
-                f"take another folder{way_out}."
+                f"checkpoint.ckpt_dir={self.folder} was written with another configuration: {told}; give the old "
+                f"values, take another folder{way_out}."
             )
 
     def is_due(self, step: int, last: bool) -> bool:

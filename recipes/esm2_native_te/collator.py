@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token arrays to a masked batch, padded (BSHD) or padding-free (THD).
 
-Masks are drawn over the sequences laid end to end, before the layout is chosen, so both layouts mask the same residues.
+Masks are drawn over the sequences laid end to end, before the layout is chosen: both layouts mask the same residues.
 """
 
 from dataclasses import dataclass, replace
@@ -66,7 +66,7 @@ def mask_tokens(
 
 
 class MaskedLMCollator:
-    """Masks and lays out one micro-batch; `pad_to_multiple_of` is what a low-precision format asks of the token count."""
+    """Masks and lays out a micro-batch; `pad_to_multiple_of` is what a low-precision format asks of its token count."""
 
     def __init__(self, packed: bool, seed: int, mlm_probability: float, pad_to_multiple_of: int = 1):
         self.packed, self.seed, self.mlm_probability = packed, seed, mlm_probability

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration is checked before anything is built; a user's mistake ends as one sentence and exit code 2.
 
-Each YAML section is the keyword arguments of one callable. Its signature says which keys exist, which must be given and
-what type they have.
+Each YAML section is the keyword arguments of one callable. Its signature says which keys exist, which must be given
+and what type they have.
 """
 
 import os

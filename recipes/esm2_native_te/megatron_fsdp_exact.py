@@ -7,7 +7,7 @@ from megatron_fsdp.uneven_dtensor import update_uneven_dtensor_chunk_metadata
 
 
 def compute_in(dtype: torch.dtype | None, model: torch.nn.Module) -> torch.nn.Module:
-    """Cast the parameters that compute (None: leave them), and hand over their FP32 values as the masters' first ones."""
+    """Cast the parameters that compute (None: leave them); the FP32 values become the masters' first ones."""
     if dtype is not None:  # else the masters would start from rounded values
         for p in model.parameters():
             p.get_high_precision_init_val = lambda master=p.data: master
@@ -19,8 +19,8 @@ def compute_in(dtype: torch.dtype | None, model: torch.nn.Module) -> torch.nn.Mo
 def make_exact(model: MegatronFSDP, optimizer: torch.optim.Optimizer) -> None:
     """Hook into the wrapped model and its optimizer; the training loop then stays what it is."""
 
-    # Its root hook looks for the loss in tensors, tuples and lists, and overlooks one in a ModelOutput: gradients outside
-    # the layers would be reduced more than once.
+    # Its root hook looks for the loss in tensors, tuples and lists, and overlooks one in a ModelOutput: gradients
+    # outside the layers would be reduced more than once.
     def start_backward(grad):
         model.pre_backward()
         torch.autograd.Variable._execution_engine.queue_callback(model.post_backward)

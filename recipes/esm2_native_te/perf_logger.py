@@ -23,8 +23,9 @@ from precision import Precision
 
 
 # Dense BF16 matrix products, TFLOP/s, from the vendors' data sheets.
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "GB200": 2250, "B300": 2250, "L4": 121,
-               "L40S": 362}  # fmt: skip
+PEAK_TFLOPS = {
+    "A100": 312, "L4": 121, "L40S": 362, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "GB200": 2250, "B300": 2250,
+}  # fmt: skip
 PACKAGES = (
     "torch",
     "transformers",
@@ -134,7 +135,7 @@ class PerfLogger:
                 raise ValueError(f"logger.log_dir={log_dir} cannot be written: {error.strerror}.") from error
 
     def start(self, progress: dict, num_parameters: int, notes: list[str | None], wandb_init_args: dict) -> None:
-        """Begin at `progress["step"]`; lines that a killed run wrote past it are dropped, an earlier run's file is kept."""
+        """Begin at `progress["step"]`: what a killed run wrote past it is dropped, an earlier run's file is kept."""
         self.num_tokens = progress.get("num_tokens", 0)
         self.validation = progress.get("validation", {})
         self._reset_window()
@@ -213,7 +214,8 @@ class PerfLogger:
         tflops = flops / seconds / 1e12
         self._write(
             {
-                "kind": "train", "step": step, "loss": loss, "grad_norm": float(grad_norm), "learning_rate": learning_rate,
+                "kind": "train", "step": step, "loss": loss, "grad_norm": float(grad_norm),
+                "learning_rate": learning_rate,
                 "tokens_per_second": tokens / seconds, "num_tokens": self.num_tokens, "fill": tokens / slots,
                 "step_time_s": seconds / window["steps"], "data_wait_s": wait / num_ranks / window["steps"],
                 "peak_memory_gib": memory / num_ranks, "model_tflops": tflops,
@@ -225,8 +227,8 @@ class PerfLogger:
             self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
             if self.bar.disable:
                 self.say(
-                    f"step {step}/{self.num_steps}  loss {loss:.4f}  grad norm {float(grad_norm):.3f}  lr {learning_rate:.2e}"
-                    f"  {tokens / seconds:,.0f} tokens/s  {left / 60:.1f} min left"
+                    f"step {step}/{self.num_steps}  loss {loss:.4f}  grad norm {float(grad_norm):.3f}  "
+                    f"lr {learning_rate:.2e}  {tokens / seconds:,.0f} tokens/s  {left / 60:.1f} min left"
                 )
         self._reset_window()
 

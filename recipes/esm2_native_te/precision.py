@@ -57,19 +57,20 @@ class Precision:
             raise ValueError(f"fp8_config.fp8_recipe={fp8_recipe} must be one of {', '.join(RECIPES)}.")
         if model_config.hidden_size % 16 or model_config.intermediate_size % 16:
             raise ValueError(
-                f"fp8_config.enabled=true needs widths that divide by 16, not hidden_size={model_config.hidden_size} and "
-                f"intermediate_size={model_config.intermediate_size}."
+                f"fp8_config.enabled=true needs widths that divide by 16, not hidden_size={model_config.hidden_size} "
+                f"and intermediate_size={model_config.intermediate_size}."
             )
         needs = RECIPES[self.recipe]
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
         if self.te and capability < needs.capability:
             raise ValueError(
-                f"fp8_config.fp8_recipe={self.recipe} needs {needs.hardware}; this is {torch.cuda.get_device_name(device)}."
+                f"fp8_config.fp8_recipe={self.recipe} needs {needs.hardware}; this is "
+                f"{torch.cuda.get_device_name(device)}."
             )
         if not self.te and (not needs.without_te or fp8_format != "HYBRID" or fp8_recipe_kwargs):
             raise ValueError(
                 f"fp8_config.fp8_recipe={self.recipe} with fp8_format={fp8_format} and fp8_recipe_kwargs="
-                f"{fp8_recipe_kwargs} needs TransformerEngine; without it FP8 is Float8CurrentScaling, HYBRID and null."
+                f"{fp8_recipe_kwargs} needs TransformerEngine; without it only Float8CurrentScaling, HYBRID, null."
             )
         self.multiple, self.emulated = needs.multiple, capability < needs.capability
         if not self.te:

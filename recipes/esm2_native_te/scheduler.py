@@ -37,8 +37,8 @@ def linear_schedule(
     decay_end = int(decay_fraction * num_training_steps)
     if num_warmup_steps >= decay_end:
         raise ValueError(
-            f"lr_scheduler_kwargs.num_warmup_steps={num_warmup_steps} must be less than {decay_end}, where the decay ends "
-            f"(decay_fraction={decay_fraction} of num_training_steps={num_training_steps})."
+            f"lr_scheduler_kwargs.num_warmup_steps={num_warmup_steps} must be less than {decay_end}, where the decay "
+            f"ends (decay_fraction={decay_fraction} of num_training_steps={num_training_steps})."
         )
 
     def fraction_of_peak(step: int) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train ESM-2 with Megatron-FSDP: as FSDP2, with shards cut from flat buffers that communicate in fewer, larger pieces.
+"""Train ESM-2 with Megatron-FSDP: as FSDP2, but shards are cut from flat buffers, sent in larger pieces.
 
 python train_mfsdp.py                                         # one process, on a GPU or the CPU
 torchrun --nproc_per_node=8 train_mfsdp.py --config-name L0_sanity
