@@ -66,7 +66,7 @@ def mask_tokens(
 
 
 class MaskedLMCollator:
-    """Masks and lays out a micro-batch; `pad_to_multiple_of` is what a low-precision format asks of its token count."""
+    """Masks and lays out a micro-batch; low precision wants a token count that `pad_to_multiple_of` divides."""
 
     def __init__(self, packed: bool, seed: int, mlm_probability: float, pad_to_multiple_of: int = 1):
         self.packed, self.seed, self.mlm_probability = packed, seed, mlm_probability

@@ -233,9 +233,8 @@ class StreamedMicroBatches(IterableDataset):
         worker = info.id if info else 0
         while True:
             epoch = self.state["epoch"]
-            self.stream.set_epoch(epoch)
-            if self.state["stream"] is not None:
-                self.stream.load_state_dict(self.state["stream"])
+            # No set_epoch: workers share its number, and one that is an epoch ahead makes others lose their place.
+            self.stream.load_state_dict(self.state["stream"])  # None: from the start
             rows, found = iter(self.stream), self.state["window"] > 0
             while sequences := [(row[self.column] or "").encode() for row in islice(rows, self.window_rows)]:
                 name = (epoch, self.rank, worker, self.state["window"])

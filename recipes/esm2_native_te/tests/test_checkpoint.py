@@ -100,7 +100,7 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):
         ("seed=1", "seed was 42 and is 1"),
         ("dataset.max_seq_length=64", "dataset.max_seq_length was 96 and is 64"),
         ("model_kwargs.hidden_size=64", "model_kwargs.hidden_size was 48 and is 64"),
-        ("adamw_kwargs.lr=0.5", "adamw_kwargs.lr was 0.002 and is 0.5"),
+        ("adamw_kwargs.lr=0.5", "adamw_kwargs.lr was 0.0004 and is 0.5"),
     ],
 )
 def test_a_resume_that_would_change_the_trajectory_is_refused(override, told, tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_a_resume_that_would_change_the_trajectory_is_refused(override, told, tm
 def test_a_changed_config_is_told_and_can_be_allowed(tmp_path, capsys):
     run_here("train_ddp", tmp_path, *save_to(tmp_path), "num_train_steps=3")
     run_here("train_ddp", tmp_path, *save_to(tmp_path), "adamw_kwargs.lr=0.001", "checkpoint.allow_config_change=true")
-    assert "adamw_kwargs.lr 0.002 -> 0.001" in capsys.readouterr().err
+    assert "adamw_kwargs.lr 0.0004 -> 0.001" in capsys.readouterr().err
     assert complete_steps(tmp_path)[-1] == 6
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import RECIPE
 from omegaconf import OmegaConf
 from ranks import content, excess_chi_square, run_ranks
 
 from dataset import CLS, EOS, VOCABULARY, ClusterRows, Column, TrainLoader, crop, describe_cleaning, tokenize
 
 
+RECIPE = Path(__file__).parents[1]
 RESIDUES = "LAGVSERTIDPKQNFYMHWC"
 
 
@@ -294,7 +294,9 @@ def shards(tmp_path) -> dict:
     return {"path": "parquet", "data_files": files, "split": "train", "streaming": True}
 
 
-@pytest.mark.parametrize("num_workers, stops", [(0, [1, 5, 9, 30, 60]), (2, [37])])
+@pytest.mark.parametrize(
+    "num_workers, stops", [(0, [1, 5, 9, 30, 60]), (2, [36, 38])]
+)  # there worker 1 is an epoch ahead
 def test_a_stream_resumes_exactly(distributed, shards, num_workers, stops):
     whole = expected(distributed, shards, 80, num_workers=num_workers)
     assert {name[0] for name, *_ in whole} >= {0, 1}
@@ -306,6 +308,16 @@ def test_a_stream_resumes_exactly(distributed, shards, num_workers, stops):
         second = make_loader(distributed, shards, num_workers=num_workers)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert read(second, 80 - stop) == whole[stop:]  # over the ends of epochs
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "csv", "json", "fasta", "fasta.gz"])
+def test_a_stream_of_every_kind_resumes(distributed, tmp_path, kind):
+    kwargs = write(tmp_path, kind) | {"streaming": True}
+    whole = expected(distributed, kwargs, 25)
+    first, second = (make_loader(distributed, kwargs) for _ in range(2))
+    read(first, 9)
+    second.load_state_dict(first.state_dict())
+    assert read(second, 16) == whole[9:]
 
 
 def test_a_stream_refuses_another_layout(distributed, shards):
