@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveInt
+from safetensors import SafetensorError
 from transformers import EsmConfig, EsmForMaskedLM
 from transformers.modeling_outputs import MaskedLMOutput
 
@@ -48,12 +50,12 @@ def model_config(
     model_tag: str,
     layer_backend: str,
     *,
-    hidden_size: int | None = None,
-    num_hidden_layers: int | None = None,
-    num_attention_heads: int | None = None,
-    intermediate_size: int | None = None,
+    hidden_size: PositiveInt | None = None,
+    num_hidden_layers: PositiveInt | None = None,
+    num_attention_heads: PositiveInt | None = None,
+    intermediate_size: PositiveInt | None = None,
     token_dropout: bool | None = None,
-    initializer_range: float | None = None,
+    initializer_range: NonNegativeFloat | None = None,
 ) -> Esm2Config:
     """The configuration of a published size (no network is asked) or of a local folder, with what is overridden.
 
@@ -62,7 +64,10 @@ def model_config(
     overrides = {k: v for k, v in locals().items() if k not in ("model_tag", "layer_backend") and v is not None}
     name = model_tag.rpartition("/")[2]
     if Path(model_tag).is_dir():
-        config = native_config(EsmConfig.from_pretrained(model_tag)).to_dict()
+        try:
+            config = read_config(Path(model_tag)).to_dict()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model_tag={model_tag} is no folder of an ESM-2: {first_line(error)}") from error
     elif name in SIZES:
         config = SIZES[name]
     else:
@@ -81,6 +86,26 @@ def build_model(model_tag: str, config: Esm2Config) -> Esm2ForMaskedLM | Referen
         return ReferenceEsmForMaskedLM(hf_config(config)) if is_reference(model_tag) else Esm2ForMaskedLM(config)
 
 
+def model_type(folder: Path) -> str:
+    """Whose format a checkpoint folder has: `esm` is Hugging Face's. Raises OSError or ValueError for neither."""
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind not in ("esm", Esm2Config.model_type):
+        raise ValueError(f"its model_type is {kind}, not esm.")
+    return kind
+
+
+def read_config(folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> Esm2Config:
+    """The configuration in a checkpoint folder; the weights, if given, tell how rotary frequencies were rounded."""
+    if model_type(folder) == "esm":
+        return native_config(EsmConfig.from_pretrained(folder), weights)
+    return Esm2Config.from_pretrained(folder)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what libraries add below it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def read_pretrained(init_from: str, config: Esm2Config) -> Mapping[str, torch.Tensor]:
     """A public checkpoint's weights under our names, each read when it is asked for; from a folder or the hub.
 
@@ -89,21 +114,21 @@ def read_pretrained(init_from: str, config: Esm2Config) -> Mapping[str, torch.Te
     try:
         folder = local_folder(init_from)
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors, those of its names ValueErrors
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"init_from={init_from} is no local folder, and the hub does not give it: {reason}"
-        ) from error
-    weights = open_weights(folder)
-    native = json.loads((folder / "config.json").read_text()).get("model_type") == Esm2Config.model_type
-    found = Esm2Config.from_pretrained(folder) if native else native_config(EsmConfig.from_pretrained(folder), weights)
-    for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
-        if getattr(found, key) != getattr(config, key):
-            raise ValueError(
-                f"init_from={init_from} has {key} {getattr(found, key)}, model_tag asks for {getattr(config, key)}; "
-                f"model_tag={init_from} takes the size from there."
-            )
-    config.rope_inv_freq_dtype = found.rope_inv_freq_dtype
-    return weights if native else hf_to_native(weights, config)
+        reason = f"no local folder, and the hub does not give it: {first_line(error)}"
+        raise ValueError(f"init_from={init_from} is {reason}") from error
+    try:
+        weights = open_weights(folder)
+        found = read_config(folder, weights)
+        for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
+            if getattr(found, key) != getattr(config, key):
+                raise ValueError(
+                    f"it has {key}={getattr(found, key)}, and the model {getattr(config, key)}; give the model_tag or "
+                    "model_kwargs of that size."
+                )
+        config.rope_inv_freq_dtype = found.rope_inv_freq_dtype
+        return hf_to_native(weights, config) if model_type(folder) == "esm" else weights
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"init_from={init_from} cannot be used: {first_line(error)}") from error
 
 
 def fill_model(

@@ -21,10 +21,11 @@ from export import export
 from modeling_esm2 import Esm2Config
 
 
-# A change of these keys on resume leaves the trajectory as it was; any other is refused unless allowed.
+# A change of these keys on resume leaves the trajectory as it was, but for rounding; others are refused unless allowed.
 HARMLESS = (
     "checkpoint.", "logger.", "wandb_init_args.", "validation.", "num_train_steps", "use_sequence_packing",
-    "use_torch_compile", "use_activation_checkpointing", "layer_backend", "deterministic", "dataset.num_workers",
+    "use_torch_compile", "use_activation_checkpointing", "layer_backend", "precision", "deterministic",
+    "dataset.num_workers",
 )  # fmt: skip
 
 
@@ -33,6 +34,17 @@ def complete_steps(folder: Path) -> list[int]:
     return sorted(
         int(found.parent.name[5:]) for found in folder.glob("step_*/.metadata") if found.parent.name[5:].isdigit()
     )
+
+
+def make_folder(key: str, folder: Path, rank: int) -> None:
+    """Make a folder and write to it. Raises ValueError where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe_{rank}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{key}={folder} cannot be written: {error.strerror}; give another folder.") from error
 
 
 def flat(config: dict, prefix: str = "") -> dict:
@@ -81,7 +93,13 @@ class Checkpointer:
                 wants = "save_final_model=true" if save_final_model else f"save_every_n_steps={save_every_n_steps}"
                 raise ValueError(f"checkpoint.{wants} needs checkpoint.ckpt_dir; give it a folder to write to.")
             return
-        self._check_folder(16 * num_parameters)  # FP32 weights and two moments, and the final model
+        make_folder("checkpoint.ckpt_dir", self.folder, distributed.rank)
+        needed = 16 * num_parameters  # FP32 weights and two moments, and the final model
+        if (free := shutil.disk_usage(self.folder).free) < needed:
+            raise ValueError(
+                f"checkpoint.ckpt_dir={self.folder} has {free / 2**20:,.1f} MiB free, and a checkpoint and the final "
+                f"model take {needed / 2**20:,.1f} MiB; make room or take another folder."
+            )
         if save_final_model and (self.folder / "final_model").exists():
             raise ValueError(
                 f"checkpoint.ckpt_dir={ckpt_dir} has a final_model already; move it away, take another folder, or set "
@@ -94,26 +112,21 @@ class Checkpointer:
                     "checkpoint.resume_from_checkpoint=true to go on from it, or take another folder."
                 )
             self.resume_step = steps[-1]
+            if self.resume_step > config.num_train_steps:
+                raise ValueError(
+                    f"num_train_steps={config.num_train_steps}, but checkpoint.ckpt_dir={ckpt_dir} is at step "
+                    f"{self.resume_step} already; give more steps or take another folder."
+                )
             self.saved = json.loads((self._path(self.resume_step) / "run.json").read_text())
             self._compare(self.saved["config"], allow_config_change)
+            if self.resume_step == config.num_train_steps:
+                self.notes.append(
+                    "That is the last step: nothing is left to train. Give more num_train_steps to go on."
+                )
             model_config.rope_inv_freq_dtype = self.saved["model"]["rope_inv_freq_dtype"]
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step}"
-
-    def _check_folder(self, needed: int) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".probe_{self.distributed.rank}"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise ValueError(f"checkpoint.ckpt_dir={self.folder} cannot be written: {error.strerror}.") from error
-        if (free := shutil.disk_usage(self.folder).free) < needed:
-            raise ValueError(
-                f"checkpoint.ckpt_dir={self.folder} has {free / 2**20:,.0f} MiB free, and a checkpoint and the final "
-                f"model take {needed / 2**20:,.0f} MiB; make room or take another folder."
-            )
 
     def _compare(self, before: dict, allowed: bool) -> None:
         before, now = flat(before), flat(self.config)
@@ -196,18 +209,26 @@ class Checkpointer:
         """Put everything back as it was and return the progress, with `step`; {"step": 0} where there is nothing."""
         if self.resume_step is None:
             return {"step": 0}
+        with self.distributed.one_voice():  # a streamed data set may refuse
+            loader.load_state_dict(self.saved["loader"])
         path, state = self._path(self.resume_step), self._state(model, optimizer)
         known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        weights = state["model"]
         state = {k: v for k, v in state.items() if not k.startswith("rng.") or k in known}  # fewer ranks wrote fewer
+        # FP8 state is TransformerEngine's: the plain layers wrote none, and then it starts anew.
+        state["model"] = {k: v for k, v in weights.items() if not k.endswith("_extra_state") or f"model.{k}" in known}
         dcp.load(state, checkpoint_id=path)
-        model = getattr(model, "module", model)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(
+            getattr(model, "module", model),
+            optimizer,
+            model_state_dict=weights | state["model"],
+            optim_state_dict=state["optimizer"],
+        )
         if (rng := state.get(f"rng.cpu.{self.distributed.rank}")) is not None:
             torch.set_rng_state(rng)
         if (rng := state.get(f"rng.cuda.{self.distributed.rank}")) is not None:
             torch.cuda.set_rng_state(rng)
         scheduler.load_state_dict(self.saved["scheduler"])
-        loader.load_state_dict(self.saved["loader"])
         return {k: v for k, v in self.saved.items() if k in ("step", "num_tokens", "validation")}
 
     def advice(self) -> str:

@@ -11,18 +11,20 @@ from difflib import get_close_matches
 from inspect import Parameter, signature
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from hydra.errors import HydraException
+import torch
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from yaml import YAMLError
 
-from build_model import model_config
+from build_model import is_reference, model_config
 from checkpoint import Checkpointer
 from dataset import TrainLoader
 from distributed import stop_with
-from perf_logger import PerfLogger
+from perf_logger import PerfLogger, start_wandb
 from precision import Precision
 from scheduler import adamw, linear_schedule
 from validation import Validator
@@ -34,16 +36,16 @@ OmegaConf.register_new_resolver("recipe_dir", lambda: str(Path(__file__).parent)
 def top_level(
     *,
     model_tag: str,
-    num_train_steps: int,
+    num_train_steps: PositiveInt,
     init_from: str | None = None,
     layer_backend: Literal["auto", "te", "torch"] = "auto",
     precision: Literal["auto", "bf16", "fp32"] = "auto",
-    micro_batches_per_step: int | None = None,
+    micro_batches_per_step: PositiveInt | None = None,
     use_sequence_packing: bool = False,
     use_torch_compile: bool = False,
     use_activation_checkpointing: bool = False,
-    max_grad_norm: float = 1.0,
-    seed: int = 42,
+    max_grad_norm: PositiveFloat = 1.0,
+    seed: NonNegativeInt = 42,
     deterministic: bool = False,
 ) -> None:
     """The keys that stand outside any section; what each means is said in `hydra_config/defaults.yaml`."""
@@ -58,56 +60,86 @@ SECTIONS = {
     "lr_scheduler_kwargs": linear_schedule,
     "checkpoint": Checkpointer,
     "logger": PerfLogger,
+    "wandb_init_args": start_wandb,
 }
-OPEN_SECTIONS = ("wandb_init_args",)  # passed on to a library that checks its own
+FOLDER = Path(__file__).parent / "hydra_config"
 
 
 def check_config(config: DictConfig) -> None:
-    """Stop with one sentence at an unknown key, a missing one or one of the wrong type."""
+    """Stop with one sentence at a key that is unknown, missing or of the wrong type, and at two that cannot be."""
     try:
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
+        values = OmegaConf.to_container(config)
+        for key in (*keyword_only(top_level), *SECTIONS):
+            if key not in values:
+                raise ValueError(f"{key} was taken out of the configuration; to leave it as it is, do not name it.")
+            if key in SECTIONS and not isinstance(values[key], dict):
+                raise ValueError(f"{key}={_shown(values[key])} must be a section; set its keys, {key}.<name>=<value>.")
+        if missing := sorted(OmegaConf.missing_keys(config)):
             raise ValueError(f"{missing[0]} is not set; give it on the command line or in the config.")
         values = OmegaConf.to_container(config, resolve=True)
-        sections = {key: values.pop(key) for key in (*SECTIONS, *OPEN_SECTIONS)}
+        sections = {key: values.pop(key) for key in SECTIONS}
         check_section("", values, top_level)
         for name, callable_ in SECTIONS.items():
             check_section(name, sections[name], callable_)
+        if is_reference(config.model_tag) and (config.fp8_config.enabled or config.layer_backend == "te"):
+            wrong = "fp8_config.enabled=true" if config.fp8_config.enabled else "layer_backend=te"
+            own = config.model_tag.removeprefix("facebook/")
+            raise ValueError(f"{wrong} is nothing that Hugging Face's model_tag={config.model_tag} has; {own} has it.")
+        # Once on a parameter that nobody trains: what these two refuse shows now.
+        linear_schedule(
+            adamw([torch.nn.Parameter(torch.zeros(1))], **sections["adamw_kwargs"]), **sections["lr_scheduler_kwargs"]
+        )
     except (ValueError, OmegaConfBaseException) as error:
         stop_with(str(error))
 
 
+def keyword_only(callable_: Callable) -> dict[str, Parameter]:
+    """The arguments that are the user's; those before the `*` are the script's to give."""
+    return {k: p for k, p in signature(callable_).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
 def check_section(name: str, values: dict, callable_: Callable) -> None:
-    """Raise ValueError unless `values` are keyword arguments of `callable_`, of the right types.
-
-    Its keyword-only arguments are the user's; those before the `*` are the script's to give.
-    """
-    prefix = f"{name}." if name else ""
-    hints = get_type_hints(callable_.__init__ if isinstance(callable_, type) else callable_)
-    parameters = {k: p for k, p in signature(callable_).parameters.items() if p.kind is Parameter.KEYWORD_ONLY}
+    """Raise ValueError unless `values` are keyword-only arguments of `callable_`, of the right types."""
+    hints = get_type_hints(callable_.__init__ if isinstance(callable_, type) else callable_, include_extras=True)
+    known, passes_on = keyword_only(callable_), "passed_on" in signature(callable_).parameters
     for key, value in values.items():
-        if key not in parameters:
-            raise ValueError(unknown_key(prefix + key, [prefix + other for other in parameters]))
-        try:
-            TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(value)
-        except ValidationError:
-            shown = "null" if value is None else value
-            raise ValueError(f"{prefix}{key}={shown} must be {_wanted(hints[key])}.") from None
+        full_key = f"{name}.{key}" if name else key
+        if key in known:
+            try:
+                TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(value)
+            except ValidationError:
+                raise ValueError(f"{full_key}={_shown(value)} must be {_wanted(hints[key])}.") from None
+        elif not passes_on:
+            raise ValueError(unknown_key(full_key))
 
 
-def unknown_key(key: str, known: list[str]) -> str:
+def unknown_key(key: str) -> str:
     """The sentence for a key that nobody reads."""
-    close = get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."
-    return f"Unknown key {key}: {hint}"
+    known, (section, _, name) = _known_keys(), key.rpartition(".")
+    beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    close = [k for k in known if k.endswith(f".{name}")] or [beside[k] for k in get_close_matches(name, beside, n=1)]
+    if close:
+        return f"Unknown key {key}: did you mean {' or '.join(close)}?"
+    return f"Unknown key {key}: known are {', '.join(sorted(beside.values()))}."
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _wanted(hint: Any) -> str:
+    if get_origin(hint) is Annotated:
+        kind, *limits = get_args(hint)
+        words = {"gt": "above", "ge": "of at least"}
+        told = [f"{words[sign]} {getattr(x, sign)}" for x in limits for sign in words if hasattr(x, sign)]
+        return " ".join([_wanted(kind), *told])
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    parts = get_args(hint) if get_origin(hint) is UnionType else (hint,)
-    return " or ".join(names.get(part) or str(part) for part in parts)
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_wanted, get_args(hint)))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null",
+             dict: "a section of keys", list[float]: "a list of numbers"}  # fmt: skip
+    return names[hint]
 
 
 def launch(main: Callable[[DictConfig], None]) -> None:
@@ -115,22 +147,27 @@ def launch(main: Callable[[DictConfig], None]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints and exits by itself
     try:
         main()
-    except (HydraException, OmegaConfBaseException) as error:
-        stop_with(_override_mistake(error))
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        stop_with(_told(error))
 
 
-def _override_mistake(error: Exception) -> str:
+def _told(error: Exception) -> str:
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
     if key and "is not in struct" in str(cause):
-        return unknown_key(key, _known_keys())
-    return str(error).split("\n")[0]
+        return unknown_key(key)
+    if isinstance(error, MissingConfigException):
+        known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+        return f"--config-name {error.missing_cfg_file}: there is no such file; known are {', '.join(known)}."
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read: write key=value, as in seed=1, and quote commas and brackets."
+    return str(error) if isinstance(error, YAMLError) else str(error).splitlines()[0]
 
 
 def _known_keys() -> list[str]:
-    def walk(node: dict, prefix: str) -> list[str]:
-        keys = [prefix + key for key in node]
-        return keys + [k for key, v in node.items() if isinstance(v, dict) for k in walk(v, f"{prefix}{key}.")]
+    def walk(node: dict, prefix: str = "") -> list[str]:
+        below = [k for key, v in node.items() if isinstance(v, dict) for k in walk(v, f"{prefix}{key}.")]
+        return [prefix + key for key in node] + below
 
-    defaults = OmegaConf.load(Path(__file__).parent / "hydra_config" / "defaults.yaml")
-    return walk(OmegaConf.to_container(defaults), "")
+    known = OmegaConf.to_container(OmegaConf.load(FOLDER / "defaults.yaml"))
+    return walk({key: value for key, value in known.items() if key not in ("defaults", "hydra")})

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.distributed import split_dataset_by_node
+from pydantic import NonNegativeInt
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -68,17 +69,32 @@ def open_rows(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | dat
                 raise ValueError(f"{name}.data_files={empty[0]}: the file is empty; give one with sequences in it.")
     if path == "fasta":  # by default it keeps each record's raw bytes in a further column
         load_dataset_kwargs = {"columns": ["id", "sequence"], **load_dataset_kwargs}
+    no_rows = (
+        f"{name}: split={load_dataset_kwargs.get('split')} of {files or path} has no rows; give one with sequences."
+    )
     try:
         rows = datasets.load_dataset(**load_dataset_kwargs)
         first = next(iter(rows), None)  # a stream opens its files only when it is asked for a row
     except Exception as error:  # whatever its readers raise: Arrow's, JSON's, the system's, the hub's and its own
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        if "corresponds to no data" in reason[0] or "BatchSize must be greater than 0" in reason[0]:
+            raise ValueError(no_rows) from error
         raise ValueError(f"{name}: datasets cannot load {load_dataset_kwargs}: {reason[0]}") from error
     if isinstance(rows, dict):
         raise ValueError(f"{name}.split is not set; this data set has the splits {', '.join(rows)}.")
     if first is None:
-        raise ValueError(f"{name}: {files or path} has no rows.")
+        raise ValueError(no_rows)
     return rows
+
+
+def check_limits(section: str, max_seq_length: int, mlm_probability: float, window_rows: int) -> None:
+    """Raise ValueError for a number that leaves nothing to learn from."""
+    if max_seq_length < 3:
+        raise ValueError(f"{section}.max_seq_length={max_seq_length} must be at least 3: <cls>, a residue, <eos>.")
+    if not 0 < mlm_probability < 1:
+        raise ValueError(f"{section}.mlm_probability={mlm_probability} must lie between 0 and 1.")
+    if window_rows < 1:
+        raise ValueError(f"{section}.window_rows={window_rows} must be at least 1.")
 
 
 def _patterns(files: str | Iterable[str] | Mapping) -> list[str]:
@@ -274,17 +290,12 @@ class TrainLoader:
         token_micro_batch_size: int | None = None,
         max_seq_length: int = 1024,
         mlm_probability: float = 0.15,
-        num_workers: int = 1,
+        num_workers: NonNegativeInt = 1,
         window_rows: int = 10_000,
     ):
         section = "dataset"
         self.distributed, self.num_workers = distributed, num_workers
-        if max_seq_length < 3:
-            raise ValueError(f"{section}.max_seq_length={max_seq_length} must be at least 3: <cls>, a residue, <eos>.")
-        if not 0 < mlm_probability < 1:
-            raise ValueError(f"{section}.mlm_probability={mlm_probability} must lie between 0 and 1.")
-        if window_rows < 1:
-            raise ValueError(f"{section}.window_rows={window_rows} must be at least 1.")
+        check_limits(section, max_seq_length, mlm_probability, window_rows)
         grouping = Grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
         with distributed.main_first():
             rows = open_rows(section, load_dataset_kwargs)

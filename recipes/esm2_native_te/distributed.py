@@ -4,6 +4,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ def stop_with(sentence: str) -> NoReturn:
     """End this process with exit code 2 for a user's mistake, told once: by rank 0."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    elif not dist.is_initialized():
+        time.sleep(60)  # torchrun ends all ranks as soon as one leaves: not before rank 0 has spoken
+    if dist.is_initialized():
+        dist.barrier()
     sys.exit(2)
 
 

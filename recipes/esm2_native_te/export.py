@@ -8,10 +8,13 @@ writes `config.json` of an `EsmForMaskedLM`, `model.safetensors`, the tokenizer 
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
+
+import quiet  # noqa: F401  # isort: skip
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
@@ -44,7 +47,7 @@ model, tokenizer = AutoModelForMaskedLM.from_pretrained("."), AutoTokenizer.from
 logits = model(**tokenizer("MSKGEELFTGVVPILVELDGDVNGHK<mask>SVSGEGEGDATYGK", return_tensors="pt")).logits
 ```
 
-Outside its training data it knows nothing: it has seen only what is named above. The configuration:
+The configuration:
 
 ```yaml
 {config}```
@@ -52,12 +55,15 @@ Outside its training data it knows nothing: it has seen only what is named above
 
 
 def read_weights(step_folder: Path) -> dict[str, torch.Tensor]:
-    """The model's full tensors on the CPU, from the shards of any strategy and number of ranks."""
+    """The model's full tensors on the CPU, from the shards of any strategy and number of ranks.
+
+    TransformerEngine's FP8 state is left out: it is of use only to go on training.
+    """
     metadata = dcp.FileSystemReader(step_folder).read_metadata().state_dict_metadata
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
-        if name.startswith("model.") and hasattr(entry, "size")
+        if name.startswith("model.") and not name.endswith("._extra_state")
     }
     dcp.load(state, checkpoint_id=step_folder, no_dist=True)
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
@@ -92,13 +98,17 @@ def model_card(run: dict) -> str:
     """What the model is and how it came about, in Markdown."""
     config, validation = run["config"], run.get("validation") or {}
     data = config["dataset"]["load_dataset_kwargs"]
+    files = data.get("data_files") or data["path"]
+    told = {k: v for k, v in config.items() if k not in ("checkpoint", "logger", "validation", "wandb_init_args")}
+    # A card gets published; where files lay on the machine it was written on is nobody's business.
+    told = json.loads(re.sub(r'"/[^"]*/([^"/]*)"', r'"\1"', json.dumps(told)))
     return CARD.format(
         model_tag=config["model_tag"],
         step=run["step"],
-        start=f"`{config['init_from']}`" if config["init_from"] else "random weights",
+        start=f"`{told['init_from']}`" if told["init_from"] else "random weights",
         num_tokens=run["num_tokens"],
-        data=data.get("data_files") or data["path"],
-        config=OmegaConf.to_yaml(OmegaConf.create(config)),
+        data=", ".join(Path(file).name for file in ([files] if isinstance(files, str) else files)),
+        config=OmegaConf.to_yaml(OmegaConf.create(told)),
         **{key: f"{validation[key]:.4f}" if key in validation else "-" for key in ("loss", "perplexity", "accuracy")},
     )
 

@@ -11,11 +11,13 @@ import time
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from checkpoint import make_folder
 from collator import Batch
 from distributed import Distributed
 from modeling_esm2 import Esm2Config, training_flops
@@ -24,7 +26,8 @@ from precision import Precision
 
 # Dense BF16 matrix products, TFLOP/s, from the vendors' data sheets.
 PEAK_TFLOPS = {
-    "A100": 312, "L4": 121, "L40S": 362, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "GB200": 2250, "B300": 2250,
+    "A100": 312, "L4": 121, "L40S": 362, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250,
+    "GB200": 2250, "B300": 2250,
 }  # fmt: skip
 PACKAGES = (
     "torch",
@@ -89,6 +92,29 @@ def git_commit() -> str | None:
         return None
 
 
+def start_wandb(
+    run: dict,
+    *,
+    mode: Literal["online", "offline", "disabled", "shared"] = "disabled",
+    project: str | None = None,
+    name: str | None = None,
+    **passed_on,
+):
+    """`wandb.init` for a run with these facts; None where it is disabled. Raises ValueError where it fails."""
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"wandb_init_args.mode={mode} needs the package wandb: pip install wandb, or set mode=disabled."
+        ) from error
+    try:
+        return wandb.init(mode=mode, project=project, name=name, config=run, **passed_on)
+    except (TypeError, ValueError, wandb.Error) as error:  # an unknown argument, a bad value, no account or connection
+        raise ValueError(f"wandb_init_args: wandb does not start with mode={mode}: {error}") from error
+
+
 class PerfLogger:
     """Counts what goes through the model and reports it every `frequency` steps, over the whole window between."""
 
@@ -97,6 +123,7 @@ class PerfLogger:
         distributed: Distributed,
         config: DictConfig,
         model_config: Esm2Config,
+        num_parameters: int,
         precision: Precision,
         script: str,
         *,
@@ -119,36 +146,34 @@ class PerfLogger:
             )
         if peak_tflops is None and device.type == "cpu":
             peak_tflops = measured_peak_tflops(precision.dtype or torch.float32)
+        source = source if peak_tflops else "unknown"
         self.peak_tflops, self.notes = peak_tflops, [precision.note]
         self.run = {
-            "model_tag": config.model_tag, "strategy": script.removeprefix("train_"),
+            "model_tag": config.model_tag, "num_parameters": num_parameters,
+            "strategy": Path(script).stem.removeprefix("train_"),
             "num_ranks": distributed.num_ranks, "device": name, "threads_per_rank": torch.get_num_threads(),
             "precision": "bf16" if precision.dtype else "fp32", "fp8": precision.fp8,
             "peak_tflops_per_rank": peak_tflops, "peak_source": source, "code_sha256": code_hash(),
             "git": git_commit(), "versions": versions(), "command": sys.argv,
         }  # fmt: skip
-        if distributed.is_main and self.folder:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
-            except OSError as error:
-                raise ValueError(f"logger.log_dir={log_dir} cannot be written: {error.strerror}.") from error
+        if not distributed.is_main:
+            return
+        if self.folder:
+            make_folder("logger.log_dir", self.folder, distributed.rank)
+        self.config = OmegaConf.to_container(config, resolve=True)
+        self.wandb = start_wandb(self.run | {"config": self.config}, **self.config["wandb_init_args"])
 
-    def start(self, progress: dict, num_parameters: int, notes: list[str | None], wandb_init_args: dict) -> None:
+    def start(self, progress: dict, notes: list[str | None]) -> None:
         """Begin at `progress["step"]`: what a killed run wrote past it is dropped, an earlier run's file is kept."""
         self.num_tokens = progress.get("num_tokens", 0)
         self.validation = progress.get("validation", {})
         self._reset_window()
         if not self.distributed.is_main:
             return
-        self.run["num_parameters"] = num_parameters
         if self.folder:
             self._open_metrics(progress["step"])
+            (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config))
             (self.folder / "run.json").write_text(json.dumps(self.run, indent=1) + "\n")
-        if wandb_init_args.get("mode") != "disabled":
-            import wandb
-
-            self.wandb = wandb.init(**wandb_init_args, config=self.run)
         interactive = sys.stderr.isatty()
         self.bar = tqdm(
             total=self.num_steps, initial=progress["step"], unit="step", disable=not interactive, dynamic_ncols=True
@@ -156,8 +181,8 @@ class PerfLogger:
 
         run = self.run
         self.say(
-            f"{run['model_tag']} ({num_parameters / 1e6:,.1f}M parameters), {run['strategy']}, {run['num_ranks']} x "
-            f"{run['device']}, {run['precision']}; {self.folder or 'no folder'} for metrics.jsonl"
+            f"{run['model_tag']} ({run['num_parameters'] / 1e6:,.1f}M parameters), {run['strategy']}, "
+            f"{run['num_ranks']} x {run['device']}, {run['precision']}; {self.folder or 'no folder'} for metrics.jsonl"
         )
         for note in filter(None, (*self.notes, *notes)):
             self.say(note)
@@ -185,9 +210,9 @@ class PerfLogger:
         self.start_time = time.perf_counter()
         self.window = {"steps": 0, "tokens": 0, "slots": 0, "flops": 0.0, "data_wait": 0.0}
 
-    def count(self, batches: list[Batch], data_wait_s: float, num_tokens: int) -> None:
+    def count(self, batches: list[Batch], data_wait_s: float, num_tokens: float) -> None:
         """One step of this rank's batches; `num_tokens` is that of all ranks."""
-        self.num_tokens += num_tokens
+        self.num_tokens += int(num_tokens)
         self.window["steps"] += 1
         self.window["data_wait"] += data_wait_s
         for batch in batches:

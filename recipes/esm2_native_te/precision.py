@@ -52,7 +52,6 @@ class Precision:
         if not enabled:
             return
         self.recipe = fp8_recipe.rpartition(".")[2]  # the full path that TransformerEngine's examples give will do
-        self.format, self.recipe_kwargs = fp8_format, fp8_recipe_kwargs or {}
         if self.recipe not in RECIPES:
             raise ValueError(f"fp8_config.fp8_recipe={fp8_recipe} must be one of {', '.join(RECIPES)}.")
         if model_config.hidden_size % 16 or model_config.intermediate_size % 16:
@@ -67,7 +66,9 @@ class Precision:
                 f"fp8_config.fp8_recipe={self.recipe} needs {needs.hardware}; this is "
                 f"{torch.cuda.get_device_name(device)}."
             )
-        if not self.te and (not needs.without_te or fp8_format != "HYBRID" or fp8_recipe_kwargs):
+        if self.te:
+            self.scaling = te_scaling(self.recipe, fp8_format, fp8_recipe_kwargs or {})
+        elif not needs.without_te or fp8_format != "HYBRID" or fp8_recipe_kwargs:
             raise ValueError(
                 f"fp8_config.fp8_recipe={self.recipe} with fp8_format={fp8_format} and fp8_recipe_kwargs="
                 f"{fp8_recipe_kwargs} needs TransformerEngine; without it only Float8CurrentScaling, HYBRID, null."
@@ -101,17 +102,21 @@ class Precision:
             if autocast and self.dtype is not None:
                 stack.enter_context(torch.autocast(self.device.type, self.dtype))
             if self.fp8 and self.te:
-                stack.enter_context(te_fp8(self.recipe, self.format, self.recipe_kwargs))
+                import transformer_engine.pytorch as te
+
+                stack.enter_context(te.fp8_autocast(enabled=True, fp8_recipe=self.scaling))
             yield
 
 
-def te_fp8(recipe: str, fp8_format: str, kwargs: dict):
-    """TransformerEngine's context for products in FP8."""
+def te_scaling(recipe: str, fp8_format: str, kwargs: dict):
+    """TransformerEngine's recipe of that name."""
     import transformer_engine.common.recipe as recipes
-    import transformer_engine.pytorch as te
 
-    scaling = getattr(recipes, recipe)(fp8_format=recipes.Format[fp8_format], **kwargs)
-    return te.fp8_autocast(enabled=True, fp8_recipe=scaling)
+    try:
+        return getattr(recipes, recipe)(fp8_format=recipes.Format[fp8_format], **kwargs)
+    except (TypeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"fp8_config.fp8_recipe_kwargs={kwargs} is not for {recipe}: {reason}") from error
 
 
 def torchao_linear(emulated: bool):

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable
 
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -11,13 +12,18 @@ from torch.optim.lr_scheduler import LambdaLR
 def adamw(
     parameters: Iterable[Parameter],
     *,
-    lr: float = 4e-4,
+    lr: PositiveFloat = 4e-4,
     betas: list[float] = (0.9, 0.98),
-    eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    eps: PositiveFloat = 1e-8,
+    weight_decay: NonNegativeFloat = 0.01,
     fused: bool = True,
 ) -> AdamW:
-    """AdamW over what is to be trained; its moments have the parameters' own precision, FP32."""
+    """AdamW over what is to be trained; its moments have the parameters' own precision, FP32.
+
+    Raises ValueError unless there are two betas of at least 0 and below 1.
+    """
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"adamw_kwargs.betas={betas} must be two numbers of at least 0 and below 1.")
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return AdamW(trained, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused)
 
@@ -25,10 +31,10 @@ def adamw(
 def linear_schedule(
     optimizer: Optimizer,
     *,
-    num_warmup_steps: int = 2_000,
-    num_training_steps: int = 500_000,
-    decay_fraction: float = 0.9,
-    min_lr_fraction: float = 0.1,
+    num_warmup_steps: NonNegativeInt = 2_000,
+    num_training_steps: PositiveInt = 500_000,
+    decay_fraction: PositiveFloat = 0.9,
+    min_lr_fraction: NonNegativeFloat = 0.1,
 ) -> LambdaLR:
     """Linear warm-up to the peak, linear decay to `min_lr_fraction` of it at `decay_fraction` of the run, then flat.
 

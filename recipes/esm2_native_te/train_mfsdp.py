@@ -6,6 +6,7 @@ torchrun --nproc_per_node=8 train_mfsdp.py --config-name L0_sanity
 TRAINER=train_mfsdp.py sbatch slurm.sh                        # several nodes
 """
 
+import quiet  # noqa: F401  # isort: skip (first, before those that talk)
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -41,6 +42,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     """The whole run."""
     with distributed.one_voice():  # a user's mistake shows here, on all ranks, before anything is built
         passes = passes_per_step(config.micro_batches_per_step, distributed.num_ranks)
+        config.micro_batches_per_step = passes * distributed.num_ranks  # where it was null: a resume must know
         shape = model_config(config.model_tag, config.layer_backend, **config.model_kwargs)
         precision = Precision(distributed.device, config.precision, shape, **config.fp8_config)
         layout = {"packed": config.use_sequence_packing, "pad_to_multiple_of": precision.multiple}
@@ -51,7 +53,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         checkpointer = Checkpointer(distributed, config, num_parameters, shape, **config.checkpoint)
         fresh = checkpointer.resume_step is None
         pretrained = read_pretrained(config.init_from, shape) if config.init_from and fresh else None
-        logger = PerfLogger(distributed, config, shape, precision, Path(__file__).stem, **config.logger)
+        logger = PerfLogger(distributed, config, shape, num_parameters, precision, __file__, **config.logger)
 
     precision.prepare(model)
     if config.use_activation_checkpointing:
@@ -85,7 +87,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
 
     scheduler = linear_schedule(optimizer, **config.lr_scheduler_kwargs)
     progress = checkpointer.load(model, optimizer, scheduler, loader)
-    logger.start(progress, num_parameters, [loader.note, *checkpointer.notes], config.wandb_init_args)
+    logger.start(progress, [loader.note, *checkpointer.notes])
     stop, last, batches = StopSignal(), config.num_train_steps, iter(loader)
     model.train()
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from collator import IGNORED, MaskedLMCollator
-from dataset import TokenRows, open_rows, open_source
+from dataset import TokenRows, check_limits, open_rows, open_source
 from distributed import Distributed
 from epoch_plan import EpochPlan, Grouping
 
@@ -43,9 +43,10 @@ class Validator:
         self.enabled = load_dataset_kwargs is not None
         if not self.enabled:
             return
-        for key, value in (("every_n_steps", every_n_steps), ("max_rows", max_rows), ("window_rows", window_rows)):
+        for key, value in (("every_n_steps", every_n_steps), ("max_rows", max_rows)):
             if value is not None and value < 1:
                 raise ValueError(f"{section}.{key}={value} must be at least 1.")
+        check_limits(section, max_seq_length, mlm_probability, window_rows)
         grouping = Grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
         with distributed.main_first():
             rows = open_rows(section, load_dataset_kwargs)

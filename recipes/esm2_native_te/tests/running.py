@@ -20,6 +20,7 @@ TINY = [
     "model_kwargs.intermediate_size=80", "dataset.max_seq_length=96", "dataset.micro_batch_size=2",
     "micro_batches_per_step=4", "num_train_steps=6", "logger.frequency=1", "validation.max_rows=11",
     "validation.every_n_steps=3", "precision=fp32", "lr_scheduler_kwargs.num_warmup_steps=2", "adamw_kwargs.lr=4e-4",
+    "use_sequence_packing=false",
 ]  # fmt: skip
 
 
