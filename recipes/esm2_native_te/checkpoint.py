@@ -21,7 +21,7 @@ from export import export
 from modeling_esm2 import Esm2Config
 
 
-# A change of these keys on resume leaves the trajectory as it was, but for rounding; others are refused unless allowed.
+# A change of these keys on resume moves the trajectory by rounding at most; others are refused unless allowed.
 HARMLESS = (
     "checkpoint.", "logger.", "wandb_init_args.", "validation.", "num_train_steps", "use_sequence_packing",
     "use_torch_compile", "use_activation_checkpointing", "layer_backend", "precision", "deterministic",
