@@ -1,11 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fill masked residues of green fluorescent protein with a trained model, through `transformers` alone."""
 
+import logging
+import os
 import sys
 
-import torch
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
+# transformers imports torchao, and torchao looks for GPU kernels that are of no use here.
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+import torch  # noqa: E402
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer  # noqa: E402
+from transformers import logging as transformers_logging  # noqa: E402
+
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
 
 GFP_P42212 = (
     "MSKGEELFTGVVPILVELDGDVNGHKFSVSGEGEGDATYGKLTLKFICTTGKLPVPWPTLVTTFSYGVQCFSRYPDHMKQHDFFKSAMPEGYVQERTIFFKDDGNY"

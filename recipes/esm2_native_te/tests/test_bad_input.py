@@ -216,22 +216,24 @@ def write_bad_data(folder: Path) -> None:
     (folder / "cut.fasta.gz").write_bytes(whole[: len(whole) // 2])
 
 
-@pytest.mark.parametrize("section", ["dataset", "validation"])
+BAD_DATA = [
+    ("parquet", "missing.parquet", ["data_files=missing.parquet: no such file", "full path"]),
+    ("parquet", "empty.parquet", ["empty.parquet: the file is empty", "with sequences"]),
+    ("parquet", "no_rows.parquet", ["split=train of no_rows.parquet has no rows"]),
+    ("parquet", "other_column.parquet", ["sequence_column=sequence: the data has no such column", "has protein"]),
+    ("parquet", "numbers.parquet", ["sequence_column=sequence: the column holds int64, not text"]),
+    ("parquet", "blank.parquet", ["all empty", "column"]),
+    ("parquet", "text.parquet", ["text.parquet", "arquet"]),
+    ("fasta", "cut.fasta.gz", ["cut.fasta.gz"]),
+    ("csv", "no_rows.csv", ["split=train of no_rows.csv has no rows"]),
+    ("fasta", "no_rows.fasta", ["split=train of no_rows.fasta has no rows"]),
+    ("parquet", "null", ["data_files is not set"]),
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "name", "parts"),
-    [
-        ("parquet", "missing.parquet", ["data_files=missing.parquet: no such file", "full path"]),
-        ("parquet", "empty.parquet", ["empty.parquet: the file is empty", "with sequences"]),
-        ("parquet", "no_rows.parquet", ["split=train of no_rows.parquet has no rows"]),
-        ("parquet", "other_column.parquet", ["sequence_column=sequence: the data has no such column", "has protein"]),
-        ("parquet", "numbers.parquet", ["sequence_column=sequence: the column holds int64, not text"]),
-        ("parquet", "blank.parquet", ["all empty", "column"]),
-        ("parquet", "text.parquet", ["text.parquet", "arquet"]),
-        ("fasta", "cut.fasta.gz", ["cut.fasta.gz"]),
-        ("csv", "no_rows.csv", ["split=train of no_rows.csv has no rows"]),
-        ("fasta", "no_rows.fasta", ["split=train of no_rows.fasta has no rows"]),
-        ("parquet", "null", ["data_files is not set"]),
-    ],
+    ("section", "kind", "name", "parts"),
+    [("dataset", *case) for case in BAD_DATA] + [("validation", *case) for case in BAD_DATA[:5]],
 )
 def test_data(refused, tmp_path, section, kind, name, parts):
     write_bad_data(tmp_path)
