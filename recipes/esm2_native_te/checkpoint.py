@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.utils._pytree import tree_map_only
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from distributed import Distributed
 from export import export
@@ -55,6 +56,27 @@ def flat(config: dict, prefix: str = "") -> dict:
     return items
 
 
+def knows_its_place(tensor: torch.Tensor) -> bool:
+    """Whether this is a shard of an uneven split that can say which rows it holds."""
+    return hasattr(getattr(tensor, "_local_tensor", None), "__create_chunk_list__")
+
+
+def tell_its_place(tensor: DTensor, shard: torch.Tensor) -> None:
+    """Let a tensor that is split like `shard` say so."""
+    tensor._local_tensor.__create_chunk_list__ = shard.__create_chunk_list__
+    tensor._local_tensor.__create_write_items__ = shard.__create_write_items__
+
+
+def copied(value):
+    """A copy of a CPU tensor, which the optimizer would go on writing to while it is saved; anything else as it is."""
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+        return value
+    copy = value.clone()
+    if knows_its_place(value):
+        tell_its_place(copy, value._local_tensor)
+    return copy
+
+
 class Checkpointer:
     """Saves every `save_every_n_steps` and at the end, keeps the newest `max_to_keep`, and resumes from the newest.
 
@@ -76,15 +98,12 @@ class Checkpointer:
         max_to_keep: int | None = 2,
         allow_config_change: bool = False,
     ):
-        self.distributed, self.every, self.async_save, self.keep = (
-            distributed,
-            save_every_n_steps,
-            async_save,
-            max_to_keep,
-        )
+        self.distributed, self.async_save = distributed, async_save
+        self.every, self.keep = save_every_n_steps, max_to_keep
         self.config = OmegaConf.to_container(config, resolve=True)
         self.folder, self.save_final_model = Path(ckpt_dir) if ckpt_dir else None, save_final_model
-        self.model_config, self.resume_step, self.pending, self.notes = model_config, None, None, []
+        self.model_config, self.resume_step, self.notes = model_config, None, []
+        self.pending = self.group = None
         for key, value in (("save_every_n_steps", save_every_n_steps), ("max_to_keep", max_to_keep)):
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{key}={value} must be at least 1, or null.")
@@ -160,12 +179,12 @@ class Checkpointer:
                 json.dumps(rest | {"model": self.model_config.to_dict(), "config": self.config}, indent=1)
             )
         dist.barrier()
-        if self.async_save and not wait:
-            # On the CPU the optimizer would write into the very tensors that are being saved.
-            state = tree_map_only(torch.Tensor, lambda t: t.clone() if t.device.type == "cpu" else t, state)
-            if not hasattr(self, "group"):  # its own, so that its messages and the training's cannot cross
+        # On a GPU, DCP's own copy of an uneven shard would not know its place any more.
+        uneven = any(map(knows_its_place, state["model"].values())) and self.distributed.device.type == "cuda"
+        if self.async_save and not wait and not uneven:
+            if self.group is None:  # its own, so that its messages and the training's cannot cross
                 self.group = dist.new_group(backend="gloo")
-            self.pending = dcp.async_save(state, checkpoint_id=path, process_group=self.group)
+            self.pending = dcp.async_save(tree_map(copied, state), checkpoint_id=path, process_group=self.group)
         else:
             dcp.save(state, checkpoint_id=path)
             self._prune()
@@ -193,13 +212,11 @@ class Checkpointer:
         weights, moments = get_state_dict(model, optimizer)
         # DCP takes a DTensor for split evenly by rows. A parameter that knows better tells its copy and its moments.
         for name, parameter in model.named_parameters():
-            shard = getattr(parameter, "_local_tensor", None)
-            if hasattr(shard, "__create_chunk_list__"):
+            if knows_its_place(parameter):
                 weights[name] = weights[name].clone()  # a view into a larger buffer cannot be staged for an async save
                 for tensor in (weights[name], *moments["state"].get(name, {}).values()):
                     if tensor.shape == parameter.shape:
-                        tensor._local_tensor.__create_chunk_list__ = shard.__create_chunk_list__
-                        tensor._local_tensor.__create_write_items__ = shard.__create_write_items__
+                        tell_its_place(tensor, parameter._local_tensor)
         state = {"model": weights, "optimizer": moments, f"rng.cpu.{self.distributed.rank}": torch.get_rng_state()}
         if self.distributed.device.type == "cuda":
             state[f"rng.cuda.{self.distributed.rank}"] = torch.cuda.get_rng_state()
@@ -207,10 +224,18 @@ class Checkpointer:
 
     def load(self, model, optimizer, scheduler, loader) -> dict:
         """Put everything back as it was and return the progress, with `step`; {"step": 0} where there is nothing."""
+        found: list[int | None] = [None] * self.distributed.num_ranks
+        dist.all_gather_object(found, self.resume_step)
+        with self.distributed.one_voice():
+            if len(set(found)) > 1:
+                raise ValueError(
+                    f"checkpoint.ckpt_dir={self.folder}: the ranks see different newest steps, {found}; it has to be "
+                    "one folder that all nodes share."
+                )
+            if self.resume_step is not None:
+                loader.load_state_dict(self.saved["loader"])
         if self.resume_step is None:
             return {"step": 0}
-        with self.distributed.one_voice():  # a streamed data set may refuse
-            loader.load_state_dict(self.saved["loader"])
         path, state = self._path(self.resume_step), self._state(model, optimizer)
         known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         weights = state["model"]

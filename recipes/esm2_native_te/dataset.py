@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from glob import glob
 from itertools import islice
+from multiprocessing import forkserver
 from pathlib import Path
 
 import datasets
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from collator import Batch, MaskedLMCollator
-from distributed import Distributed
+from distributed import Distributed, ignore_signals, signals_ignored
 from epoch_plan import EpochPlan, Grouping, MicroBatch, RankSampler, permuted, uniform_below
 
 
@@ -69,9 +70,8 @@ def open_rows(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | dat
                 raise ValueError(f"{name}.data_files={empty[0]}: the file is empty; give one with sequences in it.")
     if path == "fasta":  # by default it keeps each record's raw bytes in a further column
         load_dataset_kwargs = {"columns": ["id", "sequence"], **load_dataset_kwargs}
-    no_rows = (
-        f"{name}: split={load_dataset_kwargs.get('split')} of {files or path} has no rows; give one with sequences."
-    )
+    way_out = f"give more sequences, or set {name}=null" if section == "validation" else "give one with sequences"
+    no_rows = f"{name}: split={load_dataset_kwargs.get('split')} of {files or path} has no rows; {way_out}."
     try:
         rows = datasets.load_dataset(**load_dataset_kwargs)
         first = next(iter(rows), None)  # a stream opens its files only when it is asked for a row
@@ -319,12 +319,18 @@ class TrainLoader:
             self.plan = EpochPlan(source, grouping, seed, window_rows)
             self.sampler = RankSampler(self.plan, distributed.rank, distributed.num_ranks)
             how = {"dataset": TokenRows(source), "batch_sampler": self.sampler}
+        if self.num_workers:
+            # torchrun and Slurm signal whole process groups; that the rank is to save and leave is no news for its
+            # workers. The server they are forked from inherits what is ignored when it starts.
+            with signals_ignored():
+                forkserver.ensure_running()
         self.loader = StatefulDataLoader(
             **how,
             collate_fn=MaskedLMCollator(packed, seed, mlm_probability, pad_to_multiple_of),
             num_workers=self.num_workers,
             # A fork after the process group or CUDA is up can crash or hang.
             multiprocessing_context="forkserver" if self.num_workers else None,
+            worker_init_fn=ignore_signals if self.num_workers else None,
             pin_memory=distributed.device.type == "cuda",
         )
         self.last_name: tuple | None = None
@@ -338,15 +344,20 @@ class TrainLoader:
         """What is left to read, the same on every rank; JSON."""
         if not self.streaming:
             position = self.sampler.position_after(self.last_name) if self.last_name else self.sampler.position
-            return {"position": list(position)}
+            return {"position": list(position), "num_rows": self.plan.num_rows}
         states = [None] * self.distributed.num_ranks
         torch.distributed.all_gather_object(states, self.loader.state_dict())
         return {"layout": self._layout(), "ranks": states}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a saved state. Raises ValueError for a stream that was saved on another layout."""
+        """Go on from a saved state. Raises ValueError for other data, or a stream that was saved on another layout."""
         self.last_name = None
         if not self.streaming:
+            if state["num_rows"] != self.plan.num_rows:
+                raise ValueError(
+                    f"dataset.load_dataset_kwargs: the checkpoint was made with {state['num_rows']:,} rows and the "
+                    f"data now has {self.plan.num_rows:,}; give the old data, or start anew in another folder."
+                )
             self.sampler.position = tuple(state["position"])
         elif state["layout"] != self._layout():
             raise ValueError(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NoReturn
 
 import torch
@@ -44,6 +45,12 @@ class Distributed:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def max(self, value: float) -> float:
+        """The largest of all ranks."""
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
 
     @contextmanager
     def one_voice(self):
@@ -92,7 +99,8 @@ def process_group(seed: int, deterministic: bool = False):
     if cuda:
         torch.cuda.set_device(device)
     # gloo serves the CPU tensors on GPU machines too: label counts, stop flags and checkpoint plans.
-    options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo"}
+    # Hours, because ranks wait while the first of them converts a large data set or exports a large model.
+    options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timedelta(hours=3)}
     if "RANK" not in env:  # plain `python`: a group of one that needs no port
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**options)
@@ -120,12 +128,33 @@ def passes_per_step(micro_batches_per_step: int | None, num_ranks: int) -> int:
     return micro_batches_per_step // num_ranks
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def ignore_signals(worker: int | None = None) -> None:
+    """From here on, this process goes on at a signal to stop."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def signals_ignored():
+    """What is started in the block ignores the signals to stop."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    ignore_signals()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class StopSignal:
     """Remembers SIGTERM or SIGUSR1 (Slurm's warning), so that the run can save and leave after its step."""
 
     def __init__(self):
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
     def _remember(self, number, frame):

@@ -118,9 +118,10 @@ class EpochPlan:
 
     def __init__(self, source, grouping: Grouping, seed: int | None, window_rows: int):
         self.source, self.grouping, self.seed = source, grouping, seed
-        multiple = grouping.num_rows or 1  # so that only the last micro-batch of an epoch can be short of rows
+        multiple = grouping.num_rows or 1  # so that, but for empty rows, only an epoch's last micro-batch can be short
         self.window_rows = max(1, window_rows // multiple) * multiple
-        self.num_windows = -(-len(source) // self.window_rows)
+        self.num_rows = len(source)
+        self.num_windows = -(-self.num_rows // self.window_rows)
 
     def window(self, epoch: int, window: int) -> list[MicroBatch]:
         """The micro-batches of one window."""

@@ -103,7 +103,7 @@ def model_card(run: dict) -> str:
     # A card gets published; where files lay on the machine it was written on is nobody's business.
     told = json.loads(re.sub(r'"/[^"]*/([^"/]*)"', r'"\1"', json.dumps(told)))
     return CARD.format(
-        model_tag=config["model_tag"],
+        model_tag=told["model_tag"],
         step=run["step"],
         start=f"`{told['init_from']}`" if told["init_from"] else "random weights",
         num_tokens=run["num_tokens"],

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import math
 import platform
 import resource
 import subprocess
@@ -228,14 +229,10 @@ class PerfLogger:
             return
         loss = loss.item()  # waits for the device, so that the time below is that of work done
         seconds, window, num_ranks = time.perf_counter() - self.start_time, self.window, self.distributed.num_ranks
-        loss, tokens, slots, flops, wait, memory = self.distributed.sum(
-            loss,
-            window["tokens"],
-            window["slots"],
-            window["flops"],
-            window["data_wait"],
-            peak_memory_gib(self.distributed),
+        loss, tokens, slots, flops, wait = self.distributed.sum(
+            loss, window["tokens"], window["slots"], window["flops"], window["data_wait"]
         )
+        memory = self.distributed.max(peak_memory_gib(self.distributed))
         tflops = flops / seconds / 1e12
         self._write(
             {
@@ -243,7 +240,7 @@ class PerfLogger:
                 "learning_rate": learning_rate,
                 "tokens_per_second": tokens / seconds, "num_tokens": self.num_tokens, "fill": tokens / slots,
                 "step_time_s": seconds / window["steps"], "data_wait_s": wait / num_ranks / window["steps"],
-                "peak_memory_gib": memory / num_ranks, "model_tflops": tflops,
+                "peak_memory_gib": memory, "model_tflops": tflops,
                 "peak_share": tflops / num_ranks / self.peak_tflops if self.peak_tflops else None,
             }
         )  # fmt: skip
@@ -274,6 +271,8 @@ class PerfLogger:
         )
 
     def _write(self, line: dict) -> None:
+        # JSON has no NaN and no infinity.
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         if not self.distributed.is_main:
             return
         if self.folder:

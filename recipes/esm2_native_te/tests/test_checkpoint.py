@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from running import RECIPE, TINY, TRAINERS, curve, environment, run_here, run_ranks
@@ -132,6 +133,39 @@ def wait_for(condition, seconds=120):
     while not condition():
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_saves_in_the_background_on_two_ranks_are_whole(trainer, tmp_path):
+    paths = {mode: tmp_path / mode for mode in ("false", "true")}
+    for mode, path in paths.items():
+        run_ranks(trainer, 2, path, *save_to(path, f"checkpoint.async_save={mode}"))
+    for step in (3, 6):
+        assert_same(*(weights(path, step) for path in paths.values()))
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path, capsys):
+    data = tmp_path / "data.parquet"
+    rows = pq.read_table(RECIPE / "data" / "train.parquet")
+    pq.write_table(rows, data)
+    here = save_to(tmp_path, f"dataset.load_dataset_kwargs.data_files={data}")
+    run_here("train_ddp", tmp_path, *here, "num_train_steps=3")
+    pq.write_table(rows.slice(0, 50), data)
+    with pytest.raises(SystemExit):
+        run_here("train_ddp", tmp_path, *here)
+    assert "3,600 rows and the data now has 50" in capsys.readouterr().err
+
+
+def test_torchrun_told_to_stop_saves_although_its_workers_hear_it_too(tmp_path):
+    process = start("train_fsdp2", 2, tmp_path, "num_train_steps=2000", "dataset.num_workers=1")
+    wait_for(
+        lambda: (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").read_text().count("\n") > 4
+    )
+    os.kill(process.pid, signal.SIGTERM)
+    assert "goes on from there" in process.communicate(timeout=120)[1]
+    stopped = complete_steps(tmp_path)[-1]
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert stopped == last
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
