@@ -35,9 +35,7 @@ def distributed():
 @pytest.fixture(scope="session")
 def real_proteins() -> str:
     """8,000 UniRef proteins, where this checkout has them."""
-    beside = [
-        parent / "shared" / "data" for parent in RECIPE.parents
-    ]  # of a repository that has such a folder beside it
+    beside = [parent / "shared" / "data" for parent in RECIPE.parents]
     folder = Path(os.environ.get("TEST_DATA") or next((path for path in beside if path.is_dir()), "shared/data"))
     if not (folder / "proteins_8k.parquet").exists():
         pytest.skip(f"no proteins_8k.parquet in {folder}")
