@@ -149,8 +149,6 @@ class PerfLogger:
             peak_tflops = measured_peak_tflops(precision.dtype or torch.float32)
         source = source if peak_tflops else "unknown"
         self.peak_tflops, self.notes = peak_tflops, [precision.note]
-        if (warmup := config.lr_scheduler_kwargs.num_warmup_steps) >= config.num_train_steps:
-            self.notes.append(f"The run ends within the {warmup} steps of its warm-up, below the peak learning rate.")
         self.run = {
             "model_tag": config.model_tag, "num_parameters": num_parameters,
             "strategy": Path(script).stem.removeprefix("train_"),
