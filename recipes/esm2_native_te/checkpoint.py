@@ -1,40 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Save and resume a run under any strategy, on any number of ranks.
 
-A checkpoint is a folder `step_<n>/`: DCP's shards of model, optimizer and RNG, and `run.json` with the rest. DCP
-writes `.metadata` last, and only a folder that has it counts.
+A checkpoint is a folder `step_<n>/`: DCP's shards of model, optimizer and RNG, `run.json` with the rest, and checksums
+(step_folder.py). A save that fails is told and training goes on; nothing is deleted before its successor is complete.
 """
 
 import json
 import shutil
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
 
-from distributed import Distributed
+from distributed import Distributed, stop_with
 from export import export
 from modeling_esm2 import Esm2Config
+from step_folder import StepWriter, complete_steps, damage, knows_its_place, numbered, set_aside, tell_its_place
 
 
 # A change of these keys on resume moves the trajectory by rounding at most; others are refused unless allowed.
 HARMLESS = (
     "checkpoint.", "logger.", "wandb_init_args.", "validation.", "num_train_steps", "use_sequence_packing",
     "use_torch_compile", "use_activation_checkpointing", "layer_backend", "precision", "deterministic",
-    "dataset.num_workers",
+    "dataset.num_workers", "anomalies.",
 )  # fmt: skip
 
-
-def complete_steps(folder: Path) -> list[int]:
-    """The steps whose checkpoints were written to the end, oldest first."""
-    return sorted(
-        int(found.parent.name[5:]) for found in folder.glob("step_*/.metadata") if found.parent.name[5:].isdigit()
-    )
+SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 
 
 def make_folder(key: str, folder: Path, rank: int) -> None:
@@ -54,27 +52,6 @@ def flat(config: dict, prefix: str = "") -> dict:
     for key, value in config.items():
         items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return items
-
-
-def knows_its_place(tensor: torch.Tensor) -> bool:
-    """Whether this is a shard of an uneven split that can say which rows it holds."""
-    return hasattr(getattr(tensor, "_local_tensor", None), "__create_chunk_list__")
-
-
-def tell_its_place(tensor: DTensor, shard: torch.Tensor) -> None:
-    """Let a tensor that is split like `shard` say so."""
-    tensor._local_tensor.__create_chunk_list__ = shard.__create_chunk_list__
-    tensor._local_tensor.__create_write_items__ = shard.__create_write_items__
-
-
-def copied(value):
-    """A copy of a CPU tensor, which the optimizer would go on writing to while it is saved; anything else as it is."""
-    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
-        return value
-    copy = value.clone()
-    if knows_its_place(value):
-        tell_its_place(copy, value._local_tensor)
-    return copy
 
 
 class Checkpointer:
@@ -103,7 +80,8 @@ class Checkpointer:
         self.config = OmegaConf.to_container(config, resolve=True)
         self.folder, self.save_final_model = Path(ckpt_dir) if ckpt_dir else None, save_final_model
         self.model_config, self.resume_step, self.notes = model_config, None, []
-        self.pending = self.group = None
+        self.pending = self.group = self.failed_step = None
+        self.damaged: dict[int, str] = {}
         for key, value in (("save_every_n_steps", save_every_n_steps), ("max_to_keep", max_to_keep)):
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{key}={value} must be at least 1, or null.")
@@ -119,18 +97,8 @@ class Checkpointer:
                 f"checkpoint.ckpt_dir={self.folder} has {free / 2**20:,.1f} MiB free, and a checkpoint and the final "
                 f"model take {needed / 2**20:,.1f} MiB; make room or take another folder."
             )
-        if save_final_model and (self.folder / "final_model").exists():
-            raise ValueError(
-                f"checkpoint.ckpt_dir={ckpt_dir} has a final_model already; move it away, take another folder, or set "
-                "checkpoint.save_final_model=false."
-            )
-        if steps := complete_steps(self.folder):
-            if not resume_from_checkpoint:
-                raise ValueError(
-                    f"checkpoint.ckpt_dir={ckpt_dir} holds step_{steps[-1]} of an earlier run; set "
-                    "checkpoint.resume_from_checkpoint=true to go on from it, or take another folder."
-                )
-            self.resume_step = steps[-1]
+        self._find_newest(resume_from_checkpoint)
+        if self.resume_step is not None:
             if self.resume_step > config.num_train_steps:
                 raise ValueError(
                     f"num_train_steps={config.num_train_steps}, but checkpoint.ckpt_dir={ckpt_dir} is at step "
@@ -143,6 +111,41 @@ class Checkpointer:
                     "That is the last step: nothing is left to train. Give more num_train_steps to go on."
                 )
             model_config.rope_inv_freq_dtype = self.saved["model"]["rope_inv_freq_dtype"]
+        # A run that is killed after its export, and started again, has nothing left to do.
+        if save_final_model and (self.folder / "final_model").exists() and self.resume_step != config.num_train_steps:
+            raise ValueError(
+                f"checkpoint.ckpt_dir={ckpt_dir} has a final model already; move it away, take another folder, or set "
+                "checkpoint.save_final_model=false."
+            )
+
+    def _find_newest(self, resume: bool) -> None:
+        """Set `resume_step` to the newest checkpoint that is whole; note those that are not."""
+        steps = numbered(self.folder)
+        seen = self.distributed.gather(steps)
+        if any(other != steps for other in seen):
+            raise ValueError(
+                f"checkpoint.ckpt_dir={self.folder}: the ranks see different steps, {seen}; it has to be one folder "
+                "that all nodes share."
+            )
+        if steps and not resume:
+            raise ValueError(
+                f"checkpoint.ckpt_dir={self.folder} holds step_{steps[-1]} of an earlier run; set "
+                "checkpoint.resume_from_checkpoint=true to go on from it, or take another folder."
+            )
+        for step in reversed(steps):
+            found = self.distributed.gather(
+                damage(self._path(step), self.distributed.rank, self.distributed.num_ranks)
+            )
+            if not any(found):
+                self.resume_step = step
+                return
+            self.damaged[step] = next(filter(None, found))
+        if steps:
+            told = "; ".join(f"step_{step}: {reason}" for step, reason in self.damaged.items())
+            raise ValueError(
+                f"checkpoint.ckpt_dir={self.folder} holds no whole checkpoint ({told}); put a whole one there, or "
+                "take another folder to start anew."
+            )
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step}"
@@ -152,6 +155,8 @@ class Checkpointer:
         changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
         model = [k for k in changed if k.startswith("model_")]
         serious = [k for k in changed if not k.startswith(HARMLESS)]
+        for step, reason in self.damaged.items():
+            self.notes.append(f"step_{step} is damaged and set aside as step_{step}.damaged: {reason}.")
         self.notes.append(f"Going on from {self._path(self.resume_step)}.")
         if told := [f"{k} {before.get(k)} -> {now.get(k)}" for k in changed if not k.startswith("checkpoint.")]:
             self.notes.append(f"Changed since: {', '.join(told)}.")
@@ -162,6 +167,13 @@ class Checkpointer:
                 f"checkpoint.ckpt_dir={self.folder} was written with another configuration: {told}; give the old "
                 f"values, take another folder{way_out}."
             )
+        shape, found = self.model_config.to_dict(), self.saved["model"]  # where model_tag is a folder that has changed
+        if wrong := [k for k in SHAPE if shape[k] != found[k]]:
+            told = ", ".join(f"{k} was {found[k]} and is {shape[k]}" for k in wrong)
+            raise ValueError(
+                f"checkpoint.ckpt_dir={self.folder} holds another model: {told}; give model_tag or model_kwargs of "
+                "that size, or take another folder."
+            )
 
     def is_due(self, step: int, last: bool) -> bool:
         """Whether to save after this step."""
@@ -170,42 +182,50 @@ class Checkpointer:
     def save(self, step: int, model, optimizer, scheduler, loader, progress: dict, wait: bool) -> None:
         """Write `step_<step>`; in the background if `async_save` and not `wait`. Older ones go when it is complete."""
         self.finish()
-        path, state = self._path(step), self._state(model, optimizer)
-        rest = {"step": step, "scheduler": scheduler.state_dict(), "loader": loader.state_dict(), **progress}
-        if self.distributed.is_main:
-            shutil.rmtree(path, ignore_errors=True)  # what a killed run left of this step
-            path.mkdir(parents=True)
-            (path / "run.json").write_text(
-                json.dumps(rest | {"model": self.model_config.to_dict(), "config": self.config}, indent=1)
-            )
-        dist.barrier()
-        # On a GPU, DCP's own copy of an uneven shard would not know its place any more.
-        uneven = any(map(knows_its_place, state["model"].values())) and self.distributed.device.type == "cuda"
-        if self.async_save and not wait and not uneven:
+        run = {"step": step, "scheduler": scheduler.state_dict(), "loader": loader.state_dict(), **progress}
+        run |= {"model": self.model_config.to_dict(), "config": self.config}
+        writer, state = StepWriter(self._path(step), json.dumps(run, indent=1)), self._state(model, optimizer)
+        self.step = step
+        if self.async_save and not wait:
             if self.group is None:  # its own, so that its messages and the training's cannot cross
                 self.group = dist.new_group(backend="gloo")
-            self.pending = dcp.async_save(tree_map(copied, state), checkpoint_id=path, process_group=self.group)
+            self.pending = dcp.async_save(state, storage_writer=writer, process_group=self.group).result
         else:
-            dcp.save(state, checkpoint_id=path)
-            self._prune()
+            self.pending = partial(dcp.save, state, storage_writer=writer)
+            self.finish()
 
     def finish(self) -> None:
-        """Wait for a save in the background."""
-        if self.pending is not None:
-            self.pending.result()
-            self.pending = None
-            dist.barrier()
-            self._prune()
-
-    def _prune(self) -> None:
-        if not self.distributed.is_main:
+        """Wait for a save in the background. One that failed, failed on all ranks; it is told, and its folder goes."""
+        if self.pending is None:
             return
+        pending, self.pending, self.failed_step = self.pending, None, None
+        try:
+            pending()
+        except CheckpointException as failure:
+            self.failed_step = self.step
+            reasons = {
+                rank: str(error).strip() or type(error).__name__ for rank, (error, _) in failure.failures.items()
+            }
+            rank, reason = min(reasons.items())
+            self.distributed.say(
+                f"step_{self.step} could not be saved, on rank {rank}: {reason.splitlines()[0]}. {self._newest()}"
+            )
+        if self.distributed.is_main:
+            self._tidy()
+        dist.barrier()
+
+    def _newest(self) -> str:
         steps = complete_steps(self.folder)
-        keep = set(steps[-self.keep :] if self.keep else steps)
-        for found in self.folder.glob("step_*"):
-            if found.name[5:].isdigit() and int(found.name[5:]) not in keep and int(found.name[5:]) < steps[-1]:
-                (found / ".metadata").unlink(missing_ok=True)  # first, so that a half-deleted one does not count
-                shutil.rmtree(found, ignore_errors=True)
+        return f"The newest checkpoint is step_{steps[-1]}." if steps else "There is no checkpoint yet."
+
+    def _tidy(self) -> None:
+        """Remove all but the newest checkpoints, and what was cut short."""
+        steps = complete_steps(self.folder)
+        for step in steps[: -self.keep] if self.keep else []:
+            with suppress(OSError):  # hidden first: half of it must not look like a checkpoint
+                self._path(step).rename(self.folder / f".step_{step}.old")
+        for litter in (*self.folder.glob(".step_*.old"), *self.folder.glob(".step_*.partial")):
+            shutil.rmtree(litter, ignore_errors=True)
 
     def _state(self, model, optimizer) -> dict:
         model = getattr(model, "module", model)  # what is inside a wrapper
@@ -213,7 +233,6 @@ class Checkpointer:
         # DCP takes a DTensor for split evenly by rows. A parameter that knows better tells its copy and its moments.
         for name, parameter in model.named_parameters():
             if knows_its_place(parameter):
-                weights[name] = weights[name].clone()  # a view into a larger buffer cannot be staged for an async save
                 for tensor in (weights[name], *moments["state"].get(name, {}).values()):
                     if tensor.shape == parameter.shape:
                         tell_its_place(tensor, parameter._local_tensor)
@@ -224,18 +243,16 @@ class Checkpointer:
 
     def load(self, model, optimizer, scheduler, loader) -> dict:
         """Put everything back as it was and return the progress, with `step`; {"step": 0} where there is nothing."""
-        found: list[int | None] = [None] * self.distributed.num_ranks
-        dist.all_gather_object(found, self.resume_step)
-        with self.distributed.one_voice():
-            if len(set(found)) > 1:
-                raise ValueError(
-                    f"checkpoint.ckpt_dir={self.folder}: the ranks see different newest steps, {found}; it has to be "
-                    "one folder that all nodes share."
-                )
-            if self.resume_step is not None:
-                loader.load_state_dict(self.saved["loader"])
         if self.resume_step is None:
+            if self.distributed.is_main and self.folder:
+                self._tidy()
             return {"step": 0}
+        with self.distributed.one_voice():
+            loader.load_state_dict(self.saved["loader"])
+        if self.distributed.is_main:
+            for step in self.damaged:
+                set_aside(self._path(step))
+            self._tidy()
         path, state = self._path(self.resume_step), self._state(model, optimizer)
         known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         weights = state["model"]
@@ -254,20 +271,35 @@ class Checkpointer:
         if (rng := state.get(f"rng.cuda.{self.distributed.rank}")) is not None:
             torch.cuda.set_rng_state(rng)
         scheduler.load_state_dict(self.saved["scheduler"])
-        return {k: v for k, v in self.saved.items() if k in ("step", "num_tokens", "validation")}
+        return {k: v for k, v in self.saved.items() if k not in ("scheduler", "loader", "model", "config")}
 
     def advice(self) -> str:
         """What to tell who stopped the run."""
         if self.folder is None:
             return "nothing was saved, because checkpoint.ckpt_dir is not set."
+        if self.failed_step is not None:
+            return "that could not be saved."
         return "the same command goes on from there."
 
-    def save_final(self, step: int) -> Path | None:
-        """Export the last checkpoint to `final_model/` on rank 0, if that is asked for."""
+    def save_final(self, step: int) -> None:
+        """Export the last checkpoint to `final_model/` on rank 0, if that is asked for and not done."""
+        self.close()
+        target = self.folder / "final_model" if self.save_final_model else None
+        with self.distributed.one_voice():
+            if target and self.distributed.is_main and not target.exists():
+                try:
+                    export(self._path(step), target)
+                except (OSError, SafetensorError) as error:
+                    raise ValueError(
+                        f"checkpoint.ckpt_dir={self.folder}: final_model could not be written: {error}; make room and "
+                        f"run: python export.py {self._path(step)}"
+                    ) from error
+
+    def close(self) -> None:
+        """Wait for the last save. If it failed, the run ends with that sentence."""
         self.finish()
-        if not self.save_final_model:
-            return None
-        if self.distributed.is_main:
-            export(self._path(step), self.folder / "final_model")
-        dist.barrier()
-        return self.folder / "final_model"
+        if self.failed_step is not None:
+            stop_with(
+                f"checkpoint.ckpt_dir={self.folder}: step_{self.failed_step}, the last, could not be saved. "
+                f"{self._newest()} Make room, and the same command goes on from there."
+            )

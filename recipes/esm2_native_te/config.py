@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from yaml import YAMLError
 
+from anomalies import Anomalies
 from build_model import is_reference, model_config
 from checkpoint import Checkpointer
 from dataset import TrainLoader
@@ -58,6 +59,7 @@ SECTIONS = {
     "validation": Validator,
     "adamw_kwargs": adamw,
     "lr_scheduler_kwargs": linear_schedule,
+    "anomalies": Anomalies,
     "checkpoint": Checkpointer,
     "logger": PerfLogger,
     "wandb_init_args": start_wandb,

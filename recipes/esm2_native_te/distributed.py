@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,17 +15,18 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 
-def stop_with(sentence: str) -> NoReturn:
-    """End this process with exit code 2 for a user's mistake, told once: by rank 0."""
+def stop_with(sentence: str, code: int = 2) -> NoReturn:
+    """End this process with one sentence, told by rank 0; exit code 2 stands for a user's mistake."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
     elif not dist.is_initialized():
         time.sleep(60)  # torchrun ends all ranks as soon as one leaves: not before rank 0 has spoken
     if dist.is_initialized():
         dist.barrier()
-    sys.exit(2)
+    sys.exit(code)
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,45 @@ class Distributed:
         if self.local_rank == 0:
             self._agree_on(None)
 
-    def _agree_on(self, mistake: ValueError | None) -> None:
-        told: list[str | None] = [None] * self.num_ranks
-        dist.all_gather_object(told, str(mistake) if mistake else None)
-        if first := next(filter(None, told), None):
+    def gather(self, value) -> list:
+        """What each rank gives, by rank. Raises the ValueError that another rank has met instead of coming here."""
+        return self._agree_on(None, value)
+
+    def say(self, text: str) -> None:
+        """A line for the reader, once, beside the progress bar."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    def _agree_on(self, mistake: ValueError | None, value=None) -> list:
+        told: list = [None] * self.num_ranks
+        dist.all_gather_object(told, (str(mistake) if mistake else None, value))
+        if first := next(filter(None, (theirs for theirs, _ in told)), None):
             raise mistake or ValueError(first)
+        return [value for _, value in told]
+
+
+def store_of_this_start(rank: int, num_ranks: int) -> dist.Store:
+    """A corner of torchrun's key-value store that no earlier start of this run has written to.
+
+    After a restart the store still holds the addresses of ranks that are dead, and torch would connect to them
+    (pytorch #135712). The restart count does not tell starts apart: each node has its own.
+    """
+    env, wait = os.environ, timedelta(minutes=30)
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=wait)
+    mine = uuid.uuid4().hex
+    if rank == 0:  # answers every greeting, old ones too, until each rank has its answer
+        waiting = set(range(1, num_ranks))
+        while waiting:
+            waiting = {other for other in waiting if not store.check([f"start/{mine}/{other}"])}
+            for other in waiting:
+                if store.check([f"start/hello/{other}"]):
+                    store.set(f"start/welcome/{store.get(f'start/hello/{other}').decode()}", mine)
+            time.sleep(0.01)
+        return dist.PrefixStore(mine, store)
+    store.set(f"start/hello/{rank}", mine)
+    name = store.get(f"start/welcome/{mine}").decode()
+    store.set(f"start/{name}/{rank}", "")
+    return dist.PrefixStore(name, store)
 
 
 @contextmanager
@@ -103,10 +139,13 @@ def process_group(seed: int, deterministic: bool = False):
     options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timedelta(hours=3)}
     if "RANK" not in env:  # plain `python`: a group of one that needs no port
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        options |= {"store": store_of_this_start(rank, num_ranks), "rank": rank, "world_size": num_ranks}
     dist.init_process_group(**options)
     torch.manual_seed(seed)
     if deterministic:
         env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        env.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # TransformerEngine's attention
         torch.use_deterministic_algorithms(True)
     try:
         yield Distributed(rank, local_rank, num_ranks, device)

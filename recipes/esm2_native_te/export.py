@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from build_model import is_reference
 from convert import hf_config, save_hf
 from modeling_esm2 import Esm2Config
+from step_folder import damage
 
 
 CARD = """---
@@ -75,8 +76,8 @@ def export(step_folder: Path, target: Path) -> None:
     Raises ValueError for a folder that is no complete checkpoint, and for a target that exists.
     """
     step_folder, target = Path(step_folder), Path(target)
-    if not (step_folder / ".metadata").exists():
-        raise ValueError(f"{step_folder} is no complete checkpoint: it has no .metadata; give a step_<n> folder.")
+    if reason := damage(step_folder):
+        raise ValueError(f"{step_folder} is no whole checkpoint: {reason}; give a step_<n> folder that is.")
     if target.exists():
         raise ValueError(f"{target} exists; move it away or give another name.")
     run = json.loads((step_folder / "run.json").read_text())

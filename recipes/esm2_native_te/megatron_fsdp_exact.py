@@ -45,11 +45,14 @@ def make_exact(model: MegatronFSDP, optimizer: torch.optim.Optimizer) -> None:
     model.finish_grad_sync = finish_grad_sync_everywhere
 
     # Instead of its fully_shard_optimizer, which takes a step with zero gradients: weight decay, and bias correction.
-    def after_step(optimizer, args, kwargs):
-        model.install_optimized_model_weights()
+    optimizer.register_step_post_hook(lambda *_: model.install_optimized_model_weights())
+    zero_grad = optimizer.zero_grad
+
+    def zero_grad_and_buffer(set_to_none=True):
+        zero_grad(set_to_none)
         model.zero_grad_buffer()
 
-    optimizer.register_step_post_hook(after_step)
+    optimizer.zero_grad = zero_grad_and_buffer
 
     # A shard is some rows of a flat buffer, no even split; this notes on each parameter which, for checkpoints.
     for p in model.parameters():

@@ -4,12 +4,13 @@
 import hashlib
 import json
 import math
+import os
 import platform
 import resource
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -138,6 +139,7 @@ class PerfLogger:
         self.folder = Path(log_dir) if log_dir else None
         self.num_steps, self.num_tokens, self.validation = config.num_train_steps, 0, {}
         self.wandb = self.bar = None
+        self.is_full = False
         device = distributed.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
         source = "given" if peak_tflops else "data sheet" if device.type == "cuda" else "measured"
@@ -181,16 +183,18 @@ class PerfLogger:
         )
 
         run = self.run
-        self.say(
+        self.distributed.say(
             f"{run['model_tag']} ({run['num_parameters'] / 1e6:,.1f}M parameters), {run['strategy']}, "
             f"{run['num_ranks']} x {run['device']}, {run['precision']}; {self.folder or 'no folder'} for metrics.jsonl"
         )
         for note in filter(None, (*self.notes, *notes)):
-            self.say(note)
+            self.distributed.say(note)
 
     def _open_metrics(self, step: int) -> None:
         path, kept = self.folder / "metrics.jsonl", []
-        if path.exists() and step == 0:
+        # torchrun has started this run again, before its first checkpoint: what is there is no earlier run's.
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if path.exists() and step == 0 and not restarted:
             number = 1 + len(list(self.folder.glob("metrics.before_*.jsonl")))
             path.rename(self.folder / f"metrics.before_{number}.jsonl")
         elif path.exists():
@@ -200,12 +204,9 @@ class PerfLogger:
                         kept.append(line + "\n")
                 except ValueError:  # cut off by the kill
                     continue
-        path.write_text("".join(kept))
-
-    def say(self, text: str) -> None:
-        """A line for the reader, beside the progress bar."""
-        if self.distributed.is_main:
-            tqdm.write(text, file=sys.stderr)
+        new = path.with_name(".metrics.jsonl")
+        new.write_text("".join(kept))
+        new.replace(path)  # killed here, the old lines are still there
 
     def _reset_window(self) -> None:
         self.start_time = time.perf_counter()
@@ -214,6 +215,7 @@ class PerfLogger:
     def count(self, batches: list[Batch], data_wait_s: float, num_tokens: float) -> None:
         """One step of this rank's batches; `num_tokens` is that of all ranks."""
         self.num_tokens += int(num_tokens)
+        self.first_micro_batch = list(batches[0].name)  # of the step, on the first rank
         self.window["steps"] += 1
         self.window["data_wait"] += data_wait_s
         for batch in batches:
@@ -221,23 +223,23 @@ class PerfLogger:
             self.window["slots"] += batch.num_slots
             self.window["flops"] += training_flops(self.model_config, batch.seq_lens, batch.num_labels)
 
-    def log_step(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> None:
-        """Report, if this step is one to report; all ranks call it. `loss` is this rank's part of the step's loss."""
+    def log_step(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
+        """Report, if this step is one to report; all ranks call it, with the whole step's `loss` and `grad_norm`."""
         if self.bar is not None:
             self.bar.update()
         if step % self.frequency and step != self.num_steps:
             return
-        loss = loss.item()  # waits for the device, so that the time below is that of work done
         seconds, window, num_ranks = time.perf_counter() - self.start_time, self.window, self.distributed.num_ranks
-        loss, tokens, slots, flops, wait = self.distributed.sum(
-            loss, window["tokens"], window["slots"], window["flops"], window["data_wait"]
+        # The loss is a number on the CPU already, so the device has done what these seconds are counted for.
+        tokens, slots, flops, wait = self.distributed.sum(
+            window["tokens"], window["slots"], window["flops"], window["data_wait"]
         )
         memory = self.distributed.max(peak_memory_gib(self.distributed))
         tflops = flops / seconds / 1e12
         self._write(
             {
-                "kind": "train", "step": step, "loss": loss, "grad_norm": float(grad_norm),
-                "learning_rate": learning_rate,
+                "kind": "train", "step": step, "first_micro_batch": self.first_micro_batch, "loss": loss,
+                "grad_norm": grad_norm, "learning_rate": learning_rate,
                 "tokens_per_second": tokens / seconds, "num_tokens": self.num_tokens, "fill": tokens / slots,
                 "step_time_s": seconds / window["steps"], "data_wait_s": wait / num_ranks / window["steps"],
                 "peak_memory_gib": memory, "model_tflops": tflops,
@@ -248,8 +250,8 @@ class PerfLogger:
             left = (self.num_steps - step) * seconds / window["steps"]
             self.bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
             if self.bar.disable:
-                self.say(
-                    f"step {step}/{self.num_steps}  loss {loss:.4f}  grad norm {float(grad_norm):.3f}  "
+                self.distributed.say(
+                    f"step {step}/{self.num_steps}  loss {loss:.4f}  grad norm {grad_norm:.3f}  "
                     f"lr {learning_rate:.2e}  {tokens / seconds:,.0f} tokens/s  {left / 60:.1f} min left"
                 )
         self._reset_window()
@@ -265,7 +267,7 @@ class PerfLogger:
         """Report a validation."""
         self.validation = {"step": step, **result}
         self._write({"kind": "validation", "step": step, **result})
-        self.say(
+        self.distributed.say(
             f"step {step}  validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.3f}  "
             f"accuracy {result['accuracy']:.4f}"
         )
@@ -276,12 +278,25 @@ class PerfLogger:
         if not self.distributed.is_main:
             return
         if self.folder:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            self._append(json.dumps(line) + "\n")
         if self.wandb is not None:
             self.wandb.log(
                 {f"{line['kind']}/{k}": v for k, v in line.items() if k not in ("kind", "step")}, step=line["step"]
             )
+
+    def _append(self, line: str) -> None:
+        path = self.folder / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a") as file:
+                file.write(line)
+            self.is_full = False
+        except OSError as error:  # a full disk is no reason to stop
+            with suppress(OSError):
+                os.truncate(path, size)  # no half lines
+            if not self.is_full:
+                self.distributed.say(f"{path} cannot be written: {error.strerror}. Training goes on without it.")
+            self.is_full = True
 
     def progress(self) -> dict:
         """What a checkpoint keeps of the counts."""

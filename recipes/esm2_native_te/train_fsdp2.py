@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from anomalies import Anomalies
 from build_model import build_model, fill_model, model_config, read_pretrained
 from checkpoint import Checkpointer
 from config import check_config, launch
@@ -50,6 +51,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         checkpointer = Checkpointer(distributed, config, num_parameters, shape, **config.checkpoint)
         fresh = checkpointer.resume_step is None
         pretrained = read_pretrained(config.init_from, shape) if config.init_from and fresh else None
+        anomalies = Anomalies(distributed, config.logger.log_dir, **config.anomalies)
         logger = PerfLogger(distributed, config, shape, num_parameters, precision, __file__, **config.logger)
 
     precision.prepare(model)
@@ -74,8 +76,21 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     scheduler = linear_schedule(optimizer, **config.lr_scheduler_kwargs)
     progress = checkpointer.load(model, optimizer, scheduler, loader)
     logger.start(progress, [loader.note, *checkpointer.notes])
+    anomalies.start(progress)
     stop, last, batches = StopSignal(), config.num_train_steps, iter(loader)
     model.train()
+
+    def add_gradients(micro_batches, num_labels):
+        """Those of one step; returns each micro-batch's part of its loss."""
+        losses = []
+        for batch in micro_batches:
+            inputs = batch.to(distributed.device).inputs
+            with nullcontext() if batch is micro_batches[-1] else accumulate():
+                with forward():
+                    loss = model(**inputs, num_items_in_batch=max(num_labels, 1)).loss
+                (loss * gradient_scale).backward()
+            losses.append(loss.detach())
+        return losses
 
     for step in range(progress["step"] + 1, last + 1):
         started = time.perf_counter()
@@ -85,17 +100,18 @@ def train(config: DictConfig, distributed: Distributed) -> None:
             sum(b.num_labels for b in micro_batches), sum(b.num_tokens for b in micro_batches), stop.requested
         )
 
-        loss = 0.0
-        for batch in micro_batches:
-            inputs = batch.to(distributed.device).inputs
-            with nullcontext() if batch is micro_batches[-1] else accumulate():
-                with forward():
-                    part = model(**inputs, num_items_in_batch=max(num_labels, 1)).loss
-                (part * gradient_scale).backward()
-            loss += part.detach()
-        grad_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
+        losses = add_gradients(micro_batches, num_labels)
+        grad_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        (loss,) = distributed.sum(sum(losses).item())
+        if anomalies.accept(step, loss, grad_norm, micro_batches, losses):
+            optimizer.step()
+        else:
+            optimizer.zero_grad()
+            with anomalies.explain(model):
+                add_gradients(micro_batches, num_labels)
         optimizer.zero_grad()
+        if anomalies.fatal:
+            break
 
         logger.count(micro_batches, data_wait_s, num_tokens)
         logger.log_step(step, loss, grad_norm, scheduler.get_last_lr()[0])
@@ -104,14 +120,16 @@ def train(config: DictConfig, distributed: Distributed) -> None:
             with logger.paused():
                 logger.log_validation(step, validator.run(model, forward))
         if checkpointer.is_due(step, step == last or stopping):
-            checkpointer.save(step, model, optimizer, scheduler, loader, logger.progress(), wait=stopping)
+            progress = logger.progress() | anomalies.progress()
+            checkpointer.save(step, model, optimizer, scheduler, loader, progress, wait=stopping)
         if stopping and step < last:
-            logger.say(f"Stopped after step {step} as asked; {checkpointer.advice()}")
+            distributed.say(f"Stopped after step {step} as asked; {checkpointer.advice()}")
             break
     else:
         checkpointer.save_final(last)
-    checkpointer.finish()
+    checkpointer.close()
     logger.close()
+    anomalies.close()
 
 
 if __name__ == "__main__":

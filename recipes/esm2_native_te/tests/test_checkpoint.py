@@ -13,8 +13,8 @@ import pytest
 import torch
 from running import RECIPE, TINY, TRAINERS, curve, environment, run_here, run_ranks
 
-from checkpoint import complete_steps
 from export import read_weights
+from step_folder import complete_steps
 
 
 def save_to(path, *more):
@@ -23,6 +23,10 @@ def save_to(path, *more):
 
 def weights(path, step=6):
     return read_weights(path / f"step_{step}")
+
+
+def names(path):
+    return sorted(found.name for found in path.iterdir() if "step_" in found.name)
 
 
 def assert_same(ours, theirs, **tolerance):
@@ -74,16 +78,14 @@ def test_resume_on_more_ranks(tmp_path):
     assert curve(run_ranks("train_fsdp2", 2, parts, *save_to(parts))) == pytest.approx(straight, rel=1e-5)
 
 
-def test_only_complete_checkpoints_count_and_old_ones_go(tmp_path):
+def test_old_checkpoints_go_and_what_was_cut_short_with_them(tmp_path):
     run_here("train_ddp", tmp_path, *save_to(tmp_path, "checkpoint.max_to_keep=1"))
-    assert complete_steps(tmp_path) == [6]
-    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_6"]
-    cut_short = tmp_path / "step_8"
-    cut_short.mkdir()
-    (cut_short / "__0_0.distcp").write_bytes(b"half")
-    assert complete_steps(tmp_path) == [6]
+    assert names(tmp_path) == ["step_6"]
+    for name in (".step_8.partial", ".step_3.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__0_0.distcp").write_bytes(b"half")
     run_here("train_ddp", tmp_path, *save_to(tmp_path, "checkpoint.max_to_keep=1"), "num_train_steps=9")
-    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_9"]
+    assert names(tmp_path) == ["step_9"]
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):

@@ -25,7 +25,7 @@ from precision import Precision
 
 
 TRAIN_KEYS = {
-    "kind", "step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "num_tokens", "fill", "step_time_s",
+    "kind", "step", "first_micro_batch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "num_tokens", "fill", "step_time_s",
     "data_wait_s", "peak_memory_gib", "model_tflops", "peak_share",
 }  # fmt: skip
 SHAPE = Esm2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)
@@ -52,12 +52,11 @@ def drive(distributed, folder: Path, **options) -> list[dict]:
     perf_logger.time = SimpleNamespace(perf_counter=lambda: clock.now)
     logger = make_logger(distributed, folder, **options)
     logger.start({"step": 0}, [None, "a note"])
-    part = 1 / distributed.num_ranks  # each rank has its share of the loss
     for step, seconds in enumerate((1.0, 3.0, 2.0, 2.0, 0.5), start=1):
         batches = [batch([10, 20], 4, 40)] if distributed.rank == 0 else [batch([30], 3, 30), batch([10], 1, 20)]
         clock.now += seconds
         logger.count(batches, data_wait_s=seconds / 4, num_tokens=30 if distributed.num_ranks == 1 else 70)
-        logger.log_step(step, torch.tensor(step * part), torch.tensor(2.0 * step), learning_rate=step / 100)
+        logger.log_step(step, float(step), 2.0 * step, learning_rate=step / 100)
         with logger.paused():
             clock.now += 1000.0  # a validation
         if step == 4:
@@ -133,7 +132,7 @@ def test_no_folder(distributed, tmp_path, monkeypatch):
     logger = make_logger(distributed, None)
     logger.start({"step": 0}, [])
     logger.count([batch([10], 1, 10)], 0.0, 10)
-    logger.log_step(2, torch.tensor(1.0), torch.tensor(1.0), 0.1)
+    logger.log_step(2, 1.0, 1.0, 0.1)
     logger.close()
     assert not list(tmp_path.iterdir())
 

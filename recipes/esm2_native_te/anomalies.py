@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps that go wrong: a loss or gradient that is no number, and a loss that jumps.
+
+All ranks see the same loss and gradient norm, so all come to the same verdict without asking each other. Where a step
+is no number, it is computed once more with a look at every module, to name the first one that went wrong.
+"""
+
+import json
+import math
+import time
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch.utils._pytree import tree_leaves
+
+from collator import Batch
+from distributed import Distributed, stop_with
+
+
+class Step(NamedTuple):
+    """A step that is judged."""
+
+    number: int
+    loss: float
+    grad_norm: float
+    batches: list[Batch]
+    losses: list[torch.Tensor]
+
+
+MIN_STEPS = 20  # before this many there is no telling what is usual
+
+
+class Anomalies:
+    """Judges each step before the weights are updated, and writes what is wrong to `log_dir/anomalies.jsonl`."""
+
+    def __init__(
+        self,
+        distributed: Distributed,
+        log_dir: str | None,
+        *,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        max_skipped: PositiveInt = 10,
+        spike_deviations: PositiveFloat | None = 10.0,
+        spike_window: PositiveInt = 100,
+    ):
+        self.distributed, self.folder = distributed, Path(log_dir) if log_dir else None
+        self.skip, self.max_skipped = on_nonfinite == "skip", max_skipped
+        self.deviations, self.spike_window = spike_deviations, spike_window
+        self.num_skipped, self.recent = 0, []
+        self.fatal: str | None = None
+
+    def accept(
+        self, step: int, loss: float, grad_norm: float, batches: list[Batch], losses: list[torch.Tensor]
+    ) -> bool:
+        """Whether to update the weights. All ranks call it with the same `loss` (nats a label) and `grad_norm`.
+
+        `losses` are the parts of the loss that this rank's `batches` are. Where it says no, compute the gradients once
+        more inside `explain`.
+        """
+        self.this = Step(step, loss, grad_norm, batches, losses)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return False
+        self.num_skipped = 0
+        if self._is_spike(loss):
+            usual = median(self.recent)
+            self._report("spike", median_loss=usual)
+            self.distributed.say(
+                f"step {step}  the loss jumped to {loss:.4f} from about {usual:.4f}.{self._look_up(step)}"
+            )
+        self.recent = [*self.recent, loss][-self.spike_window :]
+        return True
+
+    @contextmanager
+    def explain(self, model: torch.nn.Module):
+        """Watch the gradients of a step that was no number computed once more, and report where it began.
+
+        `fatal` is then a sentence if the run has to end.
+        """
+        with torch.compiler.set_stance("force_eager"), watched(model) as found:
+            yield
+        self.num_skipped += 1
+        stops = not self.skip or self.num_skipped >= self.max_skipped
+        culprit = self._culprit(model, found)
+        self._report("nonfinite", action="stopped" if stops else "skipped", **culprit)
+        step, loss, grad_norm = self.this[:3]
+        what = f"the gradient norm is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        sentence = f"step {step}: {what}; {describe(culprit)}. The weights stay as they are.{self._look_up(step)}"
+        if not stops:
+            self.distributed.say(sentence)
+        elif self.skip:
+            self.fatal = (
+                f"{sentence} This is no. {self.num_skipped} in a row; anomalies.max_skipped={self.max_skipped}."
+            )
+        else:
+            self.fatal = f"{sentence} To leave such steps out, set anomalies.on_nonfinite=skip."
+
+    def close(self) -> None:
+        """End the run with the sentence, if a step ended it."""
+        if self.fatal:
+            stop_with(self.fatal, code=1)
+
+    def _is_spike(self, loss: float) -> bool:
+        """Far above the median of the recent steps, by their median deviation: single jumps move neither."""
+        if self.deviations is None or len(self.recent) < min(MIN_STEPS, self.spike_window):
+            return False
+        usual = median(self.recent)
+        deviation = 1.4826 * median(abs(x - usual) for x in self.recent)  # a normal distribution's sigma
+        return loss - usual > self.deviations * max(deviation, 1e-3 * abs(usual))
+
+    def _culprit(self, model: torch.nn.Module, found: list[dict]) -> dict:
+        """The first module, in order of computation, that gave no number, on the first rank that found one."""
+        mine = None
+        if found:
+            mine = {"rank": self.distributed.rank, **found[0]}
+            mine["micro_batch"] = list(self.this.batches[mine.pop("number")].name)
+        parameters = reversed(list(getattr(model, "module", model).named_parameters()))
+        weight = next((name for name, p in parameters if not is_finite(p.grad)), None)
+        seen = self.distributed.gather((mine, weight))
+        if first := next((one for one, _ in seen if one), None):
+            return first
+        weight = next((name for _, name in seen if name), None)
+        return {"module": weight.rpartition(".")[0], "what": f"gradient of {weight}"} if weight else {"module": None}
+
+    def _report(self, kind: str, **more) -> None:
+        step, loss, grad_norm, batches, losses = self.this
+        mine = [(batch.name, batch.num_labels, part.item()) for batch, part in zip(batches, losses, strict=True)]
+        # Rank r has numbers r, r + R, ... of the step.
+        by_number = [
+            (rank, *one) for row in zip(*self.distributed.gather(mine), strict=True) for rank, one in enumerate(row)
+        ]
+        all_labels = sum(num_labels for _, _, num_labels, _ in by_number)
+        micro_batches = [
+            {"name": list(name), "rank": rank, "num_labels": n, "loss": finite(part * all_labels / n) if n else None}
+            for rank, name, n, part in by_number
+        ]
+        line = {"kind": kind, "step": step, "loss": finite(loss), "grad_norm": finite(grad_norm), **more}
+        line |= {"micro_batches": micro_batches, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        if self.distributed.is_main and self.folder:
+            with suppress(OSError), open(self.folder / "anomalies.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _look_up(self, step: int) -> str:
+        return f" Its rows: python rows.py {self.folder} --step {step}." if self.folder else ""
+
+    def progress(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"recent_losses": self.recent, "num_skipped": self.num_skipped}
+
+    def start(self, progress: dict) -> None:
+        """Go on from there."""
+        self.recent, self.num_skipped = progress.get("recent_losses", []), progress.get("num_skipped", 0)
+
+
+def finite(number: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return number if math.isfinite(number) else None
+
+
+def is_finite(tensor: torch.Tensor | None) -> bool:
+    """Whether all numbers of a tensor, or of this rank's shard of it, are finite."""
+    tensor = getattr(tensor, "_local_tensor", tensor)
+    return tensor is None or not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def describe(culprit: dict) -> str:
+    """Where it began, in words."""
+    if culprit["module"] is None:
+        return "computed once more, all was finite, so memory or a processor may be failing"
+    if "rank" not in culprit:
+        return f"first in the {culprit['what']}"
+    name = ".".join(map(str, culprit["micro_batch"]))
+    return f"first in the {culprit['what']} of {culprit['module']}, on rank {culprit['rank']}, micro-batch {name}"
+
+
+@contextmanager
+def watched(model: torch.nn.Module):
+    """Yields a list that gets an entry for each output, and each gradient of one, that is no number."""
+    found: list[dict] = []
+    number = -1  # of the pass through the model: which micro-batch
+
+    def note(what: str, module: str, number: int, tensor: torch.Tensor) -> None:
+        if not is_finite(tensor):
+            found.append({"module": module, "what": what, "number": number})
+
+    def count(module, args):
+        nonlocal number
+        number += 1
+
+    def look(name: str, module, args, output):
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                note("output", name, number, tensor.detach())
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(note, "gradient of the output", name, number))
+
+    hooks = [model.register_forward_pre_hook(count)]
+    for name, module in getattr(model, "module", model).named_modules():  # what is inside a wrapper
+        named = name or "the model"
+        hooks.append(module.register_forward_hook(lambda *call, named=named: look(named, *call)))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

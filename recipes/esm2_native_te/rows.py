@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of the data a step, or a micro-batch, was made of: to look at what made a loss jump.
+
+    python rows.py outputs --step 117
+    python rows.py outputs --micro-batch 0.3.17
+
+`outputs` is the run's `logger.log_dir`; run it from where the run was started, if its data was given by a relative
+path. A micro-batch is named by epoch, window and number in the window, as in `anomalies.jsonl` and `metrics.jsonl`.
+"""
+
+import argparse
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+
+import quiet  # noqa: F401  # isort: skip
+import numpy as np
+from omegaconf import OmegaConf
+
+from dataset import SequenceRows, TrainLoader
+from distributed import process_group
+
+
+def first_micro_batch(folder: Path, step: int) -> tuple[int, tuple[int, ...]]:
+    """The nearest step up to this one whose first micro-batch was noted, and that one's name."""
+    best = (1, (0, 0, 0))
+    for name in ("metrics.jsonl", "anomalies.jsonl"):
+        file = folder / name
+        for line in file.read_text().splitlines() if file.exists() else ():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # cut off by a kill
+                continue
+            noted = entry.get("first_micro_batch") or next((b["name"] for b in entry.get("micro_batches", [])), None)
+            if noted and best[0] <= entry["step"] <= step:
+                best = (entry["step"], tuple(noted))
+    return best
+
+
+def main(folder: Path, step: int | None, micro_batch: str | None) -> None:
+    """Print a line for each row. Raises ValueError for a step or name that cannot be."""
+    if not (folder / "config.yaml").exists():
+        raise ValueError(f"{folder} has no config.yaml; give the folder that logger.log_dir named.")
+    settings = OmegaConf.load(folder / "config.yaml")
+    if settings.dataset.load_dataset_kwargs.get("streaming"):
+        raise ValueError("dataset.load_dataset_kwargs.streaming=true: the rows of a stream have no numbers.")
+    settings.dataset.num_workers = 0
+    layout = {"packed": settings.use_sequence_packing, "pad_to_multiple_of": 1}
+    with process_group(settings.seed) as distributed:
+        loader = TrainLoader(distributed, settings.seed, **layout, **settings.dataset)
+    plan = loader.plan
+    if micro_batch is not None:
+        try:
+            epoch, window, index = map(int, micro_batch.split("."))
+            wanted = [plan.window(epoch, window)[index]]
+        except (ValueError, IndexError) as error:
+            raise ValueError(
+                f"--micro-batch {micro_batch}: there is none of that name; it is EPOCH.WINDOW.NUMBER, as in 0.3.17."
+            ) from error
+    else:
+        if step < 1:
+            raise ValueError(f"--step {step} must be at least 1.")
+        known, name = first_micro_batch(folder, step)
+        skipped = (step - known) * settings.micro_batches_per_step
+        wanted = islice(plan.starting_at(*name), skipped, skipped + settings.micro_batches_per_step)
+    print(f"{'micro-batch':>12} {'row':>12} {'tokens':>7}  sequence")
+    for batch in wanted:
+        name = ".".join(map(str, batch[:3]))
+        lengths = plan.source.lengths(batch.rows, batch.epoch)
+        sequences = plan.source.read(batch.rows, batch.epoch)
+        ids = identifiers(plan.source, batch.rows)
+        for row, length, sequence, identifier in zip(batch.rows, lengths, sequences, ids, strict=True):
+            text = sequence.decode(errors="replace")
+            text = text if len(text) <= 60 else f"{text[:57]}..."
+            print(f"{name:>12} {row:>12} {length:>7}  {text}{identifier}")
+
+
+def identifiers(source: SequenceRows, rows: np.ndarray) -> list[str]:
+    """The other text columns of these rows, which say what they are."""
+    table = source.column.rows.with_format(None)[rows]
+    others = [k for k, values in table.items() if k != source.column.name and isinstance(values[0], str)]
+    return ["".join(f"  {k}={table[k][i]}" for k in others) for i in range(len(rows))]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the run's logger.log_dir")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--step", type=int)
+    which.add_argument("--micro-batch", metavar="EPOCH.WINDOW.NUMBER")
+    arguments = parser.parse_args()
+    try:
+        main(arguments.folder, arguments.step, arguments.micro_batch)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
