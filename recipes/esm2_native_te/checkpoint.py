@@ -203,12 +203,10 @@ class Checkpointer:
             pending()
         except CheckpointException as failure:
             self.failed_step = self.step
-            reasons = {
-                rank: str(error).strip() or type(error).__name__ for rank, (error, _) in failure.failures.items()
-            }
-            rank, reason = min(reasons.items())
+            rank, (error, _) = min(failure.failures.items())
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".splitlines()[0]
             self.distributed.say(
-                f"step_{self.step} could not be saved, on rank {rank}: {reason.splitlines()[0]}. {self._newest()}"
+                f"step_{self.step} could not be saved, on rank {rank}: {reason}. {self._newest()} Training goes on."
             )
         if self.distributed.is_main:
             self._tidy()
@@ -216,7 +214,7 @@ class Checkpointer:
 
     def _newest(self) -> str:
         steps = complete_steps(self.folder)
-        return f"The newest checkpoint is step_{steps[-1]}." if steps else "There is no checkpoint yet."
+        return f"The newest checkpoint is step_{steps[-1]}." if steps else "There is no checkpoint."
 
     def _tidy(self) -> None:
         """Remove all but the newest checkpoints, and what was cut short."""

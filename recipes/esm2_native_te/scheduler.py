@@ -40,7 +40,7 @@ def linear_schedule(
 
     Raises ValueError if the warm-up does not end before the decay does.
     """
-    decay_end = int(decay_fraction * num_training_steps)
+    decay_end = round(decay_fraction * num_training_steps)
     if num_warmup_steps >= decay_end:
         raise ValueError(
             f"lr_scheduler_kwargs.num_warmup_steps={num_warmup_steps} must be less than {decay_end}, where the decay "

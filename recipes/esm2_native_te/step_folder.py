@@ -115,7 +115,10 @@ class StepWriter(dcp.FileSystemWriter):
 
     def write_data(self, plan, planner) -> Future:
         """On each rank: its shards, and their checksums as read back."""
-        written = super().write_data(plan, planner).wait()
+        try:
+            written = super().write_data(plan, planner).wait()
+        except RuntimeError as error:  # a full disk makes torch.save complain of a wrong position
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         names = sorted({result.storage_data.relative_path for result in written})
         done = Future()
         done.set_result((written, {name: sha256(self.path / name) for name in names}))

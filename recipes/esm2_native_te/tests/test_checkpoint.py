@@ -63,19 +63,28 @@ def test_strategies_read_each_others_checkpoints(first, second, tmp_path):
     assert_same(weights(whole), weights(parts), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_resume_on_other_ranks_and_workers(trainer, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    straight = curve(run_here("train_ddp", whole, *save_to(whole)))
-    run_ranks(trainer, 2, parts, *save_to(parts, "dataset.num_workers=1"), "num_train_steps=3")
-    assert curve(run_here(trainer, parts, *save_to(parts))) == pytest.approx(straight, rel=1e-5)
+def chain(*trainers, slow=False):
+    return pytest.param(trainers, id="-".join(t[6:] for t in trainers), marks=[pytest.mark.slow] if slow else [])
 
 
-def test_resume_on_more_ranks(tmp_path):
+@pytest.mark.parametrize(
+    "trainers",
+    [
+        *(chain(trainer, trainer, trainer) for trainer in TRAINERS),
+        chain("train_ddp", "train_fsdp2", "train_mfsdp", slow=True),
+        chain("train_fsdp2", "train_mfsdp", "train_ddp", slow=True),
+        chain("train_mfsdp", "train_ddp", "train_fsdp2", slow=True),
+    ],
+)
+def test_two_ranks_then_one_then_four(trainers, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    straight = curve(run_here("train_ddp", whole, *save_to(whole)))
-    run_here("train_fsdp2", parts, *save_to(parts), "num_train_steps=3")
-    assert curve(run_ranks("train_fsdp2", 2, parts, *save_to(parts))) == pytest.approx(straight, rel=1e-5)
+    straight = curve(run_here("train_ddp", whole, *save_to(whole), "num_train_steps=9"))
+    saves = save_to(parts)
+    run_ranks(trainers[0], 2, parts, *saves, "dataset.num_workers=2", "num_train_steps=3")
+    run_here(trainers[1], parts, *saves, "dataset.num_workers=0", "num_train_steps=6")
+    run_ranks(trainers[2], 4, parts, *saves, "dataset.num_workers=1", "num_train_steps=9")
+    assert curve(parts) == pytest.approx(straight, rel=1e-5)
+    assert_same(weights(whole, 9), weights(parts, 9), rtol=1e-4, atol=1e-6)
 
 
 def test_old_checkpoints_go_and_what_was_cut_short_with_them(tmp_path):

@@ -25,8 +25,8 @@ from precision import Precision
 
 
 TRAIN_KEYS = {
-    "kind", "step", "first_micro_batch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "num_tokens", "fill", "step_time_s",
-    "data_wait_s", "peak_memory_gib", "model_tflops", "peak_share",
+    "kind", "step", "first_micro_batch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "num_tokens",
+    "fill", "step_time_s", "data_wait_s", "peak_memory_gib", "model_tflops", "peak_share",
 }  # fmt: skip
 SHAPE = Esm2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)
 CONFIG = {"model_tag": "tiny", "num_train_steps": 5, "wandb_init_args": {"mode": "disabled"}, "same": "${model_tag}"}

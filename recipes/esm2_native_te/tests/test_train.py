@@ -4,6 +4,8 @@
 import pytest
 from running import TRAINERS, curve, metrics, run_here, run_ranks
 
+from export import read_weights
+
 
 PACKED = "use_sequence_packing=true"
 
@@ -31,6 +33,33 @@ def test_without_accumulation_the_curve_is_the_same(reference_curve, tmp_path):
 def test_another_seed_gives_another_curve(reference_curve, tmp_path):
     losses = metrics(run_here("train_ddp", tmp_path, "seed=1"), "train", "loss")
     assert losses != pytest.approx(reference_curve[: len(losses)], rel=1e-3)
+
+
+def saved(path, *options):
+    return (f"checkpoint.ckpt_dir={path}", "checkpoint.save_every_n_steps=2", *options)
+
+
+def weights_of(path):
+    return {name: tensor.numpy().tobytes() for name, tensor in read_weights(path / "step_6").items()}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_two_runs_are_the_same_to_the_bit(trainer, tmp_path):
+    runs = [run_here(trainer, path, *saved(path)) for path in (tmp_path / "plain", tmp_path / "again")]
+    path = tmp_path / "busy"  # what runs beside the training moves nothing
+    runs.append(run_here(trainer, path, *saved(path, "dataset.num_workers=2", "checkpoint.async_save=true")))
+    path = tmp_path / "switch"
+    runs.append(run_here(trainer, path, *saved(path, "deterministic=true")))
+    assert all(curve(run) == curve(runs[0]) for run in runs[1:])
+    assert all(weights_of(run) == weights_of(runs[0]) for run in runs[1:])
+
+
+def test_two_runs_on_two_ranks_of_two_threads_are_the_same_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    wide = ("model_kwargs.hidden_size=256", "model_kwargs.intermediate_size=1024")  # wide enough for both threads
+    runs = [run_ranks("train_fsdp2", 2, path, *saved(path, *wide)) for path in (tmp_path / "one", tmp_path / "two")]
+    assert curve(runs[0]) == curve(runs[1])
+    assert weights_of(runs[0]) == weights_of(runs[1])
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

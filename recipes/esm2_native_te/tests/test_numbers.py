@@ -1,0 +1,525 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers are right, and not only equal to each other: against `reference.py`, which is plain and in float64."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import reference
+import torch
+from ranks import excess_chi_square
+from running import run_here
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import modeling_esm2
+from collator import IGNORED, MaskedLMCollator
+from convert import save_native
+from dataset import SequenceRows
+from distributed import clip_grad_norm_
+from export import read_weights
+from modeling_esm2 import Embeddings, Esm2Config, Esm2ForMaskedLM, copy_parameters, training_flops
+from scheduler import adamw, linear_schedule
+
+
+NUM_HEADS = 4
+SHAPE = {  # that of `running.TINY`
+    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": NUM_HEADS, "intermediate_size": 80,
+    "layer_backend": "torch",
+}  # fmt: skip
+# (packed, pad_to_multiple_of); 1 is FP32's and BF16's, 16 FP8's.
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [(False, 1), (True, 1), (False, 16), (True, 16)], ids=["padded", "packed", "padded 16", "packed 16"]
+)
+
+
+def first_weights() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and buffers, random to the last bias, and large: attention is far from even, no norm is idle."""
+    random = torch.Generator().manual_seed(1)
+    with torch.device("meta"):
+        model = Esm2ForMaskedLM(Esm2Config(**SHAPE))
+    parameters = {
+        name: torch.randn(x.shape, generator=random, dtype=torch.float32) * 0.2
+        + (name.endswith("norm.weight") or "norm_weight" in name)
+        for name, x in model.named_parameters()
+    }
+    return parameters, {
+        name: torch.randn(x.shape, generator=random, dtype=torch.float32) for name, x in model.named_buffers()
+    }
+
+
+def make_model() -> Esm2ForMaskedLM:
+    model = Esm2ForMaskedLM(Esm2Config(**SHAPE))
+    parameters, buffers = first_weights()
+    copy_parameters(model, parameters | buffers)
+    return model
+
+
+def doubles(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.double() for name, weight in weights.items()}
+
+
+def sample(lengths: tuple[int, ...], index: int = 0) -> dict:
+    """Proteins of so many tokens with <cls> and <eos>."""
+    random = np.random.default_rng((7, index))
+    return {"name": (0, 0, index), "tokens": [np.r_[0, random.integers(4, 29, n - 2), 2] for n in lengths]}
+
+
+def masked(sample: dict, rate: float) -> list[tuple[list[int], list[int | None]]]:
+    """What the collator with seed 3 makes of the sample, by the reference."""
+    tokens, labels = reference.mask(
+        np.concatenate(sample["tokens"]).tolist(), np.random.default_rng((3, *sample["name"])), rate
+    )
+    ends = np.cumsum([len(tokens) for tokens in sample["tokens"]]).tolist()
+    return [(tokens[a:b], labels[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def inputs_of(sample: dict, rate: float, layout: tuple[bool, int]) -> dict:
+    return MaskedLMCollator(layout[0], 3, rate, layout[1])(sample).inputs
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, in units of the largest expected value."""
+    assert actual.shape == expected.shape
+    return float((actual.double() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(params=["float32", "float64"])
+def precise(request, monkeypatch) -> tuple[Esm2ForMaskedLM, str]:
+    """The recipe's model, in its own FP32 and with all that it computes in FP32 made float64."""
+    if request.param == "float32":
+        yield make_model(), request.param
+        return
+
+    def inv_freq(config, dtype, device=None):
+        return torch.tensor([10000.0 ** (-i / 6) for i in range(6)], dtype=torch.float64)
+
+    monkeypatch.setattr(modeling_esm2, "rope_inv_freq", inv_freq)
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    model = make_model().double()
+    torch.set_default_dtype(torch.float64)
+    yield model, request.param
+    torch.set_default_dtype(torch.float32)
+
+
+# ---- forward and backward
+
+LENGTHS, LONG = (17, 3, 96, 40, 5), (17, 3, 1024, 40)
+# As parts of the largest value. FP32 has a rounding of 6e-8 in each of some dozen sums; float64 shows that nothing
+# else is different.
+FORWARD = {"float32": 2e-5, "float64": 1e-13}  # an angle of 1,023 radians is 3e-5 off in FP32
+BACKWARD = {"float32": 1e-5, "float64": 1e-13}
+
+
+@cache
+@torch.no_grad()
+def expected_outputs() -> tuple[Tensor, Tensor, float]:
+    """Logits of all tokens, which of them have a label, and the loss."""
+    weights, sequences = doubles(first_weights()[0]), masked(sample(LONG), 0.3)
+    logits = torch.cat([reference.logits(tokens, weights, NUM_HEADS) for tokens, _ in sequences])
+    is_labelled = torch.tensor([label is not None for _, labels in sequences for label in labels])
+    loss = sum(reference.summed_loss(*sequence, weights, NUM_HEADS) for sequence in sequences)
+    return logits, is_labelled, float(loss) / int(is_labelled.sum())
+
+
+@LAYOUTS
+@torch.no_grad()
+def test_logits_and_loss(precise, layout):
+    model, precision = precise
+    inputs = inputs_of(sample(LONG), 0.3, layout)
+    logits, is_labelled, loss = expected_outputs()
+    output = model(**inputs)
+    assert error(output.logits, logits[is_labelled]) < FORWARD[precision]
+    assert output.loss.item() == pytest.approx(loss, rel=FORWARD[precision])
+    present = slice(len(logits)) if layout[0] else inputs["attention_mask"].bool()
+    del inputs["labels"]
+    assert error(model(**inputs).logits[present], logits) < FORWARD[precision]
+
+
+# Micro-batches of one step, with the rate of masks: few labels, many labels, none at all.
+STEP = [(sample(LENGTHS), 0.3), (sample((30, 8), 1), 0.1), (sample((3,), 2), 1e-9), (sample((64, 21, 9), 3), 0.15)]
+
+
+@cache
+def expected_gradients() -> tuple[float, dict[str, Tensor], list]:
+    sequences = [sequence for batch, rate in STEP for sequence in masked(batch, rate)]
+    return *reference.loss_and_gradients(sequences, doubles(first_weights()[0]), NUM_HEADS), sequences
+
+
+@LAYOUTS
+def test_gradients_of_several_micro_batches(precise, layout):
+    model, precision = precise
+    loss, gradients, sequences = expected_gradients()
+    num_labels = sum(label is not None for _, labels in sequences for label in labels)
+    total = 0.0
+    for batch, rate in STEP:
+        part = model(**inputs_of(batch, rate, layout), num_items_in_batch=num_labels).loss
+        part.backward()
+        total += part.item()
+    assert total == pytest.approx(loss, rel=BACKWARD[precision])
+    for name, parameter in model.named_parameters():
+        assert error(parameter.grad, gradients[name]) < BACKWARD[precision], name
+
+
+@torch.no_grad()
+def test_gradients_are_differences_of_the_loss():
+    """Along a random direction in each parameter by itself, so that autograd is not the only witness."""
+    weights, sequences = doubles(first_weights()[0]), masked(sample((12, 19)), 0.4)
+    random = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        _, gradients = reference.loss_and_gradients(sequences, weights, NUM_HEADS)
+    num_labels = sum(label is not None for _, labels in sequences for label in labels)
+
+    def loss(name: str, moved: Tensor) -> float:
+        return (
+            sum(float(reference.summed_loss(*s, weights | {name: moved}, NUM_HEADS)) for s in sequences) / num_labels
+        )
+
+    for name, weight in weights.items():
+        direction = torch.randn(weight.shape, generator=random, dtype=torch.float64)
+        # Off by the square of the step, 1e-10, and by the rounding of the loss over the step, 4e-16 / 1e-5.
+        slope = (loss(name, weight + 1e-5 * direction) - loss(name, weight - 1e-5 * direction)) / 2e-5
+        assert slope == pytest.approx(float((gradients[name] * direction).sum()), rel=1e-6, abs=1e-8), name
+
+
+# ---- token dropout
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("token_dropout", [True, False])
+def test_token_dropout_scales_each_sequence_by_itself(token_dropout, packed):
+    """10 tokens with 3 masks, 4 with none, 25 with 1, 7 with 5; behind them pads."""
+    embeddings = Embeddings(Esm2Config(**SHAPE, token_dropout=token_dropout))
+    table = embeddings.word_embeddings.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    sequences = [[0] + [5] * (n - 2 - masks) + [32] * masks + [2] for n, masks in ((10, 3), (4, 0), (25, 1), (7, 5))]
+    if packed:
+        cu_seqlens = torch.tensor([0, 10, 14, 39, 46, 48], dtype=torch.int32)
+        found = embeddings(torch.tensor(sum(sequences, []) + [1, 1]), None, cu_seqlens).split([10, 4, 25, 7, 2])[:4]
+    else:
+        inputs = torch.tensor([tokens + [1] * (32 - len(tokens)) for tokens in sequences])
+        found = embeddings(inputs, inputs != 1, None)
+        assert not found[inputs == 1].any()
+    scales = (0.88 / (1 - 3 / 10), 0.88, 0.88 / (1 - 1 / 25), 0.88 / (1 - 5 / 7)) if token_dropout else (1, 1, 1, 1)
+    for tokens, vectors, scale in zip(sequences, found, scales, strict=True):
+        for token, vector in zip(tokens, vectors, strict=False):
+            expected = 0 * table[32] if token == 32 and token_dropout else table[token] * scale
+            torch.testing.assert_close(vector, expected, rtol=1e-6, atol=0)
+
+
+# ---- one update
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 3.0, 1e9])
+def test_clipping_scales_all_gradients_by_their_common_norm(max_norm):
+    random = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((7, 5), (11,), (1, 3, 2))]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=random)
+    values = [value for parameter in parameters for value in parameter.grad.flatten().tolist()]
+    expected = math.sqrt(math.fsum(value**2 for value in values))
+    assert 3.0 < expected < 1e9
+    assert float(clip_grad_norm_(parameters, max_norm)) == pytest.approx(expected, rel=1e-6)
+    clipped = [value for parameter in parameters for value in parameter.grad.flatten().tolist()]
+    # PyTorch divides by the norm plus 1e-6.
+    assert clipped == pytest.approx([value * min(1.0, max_norm / expected) for value in values], rel=1e-6)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("eps", [1e-8, 0.1])
+def test_updates_by_hand(eps, weight_decay, fused):
+    """Twelve updates of a few numbers with gradients of any size; in float64, so that only the formula counts."""
+    random = np.random.default_rng(0)
+    values, moments = random.normal(size=5).tolist(), [(0.0, 0.0)] * 5
+    weight = torch.nn.Parameter(torch.tensor(values, dtype=torch.float64))
+    options = {"lr": 0.05, "betas": [0.8, 0.95], "eps": eps, "weight_decay": weight_decay}
+    optimizer = adamw([weight], **options, fused=fused)
+    for step in range(1, 13):
+        gradient = (random.normal(size=5) * [1e-9, 1e-3, 0.1, 1, 100]).tolist()
+        weight.grad = torch.tensor(gradient, dtype=torch.float64)
+        optimizer.step()
+        for i in range(5):
+            values[i], moments[i] = reference.adamw(values[i], gradient[i], moments[i], step, **options)
+        assert weight.tolist() == pytest.approx(values, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "warmup, total, decay_fraction, floor",
+    [
+        (3, 20, 0.9, 0.1),
+        (0, 12, 0.5, 0.0),
+        (1, 4, 1.0, 0.7),
+        (2, 100, 0.29, 0.1),
+    ],
+)
+def test_every_step_of_the_schedule(warmup, total, decay_fraction, floor):
+    optimizer = adamw([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    schedule = linear_schedule(
+        optimizer, num_warmup_steps=warmup, num_training_steps=total, decay_fraction=decay_fraction,
+        min_lr_fraction=floor,
+    )  # fmt: skip
+    end = round(decay_fraction * total)
+    for step in range(1, total + 5):
+        expected = reference.learning_rate(step, 0.3, warmup, end, floor)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12), step
+        optimizer.step()
+        schedule.step()
+
+
+# ---- whole runs
+
+
+def write_texts(path: Path) -> list[str | None]:
+    """19 rows, half of them to be cropped; with what is cleaned, and empty ones."""
+    random = np.random.default_rng(4)
+    texts = ["".join(random.choice(list("LAGVSERTIDPKQNFYMHWCXBUZO"), n)) for n in random.integers(4, 90, 14)]
+    texts += ["", None, " lagv-sert.IDPK*QN*J1\n", "-*-", "M\u00e9tKKW"]
+    pq.write_table(pa.table({"sequence": texts}), path)
+    return pq.read_table(path).column("sequence").to_pylist()
+
+
+# Five steps through 2 epochs and both ends of the schedule. eps is as large as the gradients are: only then does
+# AdamW notice by how much they were clipped, and it does not blow up the rounding of those that are nearly 0.
+ROWS = reference.Settings(
+    seed=10, micro_batches_per_step=3, num_train_steps=5, max_grad_norm=0.5, micro_batch_size=2,
+    token_micro_batch_size=None, max_seq_length=48, mlm_probability=0.25, window_rows=8, lr=0.05, betas=(0.8, 0.95),
+    eps=2e-3, weight_decay=0.7, num_warmup_steps=2, num_training_steps=5, decay_fraction=0.8, min_lr_fraction=0.2,
+    max_rows=17,
+)  # fmt: skip
+TOKENS = replace(ROWS, micro_batch_size=None, token_micro_batch_size=110, seed=11)
+SECTIONS = {
+    "dataset": ("micro_batch_size", "token_micro_batch_size", "max_seq_length", "mlm_probability", "window_rows"),
+    "adamw_kwargs": ("lr", "betas", "eps", "weight_decay"),
+    "lr_scheduler_kwargs": ("num_warmup_steps", "num_training_steps", "decay_fraction", "min_lr_fraction"),
+    "validation": ("max_rows",),
+}
+
+
+def overrides(settings: reference.Settings) -> list[str]:
+    sections = {key: f"{section}." for section, keys in SECTIONS.items() for key in keys}
+    given = {
+        key: list(v) if isinstance(v, tuple) else "null" if v is None else v for key, v in asdict(settings).items()
+    }
+    return [f"{sections.get(key, '')}{key}={value}".replace(" ", "") for key, value in given.items()]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """A folder with the proteins and the weights to start from."""
+    folder = tmp_path_factory.mktemp("start")
+    parameters, buffers = first_weights()
+    save_native(parameters | buffers, Esm2Config(**SHAPE), folder / "weights")
+    write_texts(folder / "proteins.parquet")
+    return folder
+
+
+@cache
+def replay(settings: reference.Settings, file: Path) -> list[dict]:
+    texts = pq.read_table(file).column("sequence").to_pylist()
+    return reference.train(settings, texts, first_weights()[0], NUM_HEADS)
+
+
+@pytest.mark.parametrize("settings", [ROWS, TOKENS], ids=["rows", "tokens"])
+@pytest.mark.parametrize("trainer, packed", [("train_ddp", False), ("train_fsdp2", True), ("train_mfsdp", True)])
+def test_runs_are_those_of_the_reference(trainer, packed, settings, start, tmp_path):
+    steps = replay(settings, start / "proteins.parquet")
+    run_here(
+        trainer, tmp_path, *overrides(settings), f"init_from={start}/weights", f"use_sequence_packing={packed}",
+        f"dataset.load_dataset_kwargs.data_files={start}/proteins.parquet",
+        f"validation.load_dataset_kwargs.data_files={start}/proteins.parquet", "validation.every_n_steps=2",
+        f"checkpoint.ckpt_dir={tmp_path}/checkpoints", "checkpoint.save_every_n_steps=1",
+        "checkpoint.max_to_keep=null",
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    train = {line["step"]: line for line in lines if line["kind"] == "train"}
+    validation = {line["step"]: line for line in lines if line["kind"] == "validation"}
+    assert list(train) == [1, 2, 3, 4, 5] and list(validation) == [2, 4, 5]
+    first, buffers = first_weights()
+    for step, expected in enumerate(steps, start=1):
+        line = train[step]
+        assert expected["grad_norm"] > 1.2 * settings.max_grad_norm  # it is clipped
+        assert line["learning_rate"] == pytest.approx(expected["learning_rate"], rel=1e-12)
+        # Sums of FP32 over a thousand tokens and 40,000 gradients were within 8e-7.
+        for key in ("loss", "grad_norm"):
+            assert line[key] == pytest.approx(expected[key], rel=5e-6), (step, key)
+        assert line["num_tokens"] == expected["num_tokens"]
+        assert line["fill"] == pytest.approx(1.0 if packed else expected["padded_fill"], rel=1e-12)
+        flops = reference.flops(expected["seq_lens"], expected["num_labels"], 2, 48, 80)
+        assert line["model_tflops"] * 1e12 * line["step_time_s"] == pytest.approx(flops, rel=1e-9)
+        if step in validation:
+            found, wanted = validation[step], expected["validation"]
+            assert wanted["margin"] > 1e-3  # rounding changes no guess
+            assert (found["num_labels"], found["accuracy"]) == (wanted["num_labels"], wanted["accuracy"])
+            assert found["loss"] == pytest.approx(wanted["loss"], rel=2e-6)
+            assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-5)
+        weights = read_weights(tmp_path / "checkpoints" / f"step_{step}")
+        assert weights.keys() == first.keys() | buffers.keys()
+        for name, before in doubles(first).items():
+            # How far it has come, as a part of the longest way: 5e-6, as the gradients in FP32 above.
+            assert error(weights[name].double() - before, expected["weights"][name] - before) < 3e-5, (step, name)
+        assert all(torch.equal(weights[name], buffers[name]) for name in buffers)
+
+
+# ---- masks
+
+NUM_BATCHES, NUM_TOKENS = 300, 1000
+
+
+def unlikely(masker: Callable[[list[int], int], tuple]) -> dict[str, float]:
+    """How improbable the masks of many micro-batches are, each statistic in standard deviations of its chi-square."""
+    random = np.random.default_rng(8)
+    tokens = random.integers(4, 24, (NUM_BATCHES, NUM_TOKENS))
+    tokens[:, 0], tokens[:, -1] = 0, 2
+    masked, labels = map(
+        np.array, zip(*(masker(row.tolist(), index) for index, row in enumerate(tokens)), strict=True)
+    )
+    labels = np.where(labels == None, IGNORED, labels).astype(int)  # noqa: E711
+    chosen = labels != IGNORED
+    assert not chosen[:, [0, -1]].any() and (masked[~chosen] == tokens[~chosen]).all()
+    assert (labels[chosen] == tokens[chosen]).all()
+    tokens, masked, chosen = tokens[:, 1:-1], masked[:, 1:-1], chosen[:, 1:-1]
+
+    def share(chosen: np.ndarray, size: np.ndarray | int) -> float:
+        sizes = np.broadcast_to(size, chosen.shape)
+        return excess_chi_square(
+            np.stack((chosen, sizes - chosen)), np.stack((0.15 * sizes, 0.85 * sizes)), chosen.size
+        )
+
+    kept, hidden = masked[chosen] == tokens[chosen], masked[chosen] == reference.MASK
+    pairs = np.bincount(2 * chosen[:, ::2].ravel() + chosen[:, 1::2].ravel(), minlength=4)
+    changed = np.bincount(masked[chosen][~kept & ~hidden], minlength=33)
+    return {
+        "rate": share(chosen.sum(), chosen.size),
+        # A random amino acid is the old one 1 time in 20.
+        "kinds": excess_chi_square(
+            np.array([hidden.sum(), kept.sum(), changed.sum()]), np.array([0.8, 0.105, 0.095]) * chosen.sum(), 2
+        ),
+        "replacements": excess_chi_square(changed[4:24], changed.sum() / 20, 19),
+        "micro-batches": share(chosen.sum(1), NUM_TOKENS - 2),
+        "places": share(chosen.sum(0), NUM_BATCHES),
+        "residues": share(np.bincount(tokens[chosen])[4:], np.bincount(tokens.ravel())[4:]),
+        "neighbours": excess_chi_square(pairs, pairs.sum() * np.array([0.85**2, 0.1275, 0.1275, 0.15**2]), 3),
+    }
+
+
+def test_masks_have_the_published_rates():
+    def masker(tokens: list[int], index: int) -> tuple:
+        sample = {"name": (index % 2, index // 2 % 5, index // 10), "tokens": [np.array(tokens)]}
+        inputs = MaskedLMCollator(True, 3, 0.15)(sample).inputs
+        return inputs["input_ids"].tolist(), inputs["labels"].tolist()
+
+    for name, deviations in unlikely(masker).items():
+        assert abs(deviations) < 5, name
+
+
+@pytest.mark.parametrize(
+    "seen, options",
+    [
+        ("rate", {"rate": 0.16}),
+        ("rate", {"rate": 0.14}),
+        ("kinds", {"shares": (0.78, 0.11)}),
+        ("kinds", {"shares": (0.8, 0.11)}),
+        ("kinds", {"shares": (0.8, 0.0)}),
+        ("replacements", {"others": reference.AMINO_ACIDS[:19]}),
+        ("replacements", {"others": reference.RESIDUES}),
+        ("micro-batches", {"spread": 0.03}),  # 12% and 18% in turn
+        ("places", {"seeds": 20}),  # twenty micro-batches' masks again and again
+        (None, {}),
+    ],
+)
+def test_other_rates_would_be_seen(seen, options):
+    def masker(tokens: list[int], index: int) -> tuple:
+        kwargs = {"rate": 0.15} | options
+        kwargs["rate"] += kwargs.pop("spread", 0) * (-1) ** index
+        return reference.mask(tokens, np.random.default_rng((1, index % kwargs.pop("seeds", NUM_BATCHES))), **kwargs)
+
+    found = unlikely(masker)
+    assert found[seen] > 10 if seen else max(map(abs, found.values())) < 5
+
+
+# ---- crops
+
+LETTERS = "LAGVSERTIDPKQNFYMHWCXBUZO"  # tokens 4, 5, 6, ...: the first one tells where a crop starts
+LONG_ROWS = [LETTERS] * 1500 + [LETTERS[: 11 + i % 14] for i in range(1400)]
+NUM_STARTS = np.array([len(text) - 9 for text in LONG_ROWS])  # with room for 10 residues
+
+
+def uneven(starts: np.ndarray) -> dict[str, float]:
+    """How improbable these starts are, [epoch, row], each statistic in standard deviations of its chi-square."""
+    counts, expected, degrees = [], [], 0
+    for num in range(2, 17):
+        some = starts[:, num == NUM_STARTS]
+        counts += np.bincount(some.ravel(), minlength=num).tolist()
+        expected += [some.size / num] * num
+        degrees += num - 1
+    quarters = starts[:, NUM_STARTS == 16] // 4
+    pairs = np.bincount((4 * quarters[:-1] + quarters[1:]).ravel(), minlength=16)
+    return {
+        "starts": excess_chi_square(np.array(counts), np.array(expected), degrees),
+        "next epoch": excess_chi_square(pairs, pairs.sum() / 16, 15),
+    }
+
+
+def test_crops_start_anywhere_in_every_row_and_epoch():
+    rows = SequenceRows("dataset", datasets.Dataset.from_dict({"sequence": LONG_ROWS}), "sequence", 12, 9)
+    everything = np.arange(len(LONG_ROWS))
+    tokens = np.array([rows.tokens(everything, epoch) for epoch in range(12)])
+    assert tokens.shape == (12, len(LONG_ROWS), 12)
+    starts = tokens[:, :, 1] - 4
+    for num in range(2, 17):
+        some = starts[:, num == NUM_STARTS]
+        assert (some.min(), some.max()) == (0, num - 1)  # the first residue is seen, and the last one
+    for name, deviations in uneven(starts).items():
+        assert abs(deviations) < 5, name
+
+
+@pytest.mark.parametrize(
+    "seen, start",
+    [
+        ("starts", lambda u, num: u * (num - 1)),  # the last one never
+        ("starts", lambda u, num: u * (num - 1) + 0.5),  # both ends half as often
+        ("starts", lambda u, num: 0.97 * u * num),
+        ("next epoch", lambda u, num: (u[0] + 0.1 * u) % 1 * num),  # near where it was
+        (None, lambda u, num: u * num),
+    ],
+)
+def test_other_crops_would_be_seen(seen, start):
+    found = uneven(start(np.random.default_rng(0).random((12, len(LONG_ROWS))), NUM_STARTS).astype(int))
+    assert found[seen] > 10 if seen else max(map(abs, found.values())) < 5
+
+
+# ---- operations
+
+
+@pytest.mark.parametrize("layers, width, feed_forward", [(2, 48, 80), (5, 24, 7)])
+@pytest.mark.parametrize("seq_lens, num_labels", [([3], 1), ([17, 5, 40], 11), ([1024, 1], 0)])
+def test_operations_by_hand(layers, width, feed_forward, seq_lens, num_labels):
+    config = Esm2Config(
+        num_hidden_layers=layers, hidden_size=width, intermediate_size=feed_forward, num_attention_heads=4
+    )
+    expected = reference.flops(seq_lens, num_labels, layers, width, feed_forward)
+    assert training_flops(config, seq_lens, num_labels) == expected
+
+
+@LAYOUTS
+def test_operations_are_those_of_forward_and_backward_pass(layout):
+    """As PyTorch counts them: matrix products only, on all slots, those of attention only where it is not fused."""
+    packed, multiple = layout
+    model, batch = make_model(), sample((17, 5, 40))
+    inputs = inputs_of(batch, 0.3, layout)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(**inputs).loss.backward()
+    num_labels = int((inputs["labels"] != IGNORED).sum())
+    # The recipe counts tokens. What is padded costs more: every row up to the longest, or a last segment of pads.
+    width = -(-40 // multiple) * multiple
+    slots = ([17, 5, 40] + [-62 % multiple] * (multiple > 1)) if packed else [width] * 3
+    assert counter.get_total_flops() == training_flops(model.config, slots, num_labels)
