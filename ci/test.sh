@@ -12,6 +12,8 @@ ruff format --check .
 ruff check .
 codespell
 python ci/sync_shared.py
+(cd recipes/esm2_native_te && python tests/curve_matrix.py \
+  --from ../../docs/results/curve_matrix.json --check ../../docs/exactness.md)
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
