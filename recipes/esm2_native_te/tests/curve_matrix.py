@@ -41,7 +41,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from running import RECIPE, TINY, TRAINERS, environment
+from running import RECIPE, TINY, TRAINERS, environment, marks, with_table, write_table
 
 from build_model import is_reference
 from convert import native_to_hf
@@ -78,7 +78,6 @@ TAKEN = {
     "checkpoint.ckpt_dir": "--keep",
     "logger.log_dir": "--keep",
 }
-MARKERS_IN_TEXT = ("<!-- curve_matrix: begin -->", "<!-- curve_matrix: end -->")
 
 
 class Case(NamedTuple):
@@ -311,14 +310,6 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str, new: str) -> str:
-    """`text` with the table between its two marks replaced. Raises ValueError where it has no marks."""
-    begin, end = MARKERS_IN_TEXT
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"there is no one pair of the lines {begin} and {end}.")
-    return text.partition(begin)[0] + f"{begin}\n{new}\n{end}" + text.partition(end)[2]
-
-
 def draw(result: dict, out: Path) -> None:
     """Draw loss and gradient norm of all runs over each other and, below, how far they are from the reference."""
     rows = [row for row in result["runs"] if not row["failed"]]
@@ -400,7 +391,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw all curves")
     parser.add_argument(
         "--table", type=Path, metavar="FILE.md",
-        help=f"write the table, in a file that exists between the lines {' and '.join(MARKERS_IN_TEXT)}",
+        help="write the table, in a file that exists between the lines " + " and ".join(marks("curve_matrix")),
     )  # fmt: skip
     parser.add_argument(
         "--from", dest="source", type=Path, metavar="FILE.json", help="run nothing, take these numbers"
@@ -478,9 +469,8 @@ def main(arguments: list[str]) -> int:
     complaints = judge(result)
     try:
         if arguments.table:
-            text = arguments.table.read_text() if arguments.table.exists() else "\n".join(MARKERS_IN_TEXT) + "\n"
-            arguments.table.write_text(with_table(text, new))
-        if arguments.check and (text := arguments.check.read_text()) != with_table(text, new):
+            write_table(arguments.table, "curve_matrix", new)
+        if arguments.check and (text := arguments.check.read_text()) != with_table(text, "curve_matrix", new):
             complaints.append(f"{arguments.check}: its table is not the one of {arguments.source}; write it: --table.")
     except ValueError as error:
         complaints.append(f"{arguments.table or arguments.check}: {error}")

@@ -28,7 +28,7 @@ import quiet  # noqa: E402, F401  # isort: skip
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
-from running import RECIPE, TINY, TRAINERS, environment  # noqa: E402
+from running import RECIPE, TINY, TRAINERS, environment, with_table, write_table  # noqa: E402
 
 from dataset import TrainLoader  # noqa: E402
 from distributed import process_group  # noqa: E402
@@ -270,20 +270,63 @@ def main(folder: Path, trainer: str, num_deaths: int, seed: int, more: list[str]
     }  # fmt: skip
 
 
-if __name__ == "__main__":
+def table(results: list[dict]) -> str:
+    """How often what happened, in Markdown."""
+    kinds = [
+        "one rank",
+        "all ranks",
+        "data worker",
+        "in a save",
+        "in a save in the background",
+        "pruning",
+        "exporting",
+    ]
+    kinds += ["SIGTERM", "SIGUSR1"]
+    rows = [f"| trainer | steps | deaths | {' | '.join(kinds)} | folders, at most | in the end |"]
+    rows.append("|---" * (len(kinds) + 5) + "|")
+    for result in results:
+        came = [death["kind"].partition(",")[0] for death in result["deaths"]]
+        end = "; ".join(sentence.splitlines()[0] for sentence in result["wrong"]) or "equal to the bit"
+        counts = [str(came.count(kind)) for kind in kinds]
+        cells = [f"`{result['trainer']}`", str(result["num_steps"]), str(len(came)), *counts]
+        rows.append(f"| {' | '.join([*cells, str(result['most_folders']), end])} |")
+    first = results[0]
+    told = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    return "\n".join([*rows, "", f"Two ranks, seed {first['seed']}. {first['machine']}; {told}."])
+
+
+def read_arguments() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deaths", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trainer", choices=TRAINERS, nargs="+", default=["train_fsdp2"])
-    parser.add_argument("--keep", type=Path, help="leave the runs there")
+    parser.add_argument("--keep", type=Path, help="leave the runs there; a folder that is not there yet")
     parser.add_argument("--json", type=Path, help="write what happened there")
+    parser.add_argument("--table", type=Path, help="write the table into this page")
+    parser.add_argument("--from", dest="source", type=Path, help="a JSON that is there, instead of runs")
+    parser.add_argument("--check", type=Path, help="exit with 1 if this page has another table")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        results = [
-            main((asked.keep or Path(scratch)).absolute() / name, name, asked.deaths, asked.seed, asked.overrides)
-            for name in asked.trainer
-        ]
+    found = parser.parse_args()
+    if found.deaths < 1:
+        parser.error(f"--deaths {found.deaths} must be at least 1.")
+    if found.keep and found.keep.exists() and any(found.keep.iterdir()):
+        parser.error(f"--keep {found.keep} is not empty; the runs would go on from what is there.")
+    return found
+
+
+if __name__ == "__main__":
+    asked = read_arguments()
+    if asked.source:
+        results = json.loads(asked.source.read_text())
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = (asked.keep or Path(scratch)).absolute()
+            results = [main(folder / name, name, asked.deaths, asked.seed, asked.overrides) for name in asked.trainer]
     if asked.json:
         asked.json.write_text(json.dumps(results, indent=1) + "\n")
+    if asked.table:
+        write_table(asked.table, "kill_anywhere", table(results))
+    if asked.check and (text := asked.check.read_text()) != with_table(text, "kill_anywhere", table(results)):
+        sys.exit(f"error: {asked.check}: its table is not the one of {asked.source}; write it: --table.")
     sys.exit(any(result["wrong"] for result in results))

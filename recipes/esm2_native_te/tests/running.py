@@ -59,3 +59,22 @@ def curve(log_dir: Path) -> list[float]:
     """Every number that the trajectory decides."""
     train = [metrics(log_dir, "train", key) for key in ("loss", "grad_norm", "learning_rate", "num_tokens")]
     return sum(train, []) + metrics(log_dir, "validation", "loss") + metrics(log_dir, "validation", "accuracy")
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The lines of a page between which a command writes its table."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def with_table(text: str, name: str, new: str) -> str:
+    """`text` with the table between its two marks replaced. Raises ValueError where it has no marks."""
+    begin, end = marks(name)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"there is no one pair of the lines {begin} and {end}.")
+    return text.partition(begin)[0] + f"{begin}\n{new}\n{end}" + text.partition(end)[2]
+
+
+def write_table(page: Path, name: str, new: str) -> None:
+    """Put the table into the page, a new one if there is none."""
+    text = page.read_text() if page.exists() else "\n".join(marks(name)) + "\n"
+    page.write_text(with_table(text, name, new))
