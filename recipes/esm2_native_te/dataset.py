@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Protein rows to batches: sources, cleaning, and the loaders for training and validation."""
 
+import atexit
+import os
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from glob import glob
 from itertools import islice
-from multiprocessing import forkserver
+from multiprocessing import active_children, forkserver, parent_process
 from pathlib import Path
 
 import datasets
@@ -13,10 +17,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.distributed import split_dataset_by_node
+from datasets.table import InMemoryTable
 from pydantic import NonNegativeInt
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+import fasta_reader
 from collator import Batch, MaskedLMCollator
 from distributed import Distributed, ignore_signals, signals_ignored
 from epoch_plan import EpochPlan, Grouping, MicroBatch, RankSampler, permuted, uniform_below
@@ -28,7 +34,9 @@ RESIDUES = "".join(token for token in VOCABULARY if len(token) == 1 and token.is
 TO_TOKEN = bytearray([UNKNOWN_RESIDUE]) * 256
 for letter in RESIDUES:
     TO_TOKEN[ord(letter)] = TO_TOKEN[ord(letter.lower())] = VOCABULARY.index(letter)
+DROPPED = b"-. \t\r\n" + bytes(range(0x80, 0xC0))  # of a letter beyond ASCII all but its first byte: it is one sign
 MEMBER, CROP = 1, 2  # what a random number is for, as the last part of its key
+fasta_reader.register()
 
 
 def tokenize(sequence: bytes) -> bytes:
@@ -37,7 +45,7 @@ def tokenize(sequence: bytes) -> bytes:
     The rule for signs that are no residue of ESM's alphabet: lower case counts as upper case; gaps (`-`, `.`) and
     white space are dropped; stops (`*`) are dropped at the end and become X inside; every other sign becomes X.
     """
-    return sequence.rstrip(b"*-. \t\r\n").translate(TO_TOKEN, b"-. \t\r\n")
+    return sequence.rstrip(b"*-. \t\r\n").translate(TO_TOKEN, DROPPED)
 
 
 def describe_cleaning(sequences: list[bytes]) -> str | None:
@@ -45,7 +53,7 @@ def describe_cleaning(sequences: list[bytes]) -> str | None:
     counts = np.bincount(np.frombuffer(b"".join(sequences), dtype=np.uint8), minlength=256)
     signs = {"lower-case letters (read as upper case)": RESIDUES.lower().encode(), "gaps (dropped)": b"-.",
              "stops (dropped at the end, X inside)": b"*"}  # fmt: skip
-    usual = RESIDUES.encode() + b" \t\r\n" + b"".join(signs.values())
+    usual = RESIDUES.encode() + DROPPED + b"".join(signs.values())
     signs["unknown signs (read as X)"] = bytes(set(range(256)) - set(usual))
     found = [f"{total:,} {what}" for what, which in signs.items() if (total := int(counts[list(which)].sum()))]
     if empty := sum(not tokenize(sequence) for sequence in sequences):
@@ -70,21 +78,56 @@ def open_rows(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | dat
                 raise ValueError(f"{name}.data_files={empty[0]}: the file is empty; give one with sequences in it.")
     if path == "fasta":  # by default it keeps each record's raw bytes in a further column
         load_dataset_kwargs = {"columns": ["id", "sequence"], **load_dataset_kwargs}
-    way_out = f"give more sequences, or set {name}=null" if section == "validation" else "give one with sequences"
-    no_rows = f"{name}: split={load_dataset_kwargs.get('split')} of {files or path} has no rows; {way_out}."
-    try:
+    if path == "parquet":  # by default a row group at once, and an error where a file among others has no rows
+        load_dataset_kwargs = {"batch_size": 10_000, **load_dataset_kwargs}
+    with one_sentence(section, load_dataset_kwargs):
         rows = datasets.load_dataset(**load_dataset_kwargs)
-        first = next(iter(rows), None)  # a stream opens its files only when it is asked for a row
-    except Exception as error:  # whatever its readers raise: Arrow's, JSON's, the system's, the hub's and its own
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        if "corresponds to no data" in reason[0] or "BatchSize must be greater than 0" in reason[0]:
-            raise ValueError(no_rows) from error
-        raise ValueError(f"{name}: datasets cannot load {load_dataset_kwargs}: {reason[0]}") from error
-    if isinstance(rows, dict):
-        raise ValueError(f"{name}.split is not set; this data set has the splits {', '.join(rows)}.")
-    if first is None:
-        raise ValueError(no_rows)
+        if isinstance(rows, dict):
+            raise ValueError(f"{name}.split is not set; this data set has the splits {', '.join(rows)}.")
+        # A stream opens its files only when it is asked for a row; as Arrow, because text need not decode.
+        if next(iter(rows.with_format("arrow")), None) is None:
+            raise NoRows
     return rows
+
+
+def first_rows(
+    section: str, load_dataset_kwargs: dict, stream: datasets.IterableDataset, num_rows: int
+) -> datasets.Dataset:
+    """The first rows of a stream, held in memory."""
+    with one_sentence(section, load_dataset_kwargs):
+        rows = list(islice(stream.with_format("arrow"), num_rows))
+        return datasets.Dataset(InMemoryTable(pa.concat_tables(rows, promote_options="permissive")))
+
+
+class NoRows(Exception):
+    """The data has none."""
+
+
+@contextmanager
+def one_sentence(section: str, load_dataset_kwargs: dict) -> Iterator[None]:
+    """Whatever `datasets` raises in the block becomes a ValueError of one sentence that names `section`."""
+    name, path = f"{section}.load_dataset_kwargs", load_dataset_kwargs.get("path")
+    files = load_dataset_kwargs.get("data_files")
+    try:
+        yield
+    except Exception as error:  # whatever its readers raise: Arrow's, JSON's, the system's, the hub's and its own
+        cause = error.__cause__ or error
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        if reason.startswith(name):
+            raise
+        if isinstance(error, NoRows) or "corresponds to no data" in reason:
+            way_out = "give one with sequences"
+            if section == "validation":
+                way_out = f"give more sequences, or set {name}=null"
+            elif path == "fasta":
+                way_out += ", each after a line that begins with >"
+            told = f"{name}: split={load_dataset_kwargs.get('split')} of {files or path} has no rows; {way_out}."
+        elif isinstance(cause, UnicodeDecodeError):
+            told = f"{name}.data_files={files}: no UTF-8 text ({reason}); convert it"
+            told += f", or name its encoding: +{name}.encoding=latin-1." if path in ("csv", "json", "text") else "."
+        else:
+            told = f"{name}: datasets cannot load {load_dataset_kwargs}: {reason}"
+        raise ValueError(told) from error
 
 
 def check_limits(section: str, max_seq_length: int, mlm_probability: float, window_rows: int) -> None:
@@ -114,7 +157,12 @@ def check_column(section: str, key: str, column: str, names: list[str]) -> None:
 
 def is_text(kind: pa.DataType) -> bool:
     """Whether a column of this type holds strings."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds bytes: what Parquet files that do not say "text" are read as."""
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 class Column:
@@ -139,7 +187,7 @@ class SequenceRows:
         self.section, self.max_seq_length, self.seed = section, max_seq_length, seed
         self.column = Column(rows, sequence_column)
         kind = rows.data.column(sequence_column).type
-        if not is_text(kind):
+        if not is_text(kind) and not is_bytes(kind):
             raise ValueError(f"{section}.sequence_column={sequence_column}: the column holds {kind}, not text.")
 
     def __len__(self) -> int:
@@ -252,7 +300,7 @@ class StreamedMicroBatches(IterableDataset):
             # No set_epoch: workers share its number, and one that is an epoch ahead makes others lose their place.
             self.stream.load_state_dict(self.state["stream"])  # None: from the start
             rows, found = iter(self.stream), self.state["window"] > 0
-            while sequences := [(row[self.column] or "").encode() for row in islice(rows, self.window_rows)]:
+            while sequences := [row[self.column] or b"" for row in islice(rows, self.window_rows)]:
                 name = (epoch, self.rank, worker, self.state["window"])
                 order = permuted(np.arange(len(sequences)), len(sequences), self.seed, *name)
                 tokens = crop([sequences[i] for i in order], order, self.max_seq_length, self.seed, *name)
@@ -266,6 +314,47 @@ class StreamedMicroBatches(IterableDataset):
             if not found:
                 raise ValueError(f"The stream has no sequences for rank {self.rank}, worker {worker}: use fewer.")
             self.state = {"epoch": epoch + 1, "window": 0, "index": 0, "stream": None}
+
+
+def share_of(
+    section: str, stream: datasets.IterableDataset, column: str, distributed: Distributed, num_workers: int
+) -> tuple[datasets.IterableDataset, int]:
+    """The sequences that this rank reads, as bytes (text need not decode), and how many workers can share them.
+
+    Raises ValueError if there are none for one of them: it would look for a row for ever.
+    """
+    rank, num_ranks = distributed.rank, distributed.num_ranks
+    stream = stream.select_columns([column]).cast(datasets.Features({column: datasets.Value("large_binary")}))
+    share = split_dataset_by_node(stream, rank, num_ranks)
+    num_workers = min(num_workers, share.num_shards)
+    for worker in range(max(1, num_workers)):
+        part = share
+        if num_workers > 1 and stream.num_shards % num_ranks == 0:  # each rank has files of its own
+            part = stream.shard(num_ranks * num_workers, rank + num_ranks * worker, contiguous=False)
+        elif num_workers > 1:  # all ranks read all files, and each takes rows of its own
+            part = split_dataset_by_node(
+                stream.shard(num_workers, worker, contiguous=False), rank, num_ranks, "examples"
+            )
+        if next(iter(part), None) is None:
+            raise ValueError(
+                f"{section}.load_dataset_kwargs.streaming=true: the stream has no row for worker {worker} of rank "
+                f"{rank}; use fewer ranks or a smaller {section}.num_workers than {num_workers}, or streaming=false."
+            )
+    return share, num_workers
+
+
+def start_worker(worker: int) -> None:
+    """A worker goes on at a signal, which is for its rank to obey, and ends with its rank however that ends."""
+    ignore_signals()
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+@atexit.register
+def end_workers() -> None:
+    """Before `multiprocessing` asks them to, with a signal that they ignore, and waits for them: after an error."""
+    for process in active_children():
+        if process.daemon:
+            process.kill()
 
 
 class TrainLoader:
@@ -299,23 +388,24 @@ class TrainLoader:
         grouping = Grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
         with distributed.main_first():
             rows = open_rows(section, load_dataset_kwargs)
-        self.streaming = isinstance(rows, datasets.IterableDataset)
-        if self.streaming:
-            if protein_database is not None:
-                raise ValueError(f"{section}.protein_database needs {section}.load_dataset_kwargs.streaming=false.")
-            stream = split_dataset_by_node(rows, distributed.rank, distributed.num_ranks)
-            self.num_workers = min(num_workers, stream.num_shards)
-            rows = datasets.Dataset.from_list(list(rows.take(min(window_rows, 1000))))  # to look at
-            data = StreamedMicroBatches(
-                stream, sequence_column, grouping, max_seq_length, window_rows, seed, distributed.rank
-            )
-            how = {"dataset": data, "batch_size": None}
+            self.streaming = isinstance(rows, datasets.IterableDataset)
+            if self.streaming:
+                stream, rows = rows, first_rows(section, load_dataset_kwargs, rows, min(window_rows, 1000))
+        if self.streaming and protein_database is not None:
+            raise ValueError(f"{section}.protein_database needs {section}.load_dataset_kwargs.streaming=false.")
         source = open_source(section, rows, sequence_column, cluster_column, protein_database, max_seq_length, seed)
         some = source.read(np.arange(min(window_rows, len(source))), epoch=0)
         self.note = describe_cleaning(some)
         if not any(tokenize(sequence) for sequence in some):
             raise ValueError(f"{section}: the first {len(some):,} sequences are all empty; is the column right?")
-        if not self.streaming:
+        if self.streaming:
+            with distributed.main_first():
+                stream, self.num_workers = share_of(section, stream, sequence_column, distributed, num_workers)
+            data = StreamedMicroBatches(
+                stream, sequence_column, grouping, max_seq_length, window_rows, seed, distributed.rank
+            )
+            how = {"dataset": data, "batch_size": None}
+        else:
             self.plan = EpochPlan(source, grouping, seed, window_rows)
             self.sampler = RankSampler(self.plan, distributed.rank, distributed.num_ranks)
             how = {"dataset": TokenRows(source), "batch_sampler": self.sampler}
@@ -330,7 +420,7 @@ class TrainLoader:
             num_workers=self.num_workers,
             # A fork after the process group or CUDA is up can crash or hang.
             multiprocessing_context="forkserver" if self.num_workers else None,
-            worker_init_fn=ignore_signals if self.num_workers else None,
+            worker_init_fn=start_worker if self.num_workers else None,
             pin_memory=distributed.device.type == "cuda",
         )
         self.last_name: tuple | None = None
@@ -352,6 +442,11 @@ class TrainLoader:
     def load_state_dict(self, state: dict) -> None:
         """Go on from a saved state. Raises ValueError for other data, or a stream that was saved on another layout."""
         self.last_name = None
+        if self.streaming != ("layout" in state):
+            raise ValueError(
+                f"dataset.load_dataset_kwargs.streaming={str(self.streaming).lower()}, but the checkpoint was made "
+                f"with {str(not self.streaming).lower()}; give that, or start anew in another folder."
+            )
         if not self.streaming:
             if state["num_rows"] != self.plan.num_rows:
                 raise ValueError(
@@ -362,7 +457,8 @@ class TrainLoader:
         elif state["layout"] != self._layout():
             raise ValueError(
                 f"A streamed data set resumes only on the layout it was saved on, {state['layout']}; this run has "
-                f"{self._layout()}. Use that layout, or dataset.load_dataset_kwargs.streaming=false."
+                f"{self._layout()}; use that layout, or start anew in another folder, with "
+                "dataset.load_dataset_kwargs.streaming=false if it is to resume on any."
             )
         else:
             self.loader.load_state_dict(state["ranks"][self.distributed.rank])

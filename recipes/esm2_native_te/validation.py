@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from collator import IGNORED, MaskedLMCollator
-from dataset import TokenRows, check_limits, open_rows, open_source
+from dataset import TokenRows, check_limits, first_rows, open_rows, open_source
 from distributed import Distributed
 from epoch_plan import EpochPlan, Grouping
 
@@ -50,12 +50,12 @@ class Validator:
         grouping = Grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
         with distributed.main_first():
             rows = open_rows(section, load_dataset_kwargs)
-        if isinstance(rows, datasets.IterableDataset):
-            if max_rows is None:
-                raise ValueError(f"{section}.load_dataset_kwargs.streaming=true needs {section}.max_rows.")
-            rows = datasets.Dataset.from_list(list(rows.take(max_rows)))
-        elif max_rows is not None:
-            rows = rows.take(min(max_rows, len(rows))).flatten_indices()
+            if isinstance(rows, datasets.IterableDataset):
+                if max_rows is None:
+                    raise ValueError(f"{section}.load_dataset_kwargs.streaming=true needs {section}.max_rows.")
+                rows = first_rows(section, load_dataset_kwargs, rows, max_rows)
+        if max_rows is not None and max_rows < len(rows):
+            rows = rows.take(max_rows).flatten_indices()
         source = open_source(
             section, rows, sequence_column, cluster_column, protein_database, max_seq_length, MASK_SEED
         )

@@ -3,8 +3,13 @@
 
 import gzip
 import json
+import os
 import pickle
+import signal
 import sqlite3
+import subprocess
+import sys
+import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -100,6 +105,78 @@ def test_every_kind_of_file_gives_the_same_sequences(distributed, tmp_path, kind
     for epoch in read_epochs(loader, 2):
         assert Counter(epoch) == Counter(PROTEINS)
     assert loader.note is None
+
+
+CLEAN = "".join(f">p{i} Böhm\n{s[:50]}\n{s[50:]}\n" for i, s in enumerate(PROTEINS))
+MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "content",
+    [
+        CLEAN.replace("\n", "\r\n").encode(),
+        CLEAN.replace("\n", "\r").encode(),
+        CLEAN.encode("latin-1"),
+        MARK + CLEAN.encode(),
+        MARK + CLEAN[: CLEAN.index(">p9")].encode() + MARK + CLEAN[CLEAN.index(">p9") :].encode(),
+        CLEAN.replace("\n", "  \t\n\n").encode(),
+        CLEAN.rstrip().encode(),
+        CLEAN.replace(" Böhm", "").replace(">p", ">"),
+        "".join(f">\n{s.lower()}\n" for s in PROTEINS),
+        ">first\n>second\n\n" + CLEAN + ">last",
+        "; a comment\n\n" + CLEAN,
+        gzip.compress(CLEAN.encode("latin-1")),
+    ],
+    ids=["CRLF", "CR", "Latin-1", "mark", "two files put together", "spaces and blank lines", "no last line end",
+         "short headers", "no headers", "empty records", "comment", "gzip"],
+)  # fmt: skip
+def test_odd_fasta_gives_the_clean_files_sequences(distributed, tmp_path, content, streaming):
+    path = tmp_path / "odd.fasta"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    kwargs = {"path": "fasta", "data_files": str(path), "split": "train", "streaming": streaming}
+    (epoch,) = read_epochs(make_loader(distributed, kwargs, max_seq_length=256), 1)
+    assert Counter(epoch) == Counter(PROTEINS)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "kind, content",
+    [("fasta", b">a\nMK\xf6VL\n>b\nMK\xc3\xb6VL\n"), ("csv", "sequence\r\nMKöVL\r\nMK\u2028VL\r\n".encode())],
+)
+def test_a_sign_beyond_ascii_is_one_unknown_residue(distributed, tmp_path, kind, content, streaming):
+    (tmp_path / "a").write_bytes(content)
+    kwargs = {"path": kind, "data_files": str(tmp_path / "a"), "split": "train", "streaming": streaming}
+    loader = make_loader(distributed, kwargs)
+    assert read_epochs(loader, 1) == [["MKXVL"] * 2]
+    assert loader.note == "in the first 2 sequences: 2 unknown signs (read as X)"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_without_rows_among_others(distributed, tmp_path, streaming):
+    files = [write(tmp_path, "parquet", rows, f"s{i}")["data_files"] for i, rows in enumerate((["MKV"], [], ["MKL"]))]
+    kwargs = {"path": "parquet", "data_files": files, "split": "train", "streaming": streaming}
+    assert [sorted(e) for e in read_epochs(make_loader(distributed, kwargs), 2)] == [["MKL", "MKV"]] * 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("declared", [True, False], ids=["as text", "as bytes"])
+def test_parquet_whose_bytes_are_no_utf8(distributed, tmp_path, declared, streaming):
+    column = pa.array([b"MKVL", b"MK\xf6VL", None])
+    if declared:
+        column = pa.StringArray.from_buffers(3, *column.buffers()[1:], column.buffers()[0], 1)
+    pq.write_table(pa.table({"sequence": column}), tmp_path / "a.parquet")
+    kwargs = {"path": "parquet", "data_files": str(tmp_path / "a.parquet"), "split": "train", "streaming": streaming}
+    assert [sorted(e) for e in read_epochs(make_loader(distributed, kwargs), 2)] == [["MKVL", "MKXVL"]] * 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "csv", "json", "fasta", "fasta.gz"])
+def test_a_changed_file_is_read_anew(distributed, tmp_path, kind, streaming):
+    kwargs = write(tmp_path, kind, ["MKVL", "MKVA"]) | {"streaming": streaming}
+    assert sorted(read_epochs(make_loader(distributed, kwargs), 1)[0]) == ["MKVA", "MKVL"]
+    write(tmp_path, kind, ["MKVL", "MKVC"])  # as long as before
+    assert sorted(read_epochs(make_loader(distributed, kwargs), 1)[0]) == ["MKVC", "MKVL"]
 
 
 @pytest.mark.parametrize("how", ["list", "pattern", "by split", "from Hydra"])
@@ -284,6 +361,46 @@ def test_resume_at_the_edges_of_windows_and_epochs(distributed, tmp_path, num_re
     assert read(second, 20) == whole[num_read : num_read + 20]
 
 
+KILLED = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+
+sys.path[:0] = [".", "tests"]
+from test_dataset import make_loader, write
+
+from distributed import process_group
+
+if __name__ == "__main__":
+    with process_group(seed=0) as distributed:
+        batches = iter(make_loader(distributed, write(Path(sys.argv[1]), "parquet"), num_workers=2))
+        next(batches)
+        print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_do_not_outlive_a_rank_that_is_killed(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path)]
+    with (tmp_path / "told").open("w") as told:  # a pipe would stay open for as long as a worker lives
+        done = subprocess.run(command, cwd=RECIPE, env=environment, stdout=told, timeout=60)
+    workers = [int(pid) for pid in (tmp_path / "told").read_text().split()]
+    assert done.returncode == -signal.SIGKILL and len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 # ---- the loader, streaming
 
 
@@ -336,6 +453,19 @@ def test_a_stream_has_no_more_workers_than_files(distributed, shards):
     assert make_loader(distributed, shards, num_workers=2).num_workers == 2
     one_file = shards | {"data_files": shards["data_files"][0]}
     assert make_loader(distributed, one_file, num_workers=30).num_workers == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_state_stays_small(distributed, tmp_path, streaming):
+    """No rows in it, only places; whatever the window and however far."""
+    kwargs = write(tmp_path, "parquet", PROTEINS * 100) | {"streaming": streaming}
+    loader = make_loader(distributed, kwargs, window_rows=2000, token_micro_batch_size=2048)
+    batches = iter(loader)
+    for place in (0, 30, 150):
+        for _ in range(place):
+            next(batches)
+        assert len(json.dumps(loader.state_dict())) < (2000 if streaming else 100)
+    assert loader.last_name[0] or loader.last_name[-2] > 0  # past the first window
 
 
 def two_ranks_read(distributed, load_dataset_kwargs: dict, num: int, stop: int) -> dict:
