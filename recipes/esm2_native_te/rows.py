@@ -53,15 +53,17 @@ def main(folder: Path, step: int | None, micro_batch: str | None) -> None:
     plan = loader.plan
     if micro_batch is not None:
         try:
-            epoch, window, index = map(int, micro_batch.split("."))
+            epoch, window, index = (int(part) if part.isdigit() else -1 for part in micro_batch.split("."))
+            if min(epoch, window, index) < 0:
+                raise IndexError
             wanted = [plan.window(epoch, window)[index]]
         except (ValueError, IndexError) as error:
             raise ValueError(
                 f"--micro-batch {micro_batch}: there is none of that name; it is EPOCH.WINDOW.NUMBER, as in 0.3.17."
             ) from error
     else:
-        if step < 1:
-            raise ValueError(f"--step {step} must be at least 1.")
+        if not 1 <= step <= settings.num_train_steps:
+            raise ValueError(f"--step {step} must lie between 1 and num_train_steps={settings.num_train_steps}.")
         known, name = first_micro_batch(folder, step)
         skipped = (step - known) * settings.micro_batches_per_step
         wanted = islice(plan.starting_at(*name), skipped, skipped + settings.micro_batches_per_step)

@@ -240,8 +240,10 @@ def test_it_can_be_turned_off(distributed, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--step", "0"], "--step 0 must be at least 1"),
+        (["--step", "0"], "--step 0 must lie between 1 and num_train_steps=2"),
+        (["--step", "3"], "--step 3 must lie between 1 and num_train_steps=2"),
         (["--micro-batch", "0.0.9999"], "--micro-batch 0.0.9999: there is none"),
+        (["--micro-batch=-1.0.0"], "--micro-batch -1.0.0: there is none"),
         (["--micro-batch", "hello"], "--micro-batch hello: there is none"),
     ],
 )
