@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps that go wrong: a loss or gradient that is no number, and a loss that jumps.
 
-All ranks see the same loss and gradient norm, so all come to the same verdict without asking each other. Where a step
+The ranks judge by numbers that they have summed up, so all come to the same verdict. Where a step
 is no number, it is computed once more with a look at every module, to name the first one that went wrong.
 """
 
 import json
 import math
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from annotated_types import Ge
 from pydantic import PositiveFloat, PositiveInt
 from torch.utils._pytree import tree_leaves
 
 from collator import Batch
 from distributed import Distributed, stop_with
+from perf_logger import append_line
 
 
 class Step(NamedTuple):
@@ -46,7 +48,7 @@ class Anomalies:
         on_nonfinite: Literal["stop", "skip"] = "stop",
         max_skipped: PositiveInt = 10,
         spike_deviations: PositiveFloat | None = 10.0,
-        spike_window: PositiveInt = 100,
+        spike_window: Annotated[int, Ge(MIN_STEPS)] = 100,
     ):
         self.distributed, self.folder = distributed, Path(log_dir) if log_dir else None
         self.skip, self.max_skipped = on_nonfinite == "skip", max_skipped
@@ -54,17 +56,18 @@ class Anomalies:
         self.num_skipped, self.recent = 0, []
         self.fatal: str | None = None
 
-    def accept(
-        self, step: int, loss: float, grad_norm: float, batches: list[Batch], losses: list[torch.Tensor]
-    ) -> bool:
-        """Whether to update the weights. All ranks call it with the same `loss` (nats a label) and `grad_norm`.
+    def judge(
+        self, step: int, batches: list[Batch], losses: list[torch.Tensor], grad_norm: float
+    ) -> tuple[float, bool]:
+        """The step's loss (nats a label, all ranks) and whether to update the weights; all ranks call it.
 
         `losses` are the parts of the loss that this rank's `batches` are. Where it says no, compute the gradients once
         more inside `explain`.
         """
+        loss, bad = self.distributed.sum(sum(losses).item(), not math.isfinite(grad_norm))
         self.this = Step(step, loss, grad_norm, batches, losses)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            return False
+        if bad or not math.isfinite(loss):
+            return loss, False
         self.num_skipped = 0
         if self._is_spike(loss):
             usual = median(self.recent)
@@ -73,7 +76,7 @@ class Anomalies:
                 f"step {step}  the loss jumped to {loss:.4f} from about {usual:.4f}.{self._look_up(step)}"
             )
         self.recent = [*self.recent, loss][-self.spike_window :]
-        return True
+        return loss, True
 
     @contextmanager
     def explain(self, model: torch.nn.Module):
@@ -106,7 +109,7 @@ class Anomalies:
 
     def _is_spike(self, loss: float) -> bool:
         """Far above the median of the recent steps, by their median deviation: single jumps move neither."""
-        if self.deviations is None or len(self.recent) < min(MIN_STEPS, self.spike_window):
+        if self.deviations is None or len(self.recent) < MIN_STEPS:
             return False
         usual = median(self.recent)
         deviation = 1.4826 * median(abs(x - usual) for x in self.recent)  # a normal distribution's sigma
@@ -120,11 +123,13 @@ class Anomalies:
             mine["micro_batch"] = list(self.this.batches[mine.pop("number")].name)
         parameters = reversed(list(getattr(model, "module", model).named_parameters()))
         weight = next((name for name, p in parameters if not is_finite(p.grad)), None)
-        seen = self.distributed.gather((mine, weight))
-        if first := next((one for one, _ in seen if one), None):
+        seen = self.distributed.gather((mine, weight, sum_of_squares(model)))
+        if first := next((one for one, _, _ in seen if one), None):
             return first
-        weight = next((name for _, name in seen if name), None)
-        return {"module": weight.rpartition(".")[0], "what": f"gradient of {weight}"} if weight else {"module": None}
+        if weight := next((name for _, name, _ in seen if name), None):
+            return {"module": weight.rpartition(".")[0], "what": f"gradient of {weight}"}
+        overflows = max(squares for _, _, squares in seen) > torch.finfo(torch.float32).max
+        return {"module": None, "what": "norm of all gradients, too large for FP32" if overflows else None}
 
     def _report(self, kind: str, **more) -> None:
         step, loss, grad_norm, batches, losses = self.this
@@ -141,8 +146,7 @@ class Anomalies:
         line = {"kind": kind, "step": step, "loss": finite(loss), "grad_norm": finite(grad_norm), **more}
         line |= {"micro_batches": micro_batches, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         if self.distributed.is_main and self.folder:
-            with suppress(OSError), open(self.folder / "anomalies.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.folder / "anomalies.jsonl", json.dumps(line))
 
     def _look_up(self, step: int) -> str:
         return f" Its rows: python rows.py {self.folder} --step {step}." if self.folder else ""
@@ -167,9 +171,15 @@ def is_finite(tensor: torch.Tensor | None) -> bool:
     return tensor is None or not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
+def sum_of_squares(model: torch.nn.Module) -> float:
+    """Of the gradients that this rank holds, in float64."""
+    gradients = (getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters() if p.grad is not None)
+    return sum(g.double().square().sum().item() for g in gradients)
+
+
 def describe(culprit: dict) -> str:
     """Where it began, in words."""
-    if culprit["module"] is None:
+    if culprit["what"] is None:
         return "computed once more, all was finite, so memory or a processor may be failing"
     if "rank" not in culprit:
         return f"first in the {culprit['what']}"

@@ -7,7 +7,9 @@ A checkpoint is a folder `step_<n>/`: DCP's shards of model, optimizer and RNG, 
 
 import json
 import shutil
+import uuid
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +24,17 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from distributed import Distributed, stop_with
 from export import export
 from modeling_esm2 import Esm2Config
-from step_folder import StepWriter, complete_steps, damage, knows_its_place, numbered, set_aside, tell_its_place
+from step_folder import (
+    StepWriter,
+    complete_steps,
+    damage,
+    knows_its_place,
+    lock,
+    numbered,
+    set_aside,
+    tell_its_place,
+    unlock,
+)
 
 
 # A change of these keys on resume moves the trajectory by rounding at most; others are refused unless allowed.
@@ -91,12 +103,15 @@ class Checkpointer:
                 raise ValueError(f"checkpoint.{wants} needs checkpoint.ckpt_dir; give it a folder to write to.")
             return
         make_folder("checkpoint.ckpt_dir", self.folder, distributed.rank)
-        needed = 16 * num_parameters  # FP32 weights and two moments, and the final model
-        if (free := shutil.disk_usage(self.folder).free) < needed:
-            raise ValueError(
-                f"checkpoint.ckpt_dir={self.folder} has {free / 2**20:,.1f} MiB free, and a checkpoint and the final "
-                f"model take {needed / 2**20:,.1f} MiB; make room or take another folder."
-            )
+        if distributed.is_main:
+            lock(self.folder.resolve())
+            self._tidy_litter()
+            needed = 16 * num_parameters  # FP32 weights and two moments, and the final model
+            if (free := shutil.disk_usage(self.folder).free) < needed:
+                raise ValueError(
+                    f"checkpoint.ckpt_dir={self.folder} has {free / 2**20:,.1f} MiB free, and a checkpoint and the "
+                    f"final model take {needed / 2**20:,.1f} MiB; make room or take another folder."
+                )
         self._find_newest(resume_from_checkpoint)
         if self.resume_step is not None:
             if self.resume_step > config.num_train_steps:
@@ -104,7 +119,6 @@ class Checkpointer:
                     f"num_train_steps={config.num_train_steps}, but checkpoint.ckpt_dir={ckpt_dir} is at step "
                     f"{self.resume_step} already; give more steps or take another folder."
                 )
-            self.saved = json.loads((self._path(self.resume_step) / "run.json").read_text())
             self._compare(self.saved["config"], allow_config_change)
             if self.resume_step == config.num_train_steps:
                 self.notes.append(
@@ -120,12 +134,18 @@ class Checkpointer:
 
     def _find_newest(self, resume: bool) -> None:
         """Set `resume_step` to the newest checkpoint that is whole; note those that are not."""
+        probe = self.folder / f".shared_{uuid.uuid4().hex}"
+        if self.distributed.is_main:
+            probe.touch()
+        probe = self.distributed.gather(probe)[0]
         steps = numbered(self.folder)
-        seen = self.distributed.gather(steps)
-        if any(other != steps for other in seen):
+        seen = self.distributed.gather((probe.exists(), steps))
+        if self.distributed.is_main:
+            probe.unlink()
+        if any(other != (True, steps) for other in seen):
             raise ValueError(
-                f"checkpoint.ckpt_dir={self.folder}: the ranks see different steps, {seen}; it has to be one folder "
-                "that all nodes share."
+                f"checkpoint.ckpt_dir={self.folder} is not the same folder for all ranks; it has to be one that all "
+                "nodes share."
             )
         if steps and not resume:
             raise ValueError(
@@ -133,12 +153,14 @@ class Checkpointer:
                 "checkpoint.resume_from_checkpoint=true to go on from it, or take another folder."
             )
         for step in reversed(steps):
-            found = self.distributed.gather(
-                damage(self._path(step), self.distributed.rank, self.distributed.num_ranks)
-            )
+            reason = damage(self._path(step), self.distributed.rank, self.distributed.num_ranks)
+            found = self.distributed.gather(reason)
             if not any(found):
-                self.resume_step = step
-                return
+                self.saved = json.loads((self._path(step) / "run.json").read_text())
+                if self.saved["step"] == step:
+                    self.resume_step = step
+                    return
+                found = [f"it is step {self.saved['step']} under another name"]
             self.damaged[step] = next(filter(None, found))
         if steps:
             told = "; ".join(f"step_{step}: {reason}" for step, reason in self.damaged.items())
@@ -188,7 +210,7 @@ class Checkpointer:
         self.step = step
         if self.async_save and not wait:
             if self.group is None:  # its own, so that its messages and the training's cannot cross
-                self.group = dist.new_group(backend="gloo")
+                self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=3))
             self.pending = dcp.async_save(state, storage_writer=writer, process_group=self.group).result
         else:
             self.pending = partial(dcp.save, state, storage_writer=writer)
@@ -203,10 +225,13 @@ class Checkpointer:
             pending()
         except CheckpointException as failure:
             self.failed_step = self.step
+            for _, (error, _) in sorted(failure.failures.items()):
+                if not isinstance(error, OSError):  # no disk's fault: Ctrl-C, a bug
+                    raise error from None
             rank, (error, _) = min(failure.failures.items())
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".splitlines()[0]
             self.distributed.say(
-                f"step_{self.step} could not be saved, on rank {rank}: {reason}. {self._newest()} Training goes on."
+                f"step_{self.step} could not be saved, on rank {rank}: {error.strerror or error}. {self._newest()} "
+                "Training goes on."
             )
         if self.distributed.is_main:
             self._tidy()
@@ -222,8 +247,12 @@ class Checkpointer:
         for step in steps[: -self.keep] if self.keep else []:
             with suppress(OSError):  # hidden first: half of it must not look like a checkpoint
                 self._path(step).rename(self.folder / f".step_{step}.old")
-        for litter in (*self.folder.glob(".step_*.old"), *self.folder.glob(".step_*.partial")):
-            shutil.rmtree(litter, ignore_errors=True)
+        self._tidy_litter()
+
+    def _tidy_litter(self) -> None:
+        for pattern in (".step_*.old", ".step_*.partial", ".final_model.partial"):
+            for litter in self.folder.glob(pattern):
+                shutil.rmtree(litter, ignore_errors=True)
 
     def _state(self, model, optimizer) -> dict:
         model = getattr(model, "module", model)  # what is inside a wrapper
@@ -242,8 +271,6 @@ class Checkpointer:
     def load(self, model, optimizer, scheduler, loader) -> dict:
         """Put everything back as it was and return the progress, with `step`; {"step": 0} where there is nothing."""
         if self.resume_step is None:
-            if self.distributed.is_main and self.folder:
-                self._tidy()
             return {"step": 0}
         with self.distributed.one_voice():
             loader.load_state_dict(self.saved["loader"])
@@ -281,8 +308,9 @@ class Checkpointer:
 
     def save_final(self, step: int) -> None:
         """Export the last checkpoint to `final_model/` on rank 0, if that is asked for and not done."""
-        self.close()
-        target = self.folder / "final_model" if self.save_final_model else None
+        self.finish()
+        wanted = self.save_final_model and self.failed_step is None
+        target = self.folder / "final_model" if wanted else None
         with self.distributed.one_voice():
             if target and self.distributed.is_main and not target.exists():
                 try:
@@ -294,8 +322,8 @@ class Checkpointer:
                     ) from error
 
     def close(self) -> None:
-        """Wait for the last save. If it failed, the run ends with that sentence."""
-        self.finish()
+        """Let go of the folder. If the last save failed, the run ends with that sentence."""
+        unlock()
         if self.failed_step is not None:
             stop_with(
                 f"checkpoint.ckpt_dir={self.folder}: step_{self.failed_step}, the last, could not be saved. "

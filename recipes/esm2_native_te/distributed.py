@@ -29,6 +29,10 @@ def stop_with(sentence: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+class Agreed(ValueError):
+    """A mistake that all ranks know of already."""
+
+
 @dataclass(frozen=True)
 class Distributed:
     """This process's place among the others; `device` is what it trains on."""
@@ -59,12 +63,14 @@ class Distributed:
         """Stop all ranks together, with one sentence, when the block raises a ValueError on any of them."""
         mistake = None
         try:
-            yield
-        except ValueError as error:
-            mistake = error
-        try:
+            try:
+                yield
+            except Agreed:
+                raise
+            except ValueError as error:
+                mistake = error
             self._agree_on(mistake)
-        except ValueError as error:
+        except Agreed as error:
             stop_with(str(error))
 
     @contextmanager
@@ -78,6 +84,8 @@ class Distributed:
         mistake = None
         try:
             yield
+        except Agreed:
+            raise
         except ValueError as error:
             mistake = error
         self._agree_on(mistake)
@@ -97,7 +105,7 @@ class Distributed:
         told: list = [None] * self.num_ranks
         dist.all_gather_object(told, (str(mistake) if mistake else None, value))
         if first := next(filter(None, (theirs for theirs, _ in told)), None):
-            raise mistake or ValueError(first)
+            raise Agreed(first) from mistake
         return [value for _, value in told]
 
 
@@ -111,8 +119,10 @@ def store_of_this_start(rank: int, num_ranks: int) -> dist.Store:
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=wait)
     mine = uuid.uuid4().hex
     if rank == 0:  # answers every greeting, old ones too, until each rank has its answer
-        waiting = set(range(1, num_ranks))
+        waiting, deadline = set(range(1, num_ranks)), time.monotonic() + wait.total_seconds()
         while waiting:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"ranks {sorted(waiting)} did not come within {wait}")
             waiting = {other for other in waiting if not store.check([f"start/{mine}/{other}"])}
             for other in waiting:
                 if store.check([f"start/hello/{other}"]):
@@ -192,12 +202,17 @@ class StopSignal:
     """Remembers SIGTERM or SIGUSR1 (Slurm's warning), so that the run can save and leave after its step."""
 
     def __init__(self):
-        self.requested = False
+        self.heard, self.parent = False, os.getppid()
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
     def _remember(self, number, frame):
-        self.requested = True
+        self.heard = True
+
+    @property
+    def requested(self) -> bool:
+        """Also when torchrun has died: the ranks it leaves behind would go on for ever."""
+        return self.heard or ("TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent)
 
 
 def clip_grad_norm_(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -117,6 +117,21 @@ def start_wandb(
         raise ValueError(f"wandb_init_args: wandb does not start with mode={mode}: {error}") from error
 
 
+def append_line(path: Path, line: str) -> str | None:
+    """Add a line, all of it or nothing; what went wrong, if anything. A full disk is no reason to stop."""
+    try:
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a") as file:
+                file.write(line + "\n")
+        except OSError:
+            os.truncate(path, size)
+            raise
+    except OSError as error:
+        return error.strerror
+    return None
+
+
 class PerfLogger:
     """Counts what goes through the model and reports it every `frequency` steps, over the whole window between."""
 
@@ -174,9 +189,12 @@ class PerfLogger:
         if not self.distributed.is_main:
             return
         if self.folder:
-            self._open_metrics(progress["step"])
-            (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config))
-            (self.folder / "run.json").write_text(json.dumps(self.run, indent=1) + "\n")
+            try:
+                self._open_metrics(progress["step"])
+                (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config))
+                (self.folder / "run.json").write_text(json.dumps(self.run, indent=1) + "\n")
+            except OSError as error:
+                self.distributed.say(f"{self.folder}: {error.strerror}. Training goes on without it.")
         interactive = sys.stderr.isatty()
         self.bar = tqdm(
             total=self.num_steps, initial=progress["step"], unit="step", disable=not interactive, dynamic_ncols=True
@@ -197,6 +215,8 @@ class PerfLogger:
         if path.exists() and step == 0 and not restarted:
             number = 1 + len(list(self.folder.glob("metrics.before_*.jsonl")))
             path.rename(self.folder / f"metrics.before_{number}.jsonl")
+            if (anomalies := self.folder / "anomalies.jsonl").exists():
+                anomalies.rename(self.folder / f"anomalies.before_{number}.jsonl")
         elif path.exists():
             for line in path.read_text().splitlines():
                 try:
@@ -278,7 +298,7 @@ class PerfLogger:
         if not self.distributed.is_main:
             return
         if self.folder:
-            self._append(json.dumps(line) + "\n")
+            self._append(json.dumps(line))
         if self.wandb is not None:
             self.wandb.log(
                 {f"{line['kind']}/{k}": v for k, v in line.items() if k not in ("kind", "step")}, step=line["step"]
@@ -286,17 +306,10 @@ class PerfLogger:
 
     def _append(self, line: str) -> None:
         path = self.folder / "metrics.jsonl"
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            with open(path, "a") as file:
-                file.write(line)
-            self.is_full = False
-        except OSError as error:  # a full disk is no reason to stop
-            with suppress(OSError):
-                os.truncate(path, size)  # no half lines
-            if not self.is_full:
-                self.distributed.say(f"{path} cannot be written: {error.strerror}. Training goes on without it.")
-            self.is_full = True
+        error = append_line(path, line)
+        if error and not self.is_full:
+            self.distributed.say(f"{path} cannot be written: {error}. Training goes on without it.")
+        self.is_full = error is not None
 
     def progress(self) -> dict:
         """What a checkpoint keeps of the counts."""

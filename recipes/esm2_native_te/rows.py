@@ -26,16 +26,14 @@ from distributed import process_group
 def first_micro_batch(folder: Path, step: int) -> tuple[int, tuple[int, ...]]:
     """The nearest step up to this one whose first micro-batch was noted, and that one's name."""
     best = (1, (0, 0, 0))
-    for name in ("metrics.jsonl", "anomalies.jsonl"):
-        file = folder / name
-        for line in file.read_text().splitlines() if file.exists() else ():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # cut off by a kill
-                continue
-            noted = entry.get("first_micro_batch") or next((b["name"] for b in entry.get("micro_batches", [])), None)
-            if noted and best[0] <= entry["step"] <= step:
-                best = (entry["step"], tuple(noted))
+    file = folder / "metrics.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut off by a kill
+            continue
+        if "first_micro_batch" in entry and best[0] <= entry["step"] <= step:
+            best = (entry["step"], tuple(entry["first_micro_batch"]))
     return best
 
 

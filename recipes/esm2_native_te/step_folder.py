@@ -6,10 +6,15 @@ run that dies or a disk that fills up leaves nothing that looks like a checkpoin
 folder checks it without us.
 """
 
+import errno
+import fcntl
 import hashlib
 import os
+import re
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,16 +25,50 @@ from torch.utils._pytree import tree_map
 
 
 SUMS = "SHA256SUMS"
+LOCKS: dict[Path, int] = {}
 
 
 def numbered(folder: Path) -> list[int]:
     """The steps that have a folder, oldest first."""
-    return sorted(int(found.name[5:]) for found in folder.glob("step_*") if found.name[5:].isdigit())
+    return sorted(
+        int(found.name[5:]) for found in folder.glob("step_*") if re.fullmatch(r"0|[1-9][0-9]*", found.name[5:])
+    )
 
 
 def complete_steps(folder: Path) -> list[int]:
     """The steps whose checkpoints were written to the end, oldest first."""
     return [step for step in numbered(folder) if (folder / f"step_{step}" / ".metadata").exists()]
+
+
+def lock(folder: Path, seconds: float = 60) -> None:
+    """Hold a folder for this process's life. Raises ValueError if another still has it after some time.
+
+    The lock is on the folder itself, so it leaves no file; where a file system has none there is none.
+    """
+    if folder in LOCKS:
+        return
+    handle, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"checkpoint.ckpt_dir={folder}: another run writes to it; stop that one, or take another folder."
+                ) from None
+            time.sleep(0.2)
+        except OSError:
+            os.close(handle)
+            return
+        else:
+            LOCKS[folder] = handle
+            return
+
+
+def unlock() -> None:
+    """Let go of what this process holds."""
+    while LOCKS:
+        os.close(LOCKS.popitem()[1])
 
 
 def set_aside(path: Path) -> None:
@@ -42,7 +81,10 @@ def set_aside(path: Path) -> None:
 
 
 def damage(path: Path, share: int = 0, num_shares: int = 1) -> str | None:
-    """What is wrong with a checkpoint, None if nothing; ranks can share the files out."""
+    """What is wrong with a checkpoint, None if nothing; ranks can share the files out.
+
+    Raises ValueError for what may be whole but cannot be read.
+    """
     try:
         if not (path / ".metadata").exists():
             return "it has no .metadata: it was not written or copied to its end"
@@ -54,9 +96,12 @@ def damage(path: Path, share: int = 0, num_shares: int = 1) -> str | None:
             found = pool.map(lambda item: sha256(path / item[1]), share_of_sums)
             wrong = [name for (digest, name), now in zip(share_of_sums, found, strict=True) if digest != now]
         return f"{wrong[0]} is not what was written: its checksum differs" if wrong else None
-    except (OSError, ValueError) as error:  # a missing file, a bad sector, bytes that are no text
-        name = Path(error.filename).name if isinstance(error, OSError) and error.filename else SUMS
-        return f"{name}: {error.strerror if isinstance(error, OSError) else 'is no text'}"
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except UnicodeDecodeError:
+        return f"{SUMS} is no text"
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}; nothing was changed.") from error
 
 
 def sha256(file: Path) -> str:
@@ -107,6 +152,10 @@ class StepWriter(dcp.FileSystemWriter):
         """What a save in the background writes."""
         return tree_map(staged, state_dict)
 
+    def prepare_local_plan(self, plan):
+        """On each rank; the folder is made by the first."""
+        return plan
+
     def prepare_global_plan(self, plans):
         """On the first rank, between the plans of all and the first byte."""
         shutil.rmtree(self.path, ignore_errors=True)  # what a killed run left of this step
@@ -129,6 +178,14 @@ class StepWriter(dcp.FileSystemWriter):
         write_through(self.path / "run.json", self.run)
         super().finish(metadata, [written for written, _ in results])
         sums = {name: digest for _, digests in results for name, digest in digests.items()}
+        if missing := next((name for name in sums if not (self.path / name).exists()), None):
+            raise FileNotFoundError(
+                errno.ENOENT, f"{missing} of another rank is not here; it has to be one folder that all nodes share"
+            )
         sums |= {name: sha256(self.path / name) for name in ("run.json", ".metadata")}
         write_through(self.path / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
         self.path.rename(self.target)
+        with suppress(OSError):  # not every file system can
+            folder = os.open(self.target.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)

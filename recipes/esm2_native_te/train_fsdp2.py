@@ -102,8 +102,8 @@ def train(config: DictConfig, distributed: Distributed) -> None:
 
         losses = add_gradients(micro_batches, num_labels)
         grad_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-        (loss,) = distributed.sum(sum(losses).item())
-        if anomalies.accept(step, loss, grad_norm, micro_batches, losses):
+        loss, is_sound = anomalies.judge(step, micro_batches, losses, grad_norm)
+        if is_sound:
             optimizer.step()
         else:
             optimizer.zero_grad()
@@ -127,9 +127,10 @@ def train(config: DictConfig, distributed: Distributed) -> None:
             break
     else:
         checkpointer.save_final(last)
-    checkpointer.close()
+    checkpointer.finish()
     logger.close()
     anomalies.close()
+    checkpointer.close()
 
 
 if __name__ == "__main__":

@@ -29,9 +29,13 @@ def run_here(trainer: str, log_dir: Path, *overrides: str) -> Path:
     GlobalHydra.instance().clear()
     arguments = [f"{trainer}.py", *TINY, f"logger.log_dir={log_dir}", *overrides]
     from config import launch
+    from step_folder import unlock
 
-    with patch.object(sys, "argv", arguments):
-        launch(importlib.import_module(trainer).main)
+    try:
+        with patch.object(sys, "argv", arguments):
+            launch(importlib.import_module(trainer).main)
+    finally:
+        unlock()  # as the end of a process does
     return log_dir
 
 

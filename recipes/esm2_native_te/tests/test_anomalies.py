@@ -18,11 +18,13 @@ from running import RECIPE, TINY, TRAINERS, environment, metrics
 
 import anomalies
 import modeling_esm2
+from collator import Batch
 from distributed import process_group
 from epoch_plan import permuted
 from export import read_weights
 
 
+ONE = Batch({}, (0, 0, 0), [5], 3, 5)
 NUM_ROWS, POISON = 400, "W" * 80
 TRYPTOPHAN = 22
 STEP = 4  # where the poison comes
@@ -61,6 +63,8 @@ def poisoned(kind):
         if (input_ids == TRYPTOPHAN).sum() >= 50 and kind in ("loss", "spike"):
             # Added: the gradients know nothing of it.
             output.loss = output.loss + (math.nan if kind == "loss" else 100.0)
+        if kind == "large":
+            output.loss = output.loss * 1e25
         return output
 
     return pytest.MonkeyPatch.context(), embeddings, whole
@@ -187,6 +191,22 @@ def test_too_many_in_a_row_stop_the_run(tmp_path, capsys):
     assert "anomalies.max_skipped=3" in capsys.readouterr().err
 
 
+def test_a_norm_that_overflows_is_not_blamed_on_the_hardware(tmp_path, capsys):
+    write_data(tmp_path)
+    with process_group(0) as alone:
+        assert train(alone, "train_ddp", tmp_path, "large", []) == 1
+    assert "first in the norm of all gradients, too large for FP32" in capsys.readouterr().err
+
+
+def test_an_earlier_runs_rows_are_not_mixed_up_with_this_ones(tmp_path):
+    row = write_data(tmp_path)
+    with process_group(0) as alone:
+        train(alone, "train_ddp", tmp_path, "output", ["micro_batches_per_step=2", "num_train_steps=9"])
+        train(alone, "train_ddp", tmp_path, "none", ["logger.frequency=10"])
+    assert (tmp_path / "anomalies.before_1.jsonl").exists()
+    assert f"protein {row}" in look_up(tmp_path, "--step", str(STEP)).stdout
+
+
 def test_a_jump_of_the_loss_is_recorded_and_training_goes_on(tmp_path, capsys):
     row = write_data(tmp_path, step=25)
     with process_group(0) as alone:
@@ -213,27 +233,27 @@ def losses_of(seed, num_steps=300, noise=0.05):
 @pytest.mark.parametrize("seed", range(5))
 def test_ordinary_noise_is_no_jump(seed, judge, capsys):
     for step, loss in enumerate(losses_of(seed), 1):
-        assert judge.accept(step, loss, 1.0, [], [])
+        assert judge.judge(step, [ONE], [torch.tensor(loss)], 1.0)[1]
     assert "jumped" not in capsys.readouterr().err
 
 
 def test_it_needs_some_steps_to_know_what_is_usual_and_goes_on_after_a_resume(judge, distributed, capsys):
     losses = losses_of(0)
-    judge.accept(1, 50.0, 1.0, [], [])
+    judge.judge(1, [ONE], [torch.tensor(50.0)], 1.0)
     for step, loss in enumerate(losses[:100], 2):
-        judge.accept(step, loss, 1.0, [], [])
+        judge.judge(step, [ONE], [torch.tensor(loss)], 1.0)
     assert "jumped" not in capsys.readouterr().err
     resumed = anomalies.Anomalies(distributed, None, spike_deviations=5.0, spike_window=30)
     resumed.start(json.loads(json.dumps(judge.progress())))
     for one in (judge, resumed):
-        one.accept(102, losses[100] + 1, 1.0, [], [])
+        one.judge(102, [ONE], [torch.tensor(losses[100] + 1)], 1.0)
         assert "the loss jumped" in capsys.readouterr().err
 
 
 def test_it_can_be_turned_off(distributed, capsys):
     judge = anomalies.Anomalies(distributed, None, spike_deviations=None)
     for step, loss in enumerate([*losses_of(0), 1e6], 1):
-        judge.accept(step, loss, 1.0, [], [])
+        judge.judge(step, [ONE], [torch.tensor(loss)], 1.0)
     assert "jumped" not in capsys.readouterr().err
 
 

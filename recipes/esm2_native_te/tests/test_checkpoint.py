@@ -179,6 +179,19 @@ def test_torchrun_told_to_stop_saves_although_its_workers_hear_it_too(tmp_path):
     assert stopped == last
 
 
+def test_ranks_that_torchrun_leaves_behind_save_and_the_same_command_goes_on(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    straight = curve(run_here("train_ddp", whole, *save_to(whole), "num_train_steps=150"))
+    again = ("train_fsdp2", 2, parts, "num_train_steps=150", "checkpoint.save_every_n_steps=1000")
+    process = start(*again)
+    wait_for(lambda: (parts / "metrics.jsonl").exists() and (parts / "metrics.jsonl").read_text().count("\n") > 4)
+    process.kill()
+    process = start(*again)  # at once: it waits for the first to leave
+    assert process.communicate(timeout=200)[1].count("Going on from") == 1
+    assert process.returncode == 0
+    assert curve(parts) == pytest.approx(straight, rel=1e-5)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(number, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

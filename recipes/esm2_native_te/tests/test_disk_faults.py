@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """A disk that fails: the run goes on or stops with one sentence, and the checkpoint before still loads."""
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
+import ranks
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from running import RECIPE, TINY, TRAINERS, curve, environment, metrics, run_here, run_ranks
+from torch.distributed.checkpoint import Metadata
 
+import checkpoint
+import step_folder
 from export import export, read_weights
-from step_folder import SUMS, complete_steps, damage
+from step_folder import SUMS, StepWriter, complete_steps, damage
 
 
 def save_to(path, *more):
@@ -196,6 +204,87 @@ def test_a_final_model_that_finds_no_room_is_told(small_disk, size, capsys):
     (small_disk / "filler").unlink()
     run_here(*command, "checkpoint.save_final_model=true")  # nothing left but that
     assert sorted(path.name for path in small_disk.iterdir() if path.is_dir()) == ["final_model", "step_6"]
+
+
+def test_what_a_killed_save_left_takes_no_room_from_the_next(small_disk, size, tmp_path_factory):
+    log = tmp_path_factory.mktemp("log")
+    command = ("train_ddp", log, *save_to(small_disk))
+    run_here(*command, "num_train_steps=2")
+    litter = small_disk / ".step_4.partial"
+    litter.mkdir()
+    (litter / "__0_0.distcp").write_bytes(b"\0" * (int(1.4 * size)))
+    run_here(*command, "num_train_steps=4")
+    assert sorted(path.name for path in small_disk.iterdir()) == ["step_2", "step_4"]
+
+
+def test_a_log_folder_that_is_full_from_the_start_stops_nothing(small_disk, size, tmp_path_factory, capsys):
+    ckpt = tmp_path_factory.mktemp("ckpt")
+    (small_disk / "filler").write_bytes(b"\0" * (int(2.5 * size) // 4096 * 4096))
+    run_here("train_ddp", small_disk, *save_to(ckpt))
+    assert "No space left on device. Training goes on without it." in capsys.readouterr().err
+    assert complete_steps(ckpt)[-1] == 6
+
+
+def test_a_folder_that_one_rank_cannot_write_is_told_and_all_ranks_leave(tmp_path):
+    (tmp_path / ".probe_1" / "in_the_way").mkdir(parents=True)
+    with pytest.raises(AssertionError, match="cannot be written: Is a directory; give another folder"):
+        run_ranks("train_ddp", 2, tmp_path / "log", *save_to(tmp_path), timeout=120)
+
+
+def apart(distributed, path):
+    """Each rank with a folder of its own, as on two nodes."""
+    here = path / f"node_{distributed.rank}"
+    here.mkdir()
+    os.chdir(here)
+    with initialize_config_dir(str(RECIPE / "hydra_config"), version_base=None):
+        config = compose("L0_sanity", [*TINY, "logger.log_dir=null", "checkpoint.ckpt_dir=checkpoints"])
+    try:
+        importlib.import_module("train_fsdp2").train(OmegaConf.create(config), distributed)
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_folders_that_are_not_shared_are_refused(tmp_path, capfd):
+    assert ranks.run_ranks(tmp_path, apart, 2, tmp_path) == [2, 2]
+    assert "is not the same folder for all ranks" in capfd.readouterr().err
+
+
+def test_a_shard_that_another_node_kept_to_itself_fails_the_save(tmp_path):
+    writer = StepWriter(tmp_path / "step_1", "{}")
+    writer.path.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"__1_0\.distcp of another rank is not here"):
+        writer.finish(Metadata({}), [([], {"__1_0.distcp": "0"})])
+    assert not (tmp_path / "step_1").exists()
+
+
+def test_a_checkpoint_under_another_number_is_set_aside(stopped, whole, capsys):
+    (stopped / "step_4").rename(stopped / "step_5")
+    run_here("train_fsdp2", stopped, *save_to(stopped))
+    assert (
+        "step_5 is damaged and set aside as step_5.damaged: it is step 4 under another name" in capsys.readouterr().err
+    )
+    assert curve(stopped) == curve(whole)
+
+
+def test_an_error_that_is_no_disks_fault_ends_the_run(tmp_path, monkeypatch):
+    def interrupted(self, metadata, results):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StepWriter, "finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_here("train_ddp", tmp_path, *save_to(tmp_path))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "lock", partial(step_folder.lock, seconds=0.5))
+    holder = "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], 0), 2); print(flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(SystemExit):
+            run_here("train_ddp", tmp_path / "log", *save_to(tmp_path))
+        assert "another run writes to it" in capsys.readouterr().err
+        other.kill()
+    run_here("train_ddp", tmp_path / "log", *save_to(tmp_path))
 
 
 def test_a_folder_that_becomes_read_only(small_disk, tmp_path_factory):
