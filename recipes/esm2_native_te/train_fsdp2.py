@@ -112,7 +112,6 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         optimizer.zero_grad()
         if anomalies.fatal:
             break
-
         logger.count(micro_batches, data_wait_s, num_tokens)
         logger.log_step(step, loss, grad_norm, scheduler.get_last_lr()[0])
         scheduler.step()
