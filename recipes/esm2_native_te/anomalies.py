@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from annotated_types import Ge
 from pydantic import PositiveFloat, PositiveInt
 from torch.utils._pytree import tree_leaves
 
@@ -48,8 +47,10 @@ class Anomalies:
         on_nonfinite: Literal["stop", "skip"] = "stop",
         max_skipped: PositiveInt = 10,
         spike_deviations: PositiveFloat | None = 10.0,
-        spike_window: Annotated[int, Ge(MIN_STEPS)] = 100,
+        spike_window: PositiveInt = 100,
     ):
+        if spike_window < MIN_STEPS:
+            raise ValueError(f"anomalies.spike_window={spike_window} must be at least {MIN_STEPS}.")
         self.distributed, self.folder = distributed, Path(log_dir) if log_dir else None
         self.skip, self.max_skipped = on_nonfinite == "skip", max_skipped
         self.deviations, self.spike_window = spike_deviations, spike_window

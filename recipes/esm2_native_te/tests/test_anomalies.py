@@ -250,6 +250,11 @@ def test_it_needs_some_steps_to_know_what_is_usual_and_goes_on_after_a_resume(ju
         assert "the loss jumped" in capsys.readouterr().err
 
 
+def test_a_window_too_short_to_know_what_is_usual_is_refused(distributed):
+    with pytest.raises(ValueError, match="spike_window=5 must be at least 20"):
+        anomalies.Anomalies(distributed, None, spike_window=5)
+
+
 def test_it_can_be_turned_off(distributed, capsys):
     judge = anomalies.Anomalies(distributed, None, spike_deviations=None)
     for step, loss in enumerate([*losses_of(0), 1e6], 1):
