@@ -253,6 +253,9 @@ class Checkpointer:
         for pattern in (".step_*.old", ".step_*.partial", ".final_model.partial"):
             for litter in self.folder.glob(pattern):
                 shutil.rmtree(litter, ignore_errors=True)
+        for probe in self.folder.glob(".shared_*"):
+            with suppress(OSError):
+                probe.unlink()
 
     def _state(self, model, optimizer) -> dict:
         model = getattr(model, "module", model)  # what is inside a wrapper
