@@ -63,7 +63,7 @@ def assert_told(told: str, *parts: str) -> None:
     ("override", "parts"),
     [
         ("sed=1", ["Unknown key sed: did you mean seed?"]),
-        ("banana=1", ["Unknown key banana: known are adamw_kwargs, checkpoint,", " seed,"]),
+        ("banana=1", ["Unknown key banana: known are adamw_kwargs, anomalies, checkpoint,", " seed,"]),
         ("+new=1", ["Unknown key new:", "num_train_steps"]),
         ("+new.part=1", ["Unknown key new:"]),
         ("dataset.max_length=3", ["Unknown key dataset.max_length: did you mean dataset.max_seq_length?"]),
