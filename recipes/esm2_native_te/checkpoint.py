@@ -128,8 +128,8 @@ class Checkpointer:
         # A run that is killed after its export, and started again, has nothing left to do.
         if save_final_model and (self.folder / "final_model").exists() and self.resume_step != config.num_train_steps:
             raise ValueError(
-                f"checkpoint.ckpt_dir={ckpt_dir} holds a final_model already; move it away, take another folder, or set "
-                "checkpoint.save_final_model=false."
+                f"checkpoint.ckpt_dir={ckpt_dir} holds a final_model already; move it away, take another folder, or "
+                "set checkpoint.save_final_model=false."
             )
 
     def _find_newest(self, resume: bool) -> None:
