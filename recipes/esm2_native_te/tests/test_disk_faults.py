@@ -151,8 +151,8 @@ def test_plain_tools_check_it_too(whole):
 
 def test_a_checkpoint_of_another_size_is_refused(stopped, capsys):
     other = stopped / "other"
-    run_here("train_fsdp2", other, *save_to(other), "model_kwargs.hidden_size=64", "num_train_steps=2")
-    shutil.copytree(other / "step_2", stopped / "step_6")
+    run_here("train_fsdp2", other, *save_to(other), "model_kwargs.hidden_size=64")
+    shutil.copytree(other / "step_6", stopped / "step_6")
     with pytest.raises(SystemExit):
         run_here("train_fsdp2", stopped, *save_to(stopped))
     assert "hidden_size was 64 and is 48" in capsys.readouterr().err
