@@ -2,12 +2,14 @@
 """A disk that fails: the run goes on or stops with one sentence, and the checkpoint before still loads."""
 
 import importlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 from functools import partial
 
 import pytest
@@ -238,15 +240,16 @@ def apart(distributed, path):
     os.chdir(here)
     with initialize_config_dir(str(RECIPE / "hydra_config"), version_base=None):
         config = compose("L0_sanity", [*TINY, "logger.log_dir=null", "checkpoint.ckpt_dir=checkpoints"])
-    try:
+    told = io.StringIO()
+    with pytest.raises(SystemExit) as stop, redirect_stderr(told):
         importlib.import_module("train_fsdp2").train(OmegaConf.create(config), distributed)
-    except SystemExit as stop:
-        return stop.code
+    return stop.value.code, told.getvalue()
 
 
-def test_folders_that_are_not_shared_are_refused(tmp_path, capfd):
-    assert ranks.run_ranks(tmp_path, apart, 2, tmp_path) == [2, 2]
-    assert "is not the same folder for all ranks" in capfd.readouterr().err
+def test_folders_that_are_not_shared_are_refused(tmp_path):
+    (first, told), (second, nothing) = ranks.run_ranks(tmp_path, apart, 2, tmp_path)
+    assert (first, second, nothing) == (2, 2, "")
+    assert "checkpoint.ckpt_dir=checkpoints is not the same folder for all ranks" in told
 
 
 def test_a_shard_that_another_node_kept_to_itself_fails_the_save(tmp_path):

@@ -37,8 +37,8 @@ def test_six_deaths(tmp_path):
     assert "the steps did not read what the plan says" in compare(disturbed, calm, result["num_steps"])
     (disturbed.folder / "metrics.jsonl").write_text("".join(lines))
     (disturbed.ckpt / ".step_3.partial").mkdir()
-    (wrong,) = compare(disturbed, calm, result["num_steps"])
-    assert wrong.startswith("the checkpoint folder holds ['.step_3.partial'")
+    wrong = compare(disturbed, calm, result["num_steps"])
+    assert any(sentence.startswith("the checkpoint folder holds ['.step_3.partial'") for sentence in wrong)
     (disturbed.ckpt / ".step_3.partial").rmdir()
     last = f"step_{result['num_steps']}"
     shutil.rmtree(disturbed.ckpt / last)
