@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps that go wrong: a loss or gradient that is no number, and a loss that jumps.
 
-The ranks judge by numbers that they have summed up, so all come to the same verdict. Where a step
-is no number, it is computed once more with a look at every module, to name the first one that went wrong.
+The ranks judge by numbers that they have summed up, so all come to the same verdict. Where a step is no number, it is
+computed once more with a look at every module, to name the first one that went wrong.
 """
 
 import json
@@ -19,8 +19,8 @@ from pydantic import PositiveFloat, PositiveInt
 from torch.utils._pytree import tree_leaves
 
 from collator import Batch
-from distributed import Distributed, stop_with
-from perf_logger import append_line
+from distributed import Distributed, stop_with, unwrapped
+from perf_logger import append_line, finite
 
 
 class Step(NamedTuple):
@@ -122,7 +122,7 @@ class Anomalies:
         if found:
             mine = {"rank": self.distributed.rank, **found[0]}
             mine["micro_batch"] = list(self.this.batches[mine.pop("number")].name)
-        parameters = reversed(list(getattr(model, "module", model).named_parameters()))
+        parameters = reversed(list(unwrapped(model).named_parameters()))
         weight = next((name for name, p in parameters if not is_finite(p.grad)), None)
         seen = self.distributed.gather((mine, weight, sum_of_squares(model)))
         if first := next((one for one, _, _ in seen if one), None):
@@ -161,20 +161,20 @@ class Anomalies:
         self.recent, self.num_skipped = progress.get("recent_losses", []), progress.get("num_skipped", 0)
 
 
-def finite(number: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return number if math.isfinite(number) else None
+def own_part(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """What this rank holds of a tensor, which may be split over the ranks."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def is_finite(tensor: torch.Tensor | None) -> bool:
-    """Whether all numbers of a tensor, or of this rank's shard of it, are finite."""
-    tensor = getattr(tensor, "_local_tensor", tensor)
+    """Whether all numbers of a tensor, or of this rank's part of it, are finite."""
+    tensor = own_part(tensor)
     return tensor is None or not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def sum_of_squares(model: torch.nn.Module) -> float:
     """Of the gradients that this rank holds, in float64."""
-    gradients = (getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters() if p.grad is not None)
+    gradients = (own_part(p.grad) for p in model.parameters() if p.grad is not None)
     return sum(g.double().square().sum().item() for g in gradients)
 
 
@@ -210,7 +210,7 @@ def watched(model: torch.nn.Module):
                     tensor.register_hook(partial(note, "gradient of the output", name, number))
 
     hooks = [model.register_forward_pre_hook(count)]
-    for name, module in getattr(model, "module", model).named_modules():  # what is inside a wrapper
+    for name, module in unwrapped(model).named_modules():
         named = name or "the model"
         hooks.append(module.register_forward_hook(lambda *call, named=named: look(named, *call)))
     try:

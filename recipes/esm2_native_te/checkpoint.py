@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from distributed import Distributed, stop_with
+from distributed import Distributed, stop_with, unwrapped
 from export import export
 from modeling_esm2 import Esm2Config
 from step_folder import (
@@ -258,7 +258,7 @@ class Checkpointer:
                 probe.unlink()
 
     def _state(self, model, optimizer) -> dict:
-        model = getattr(model, "module", model)  # what is inside a wrapper
+        model = unwrapped(model)
         weights, moments = get_state_dict(model, optimizer)
         # DCP takes a DTensor for split evenly by rows. A parameter that knows better tells its copy and its moments.
         for name, parameter in model.named_parameters():
@@ -289,7 +289,7 @@ class Checkpointer:
         state["model"] = {k: v for k, v in weights.items() if not k.endswith("_extra_state") or f"model.{k}" in known}
         dcp.load(state, checkpoint_id=path)
         set_state_dict(
-            getattr(model, "module", model),
+            unwrapped(model),
             optimizer,
             model_state_dict=weights | state["model"],
             optim_state_dict=state["optimizer"],

@@ -61,15 +61,9 @@ class Distributed:
     @contextmanager
     def one_voice(self):
         """Stop all ranks together, with one sentence, when the block raises a ValueError on any of them."""
-        mistake = None
         try:
-            try:
+            with self._in_step():
                 yield
-            except Agreed:
-                raise
-            except ValueError as error:
-                mistake = error
-            self._agree_on(mistake)
         except Agreed as error:
             stop_with(str(error))
 
@@ -81,14 +75,8 @@ class Distributed:
         """
         if self.local_rank != 0:
             self._agree_on(None)
-        mistake = None
-        try:
+        with self._in_step():
             yield
-        except Agreed:
-            raise
-        except ValueError as error:
-            mistake = error
-        self._agree_on(mistake)
         if self.local_rank == 0:
             self._agree_on(None)
 
@@ -100,6 +88,18 @@ class Distributed:
         """A line for the reader, once, beside the progress bar."""
         if self.is_main:
             tqdm.write(text, file=sys.stderr)
+
+    @contextmanager
+    def _in_step(self):
+        """Raise a ValueError of the block, on any rank, on all of them."""
+        mistake = None
+        try:
+            yield
+        except Agreed:
+            raise
+        except ValueError as error:
+            mistake = error
+        self._agree_on(mistake)
 
     def _agree_on(self, mistake: ValueError | None, value=None) -> list:
         told: list = [None] * self.num_ranks
@@ -213,6 +213,11 @@ class StopSignal:
     def requested(self) -> bool:
         """Also when torchrun has died: the ranks it leaves behind would go on for ever."""
         return self.heard or ("TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent)
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself, where a strategy has wrapped it."""
+    return getattr(model, "module", model)
 
 
 def clip_grad_norm_(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:

@@ -117,6 +117,11 @@ def start_wandb(
         raise ValueError(f"wandb_init_args: wandb does not start with mode={mode}: {error}") from error
 
 
+def finite(value):
+    """None for a NaN or an infinity, which JSON does not have; anything else as it is."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def append_line(path: Path, line: str) -> str | None:
     """Add a line, all of it or nothing; what went wrong, if anything. A full disk is no reason to stop."""
     try:
@@ -293,23 +298,19 @@ class PerfLogger:
         )
 
     def _write(self, line: dict) -> None:
-        # JSON has no NaN and no infinity.
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        line = {k: finite(v) for k, v in line.items()}
         if not self.distributed.is_main:
             return
         if self.folder:
-            self._append(json.dumps(line))
+            path = self.folder / "metrics.jsonl"
+            error = append_line(path, json.dumps(line))
+            if error and not self.is_full:
+                self.distributed.say(f"{path} cannot be written: {error}. Training goes on without it.")
+            self.is_full = error is not None
         if self.wandb is not None:
             self.wandb.log(
                 {f"{line['kind']}/{k}": v for k, v in line.items() if k not in ("kind", "step")}, step=line["step"]
             )
-
-    def _append(self, line: str) -> None:
-        path = self.folder / "metrics.jsonl"
-        error = append_line(path, line)
-        if error and not self.is_full:
-            self.distributed.say(f"{path} cannot be written: {error}. Training goes on without it.")
-        self.is_full = error is not None
 
     def progress(self) -> dict:
         """What a checkpoint keeps of the counts."""

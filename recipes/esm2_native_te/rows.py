@@ -9,36 +9,34 @@ path. A micro-batch is named by epoch, window and number in the window, as in `a
 """
 
 import argparse
-import json
 import sys
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 
 import quiet  # noqa: F401  # isort: skip
 import numpy as np
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dataset import SequenceRows, TrainLoader
 from distributed import process_group
+from epoch_plan import EpochPlan
+from plot_metrics import read_metrics
 
 
 def first_micro_batch(folder: Path, step: int) -> tuple[int, tuple[int, ...]]:
     """The nearest step up to this one whose first micro-batch was noted, and that one's name."""
     best = (1, (0, 0, 0))
-    file = folder / "metrics.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # cut off by a kill
-            continue
-        if "first_micro_batch" in entry and best[0] <= entry["step"] <= step:
-            best = (entry["step"], tuple(entry["first_micro_batch"]))
+    with suppress(ValueError):  # no step was logged
+        for line in read_metrics(folder / "metrics.jsonl")["train"]:
+            if line["step"] <= step:
+                best = (line["step"], tuple(line["first_micro_batch"]))
     return best
 
 
-def main(folder: Path, step: int | None, micro_batch: str | None) -> None:
-    """Print a line for each row. Raises ValueError for a step or name that cannot be."""
+def open_plan(folder: Path) -> tuple[DictConfig, EpochPlan]:
+    """The configuration and the plan of the run that wrote to this folder."""
     if not (folder / "config.yaml").exists():
         raise ValueError(f"{folder} has no config.yaml; give the folder that logger.log_dir named.")
     settings = OmegaConf.load(folder / "config.yaml")
@@ -47,8 +45,12 @@ def main(folder: Path, step: int | None, micro_batch: str | None) -> None:
     settings.dataset.num_workers = 0
     layout = {"packed": settings.use_sequence_packing, "pad_to_multiple_of": 1}
     with process_group(settings.seed) as distributed:
-        loader = TrainLoader(distributed, settings.seed, **layout, **settings.dataset)
-    plan = loader.plan
+        return settings, TrainLoader(distributed, settings.seed, **layout, **settings.dataset).plan
+
+
+def main(folder: Path, step: int | None, micro_batch: str | None) -> None:
+    """Print a line for each row. Raises ValueError for a step or name that cannot be."""
+    settings, plan = open_plan(folder)
     if micro_batch is not None:
         try:
             epoch, window, index = (int(part) if part.isdigit() else -1 for part in micro_batch.split("."))

@@ -41,7 +41,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from running import RECIPE, TINY, TRAINERS, environment, marks, with_table, write_table
+from running import RECIPE, TINY, TRAINERS, environment, marks, torchrun, with_table, write_table
 
 from build_model import is_reference
 from convert import native_to_hf
@@ -116,7 +116,7 @@ def count(number: int, noun: str) -> str:
 
 def execute(case: Case, arguments: list[str], timeout_s: int) -> None:
     """Run one case as a user would. Raises RuntimeError with the command and the end of its stderr if it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"]
+    command = torchrun(case.ranks)
     command += [f"{case.trainer}.py", *arguments]
     process = subprocess.Popen(
         command, cwd=RECIPE, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

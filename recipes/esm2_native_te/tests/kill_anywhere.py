@@ -27,13 +27,11 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import quiet  # noqa: E402, F401  # isort: skip
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
-from running import RECIPE, TINY, TRAINERS, environment, with_table, write_table  # noqa: E402
+from running import RECIPE, TINY, TRAINERS, environment, torchrun, with_table, write_table  # noqa: E402
 
-from dataset import TrainLoader  # noqa: E402
-from distributed import process_group  # noqa: E402
 from export import read_weights  # noqa: E402
 from perf_logger import cpu_name, versions  # noqa: E402
+from rows import open_plan  # noqa: E402
 from step_folder import damage  # noqa: E402
 
 
@@ -71,9 +69,8 @@ class Run:
 
     def start(self, background: bool, max_restarts: int) -> None:
         """Give the command."""
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={NUM_RANKS}", "--standalone"]
         faults = str(Path(__file__).parent / "faults")
-        command = [*torchrun, f"--max-restarts={max_restarts}", *self.command]
+        command = [*torchrun(NUM_RANKS), f"--max-restarts={max_restarts}", *self.command]
         command.append(f"checkpoint.async_save={str(background).lower()}")
         with open(self.folder / "log.txt", "a") as log:
             self.process = subprocess.Popen(
@@ -189,11 +186,8 @@ def disturb(run: Run, kind: str, before: tuple[int, int], draw: random.Random, n
 
 def planned(folder: Path, num_steps: int) -> tuple[list[dict], np.ndarray]:
     """What the plan says of each step: first micro-batch and tokens so far; and how often each row has come."""
-    settings = OmegaConf.load(folder / "config.yaml")
-    settings.dataset.num_workers = 0
-    with process_group(settings.seed) as alone:
-        loader = TrainLoader(alone, settings.seed, packed=True, pad_to_multiple_of=1, **settings.dataset)
-    plan, steps, tokens = loader.plan, [], 0
+    settings, plan = open_plan(folder)
+    steps, tokens = [], 0
     times = np.zeros(plan.num_rows, dtype=np.int64)
     batches = plan.starting_at(0, 0, 0)
     for step in range(1, num_steps + 1):

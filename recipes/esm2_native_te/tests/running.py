@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 
@@ -39,13 +40,24 @@ def run_here(trainer: str, log_dir: Path, *overrides: str) -> Path:
     return log_dir
 
 
+def torchrun(num_ranks: int) -> list[str]:
+    """The words before the script and, if there are any, further options."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+
+
 def run_ranks(trainer: str, num_ranks: int, log_dir: Path, *overrides: str, timeout: int = 300) -> Path:
     """Ranks under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}", "--standalone"]
-    command += [f"{trainer}.py", *TINY, f"logger.log_dir={log_dir}", *overrides]
+    command = [*torchrun(num_ranks), f"{trainer}.py", *TINY, f"logger.log_dir={log_dir}", *overrides]
     done = subprocess.run(command, cwd=RECIPE, env=environment(), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
     return log_dir
+
+
+def train_on(distributed, trainer: str, *overrides: str) -> None:
+    """The run itself, on ranks that are up already."""
+    with initialize_config_dir(str(RECIPE / "hydra_config"), version_base=None):
+        config = compose("L0_sanity", [*TINY, *overrides])
+    importlib.import_module(trainer).train(config, distributed)
 
 
 def environment() -> dict:

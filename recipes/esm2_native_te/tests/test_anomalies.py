@@ -11,10 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from ranks import run_ranks
-from running import RECIPE, TINY, TRAINERS, environment, metrics
+from running import RECIPE, TRAINERS, environment, metrics, train_on
 
 import anomalies
 import modeling_esm2
@@ -72,16 +70,13 @@ def poisoned(kind):
 
 def train(distributed, trainer, path, kind, more):
     """A run with poison in the data, on ranks that are up already; its exit code."""
-    module = __import__(trainer)
-    with initialize_config_dir(str(RECIPE / "hydra_config"), version_base=None):
-        data = f"dataset.load_dataset_kwargs.data_files={path / 'data.parquet'}"
-        config = compose("L0_sanity", [*TINY, data, f"logger.log_dir={path}", *more])
+    data = f"dataset.load_dataset_kwargs.data_files={path / 'data.parquet'}"
     context, embeddings, whole = poisoned(kind)
     with context as patch:
         patch.setattr(modeling_esm2.Embeddings, "forward", embeddings)
         patch.setattr(modeling_esm2.Esm2ForMaskedLM, "forward", whole)
         try:
-            module.train(OmegaConf.create(config), distributed)
+            train_on(distributed, trainer, data, f"logger.log_dir={path}", *more)
         except SystemExit as stop:
             return stop.code
     return 0

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from running import RECIPE, TINY, environment, run_here
+from running import RECIPE, TINY, environment, run_here, torchrun
 
 import precision
 import train_fsdp2
@@ -499,7 +499,7 @@ def test_transformer_engine_that_is_missing(monkeypatch):
 def test_two_ranks_say_it_once_and_all_stop(tmp_path, overrides, parts):
     shutil.copy(RECIPE / "data" / "train.parquet", tmp_path / "0.parquet")
     before = files(tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train_fsdp2.py"]
+    command = [*torchrun(2), "train_fsdp2.py"]
     command += [*TINY, f"logger.log_dir={tmp_path}/log", f"checkpoint.ckpt_dir={tmp_path}/ckpt", *overrides]
     env = environment() | {"TEST_FOLDER": str(tmp_path)}
     done = subprocess.run(command, cwd=RECIPE, env=env, capture_output=True, text=True, timeout=120)

@@ -5,13 +5,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from running import RECIPE, TINY, TRAINERS, curve, environment, run_here, run_ranks
+from running import RECIPE, TINY, TRAINERS, curve, environment, run_here, run_ranks, torchrun
 
 from export import read_weights
 from step_folder import complete_steps
@@ -134,8 +133,7 @@ def test_a_changed_config_is_told_and_can_be_allowed(tmp_path, capsys):
 
 
 def start(trainer, num_ranks, path, *overrides):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}", "--standalone"]
-    command += [f"{trainer}.py", *TINY, f"logger.log_dir={path}", *save_to(path), *overrides]
+    command = [*torchrun(num_ranks), f"{trainer}.py", *TINY, f"logger.log_dir={path}", *save_to(path), *overrides]
     return subprocess.Popen(
         command, cwd=RECIPE, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         start_new_session=True,

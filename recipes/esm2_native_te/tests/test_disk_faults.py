@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A disk that fails: the run goes on or stops with one sentence, and the checkpoint before still loads."""
 
-import importlib
 import io
 import json
 import os
@@ -15,9 +14,7 @@ from functools import partial
 import pytest
 import ranks
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-from running import RECIPE, TINY, TRAINERS, curve, environment, metrics, run_here, run_ranks
+from running import RECIPE, TINY, TRAINERS, curve, environment, metrics, run_here, run_ranks, train_on
 from torch.distributed.checkpoint import Metadata
 
 import checkpoint
@@ -238,11 +235,9 @@ def apart(distributed, path):
     here = path / f"node_{distributed.rank}"
     here.mkdir()
     os.chdir(here)
-    with initialize_config_dir(str(RECIPE / "hydra_config"), version_base=None):
-        config = compose("L0_sanity", [*TINY, "logger.log_dir=null", "checkpoint.ckpt_dir=checkpoints"])
     told = io.StringIO()
     with pytest.raises(SystemExit) as stop, redirect_stderr(told):
-        importlib.import_module("train_fsdp2").train(OmegaConf.create(config), distributed)
+        train_on(distributed, "train_fsdp2", "logger.log_dir=null", "checkpoint.ckpt_dir=checkpoints")
     return stop.value.code, told.getvalue()
 
 
