@@ -36,8 +36,12 @@ class AttentionInputs:
         max_seqlen: int | None = None,
     ):
         self.angles_SD, self.mask_B11S, self.cu_seqlens, self.max_seqlen = angles_SD, mask_B11S, cu_seqlens, max_seqlen
-        angles_ND = angles_SD if positions_T is None else angles_SD[positions_T]
-        self.cos_N1D, self.sin_N1D = angles_ND.cos().unsqueeze(-2), angles_ND.sin().unsqueeze(-2)
+        cos_SD, sin_SD = angles_SD.cos(), angles_SD.sin()
+        num_angles = angles_SD.shape[1] // 2
+        self.cos_SR, self.sin_SR = cos_SD[:, :num_angles].contiguous(), sin_SD[:, :num_angles].contiguous()
+        if positions_T is not None:
+            cos_SD, sin_SD = cos_SD[positions_T], sin_SD[positions_T]
+        self.cos_N1D, self.sin_N1D = cos_SD.unsqueeze(-2), sin_SD.unsqueeze(-2)
 
     @cached_property
     def seq_lens(self) -> list[int]:
@@ -73,8 +77,27 @@ def attention_by_sequence(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, inputs: A
     return torch.cat(contexts_1HSD, dim=2).transpose(1, 2).squeeze(0)
 
 
+class Kernels:
+    """What a layer computes between its matrix products."""
+
+    def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs) -> Tensor:
+        """q, k and v of each head [N, H, 3 D], not turned yet, to [N, H, D]."""
+        q_NHD, k_NHD, v_NHD = qkv_NHC.chunk(3, dim=-1)
+        return attention(rotate(q_NHD, inputs), rotate(k_NHD, inputs), v_NHD, inputs)
+
+    def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float) -> Tensor:
+        """[N, E] to [N, E]."""
+        return F.layer_norm(x_NE, x_NE.shape[-1:], weight_E, bias_E, eps)
+
+    def gelu(self, x_NF: Tensor) -> Tensor:
+        """GELU by the error function, of any shape."""
+        return F.gelu(x_NF)
+
+
 class LayerNormLinear(nn.Module):
     """Layer norm, then a linear map."""
+
+    kernels = Kernels()
 
     def __init__(self, in_features: int, out_features: int, eps: float):
         super().__init__()
@@ -87,7 +110,7 @@ class LayerNormLinear(nn.Module):
 
     def forward(self, x_NE: Tensor) -> Tensor:
         """[N, in_features] to [N, out_features]."""
-        x_NE = F.layer_norm(x_NE, x_NE.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.eps)
+        x_NE = self.kernels.layer_norm(x_NE, self.layer_norm_weight, self.layer_norm_bias, self.eps)
         return self.matmul(x_NE, self.weight, self.bias)
 
 
@@ -108,6 +131,8 @@ class Linear(nn.Module):
 class SelfAttention(nn.Module):
     """Layer norm, multi-head attention with rotary positions, projection."""
 
+    kernels = Kernels()
+
     def __init__(self, hidden_size: int, num_heads: int, eps: float):
         super().__init__()
         self.num_heads = num_heads
@@ -118,13 +143,13 @@ class SelfAttention(nn.Module):
         """[N, E] to [N, E], the residual not added."""
         # TransformerEngine's order of rows: q, k and v of the first head, then those of the second, ...
         qkv_NHC = self.layernorm_qkv(x_NE).unflatten(-1, (self.num_heads, -1))
-        q_NHD, k_NHD, v_NHD = qkv_NHC.chunk(3, dim=-1)
-        context_NHD = attention(rotate(q_NHD, inputs), rotate(k_NHD, inputs), v_NHD, inputs)
-        return self.proj(context_NHD.flatten(-2))
+        return self.proj(self.kernels.attention(qkv_NHC, inputs).flatten(-2))
 
 
 class LayerNormMLP(nn.Module):
     """Layer norm, linear map, erf-GELU, linear map."""
+
+    kernels = Kernels()
 
     def __init__(self, hidden_size: int, intermediate_size: int, eps: float):
         super().__init__()
@@ -139,8 +164,8 @@ class LayerNormMLP(nn.Module):
 
     def forward(self, x_NE: Tensor) -> Tensor:
         """[N, E] to [N, E], the residual not added."""
-        x_NE = F.layer_norm(x_NE, x_NE.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.eps)
-        x_NF = F.gelu(self.matmul(x_NE, self.fc1_weight, self.fc1_bias))
+        x_NE = self.kernels.layer_norm(x_NE, self.layer_norm_weight, self.layer_norm_bias, self.eps)
+        x_NF = self.kernels.gelu(self.matmul(x_NE, self.fc1_weight, self.fc1_bias))
         return self.matmul(x_NF, self.fc2_weight, self.fc2_bias)
 
 

@@ -39,7 +39,7 @@ def top_level(
     model_tag: str,
     num_train_steps: PositiveInt,
     init_from: str | None = None,
-    layer_backend: Literal["auto", "te", "torch"] = "auto",
+    layer_backend: Literal["auto", "te", "cpp", "torch"] = "auto",
     precision: Literal["auto", "bf16", "fp32"] = "auto",
     micro_batches_per_step: PositiveInt | None = None,
     use_sequence_packing: bool = False,
@@ -83,8 +83,8 @@ def check_config(config: DictConfig) -> None:
         check_section("", values, top_level)
         for name, callable_ in SECTIONS.items():
             check_section(name, sections[name], callable_)
-        if is_reference(config.model_tag) and (config.fp8_config.enabled or config.layer_backend == "te"):
-            wrong = "fp8_config.enabled=true" if config.fp8_config.enabled else "layer_backend=te"
+        if is_reference(config.model_tag) and (config.fp8_config.enabled or config.layer_backend in ("te", "cpp")):
+            wrong = "fp8_config.enabled=true" if config.fp8_config.enabled else f"layer_backend={config.layer_backend}"
             own = config.model_tag.removeprefix("facebook/")
             raise ValueError(f"{wrong} is nothing that Hugging Face's model_tag={config.model_tag} has; {own} has it.")
         # Once on a parameter that nobody trains: what these two refuse shows now.

@@ -9,6 +9,7 @@ It computes what `transformers.EsmForMaskedLM` computes; `convert.py` translates
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +78,8 @@ class Esm2Config(PreTrainedConfig):
             raise ValueError(
                 f"padded_vocab_size {self.padded_vocab_size} must be at least vocab_size {self.vocab_size}."
             )
-        if self.layer_backend not in ("auto", "te", "torch"):
-            raise ValueError(f"layer_backend {self.layer_backend!r} must be one of auto, te, torch.")
+        if self.layer_backend not in ("auto", "te", "cpp", "torch"):
+            raise ValueError(f"layer_backend {self.layer_backend!r} must be one of auto, te, cpp, torch.")
 
 
 def rope_inv_freq(config: Esm2Config, dtype: str, device: torch.device | None = None) -> Tensor:
@@ -99,17 +100,31 @@ def te_available() -> tuple[bool, str]:
     return True, ""
 
 
-def resolve_layer_backend(name: str) -> str:
-    """`te` or `torch` for `name`, which may be `auto`: TransformerEngine where it works.
+def cpp_available(config: Esm2Config) -> tuple[bool, str]:
+    """Whether the CPU's kernels can be compiled here and, if not, why."""
+    import layers_cpp
 
-    Raises ValueError where `te` is asked for and does not work.
+    try:
+        layers_cpp.library(config.hidden_size // config.num_attention_heads)
+    except RuntimeError as error:
+        return False, str(error)
+    return True, ""
+
+
+def resolve_layer_backend(config: Esm2Config) -> str:
+    """`te`, `cpp` or `torch` for `config.layer_backend`, which may be `auto`: what is fastest of that which works.
+
+    Raises ValueError where a backend is asked for and does not work.
     """
-    if name == "torch":
-        return "torch"
-    available, reason = te_available()
-    if name == "te" and not available:
-        raise ValueError(f"layer_backend: te is impossible because {reason}; use layer_backend: torch or auto.")
-    return "te" if available else "torch"
+    name = config.layer_backend
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "te" if te_available()[0] else "torch"
+        return "cpp" if cpp_available(config)[0] else "torch"
+    available, reason = {"te": te_available, "cpp": partial(cpp_available, config)}.get(name, lambda: (True, ""))()
+    if not available:
+        raise ValueError(f"layer_backend: {name} is impossible because {reason}; use layer_backend: torch or auto.")
+    return name
 
 
 class Embeddings(nn.Module):
@@ -155,10 +170,12 @@ class Encoder(nn.Module):
 
     def __init__(self, config: Esm2Config):
         super().__init__()
-        self.backend = resolve_layer_backend(config.layer_backend)
+        self.backend = resolve_layer_backend(config)
         layer_class = TransformerLayer
         if self.backend == "te":
             from layers_te import TransformerLayer as layer_class
+        elif self.backend == "cpp":
+            from layers_cpp import TransformerLayer as layer_class
         size = (config.hidden_size, config.intermediate_size, config.num_attention_heads, config.layer_norm_eps)
         self.layer = nn.ModuleList(layer_class(*size) for _ in range(config.num_hidden_layers))
         self.emb_layer_norm_after = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)

@@ -23,7 +23,7 @@ from checkpoint import make_folder
 from collator import Batch
 from distributed import Distributed
 from modeling_esm2 import Esm2Config, training_flops
-from precision import Precision
+from precision import Precision, measured_tflops
 
 
 # Dense BF16 matrix products, TFLOP/s, from the vendors' data sheets.
@@ -41,20 +41,6 @@ PACKAGES = (
     "torchdata",
     "hydra-core",
 )
-
-
-def measured_peak_tflops(dtype: torch.dtype) -> float:
-    """The CPU's rate in products of 1024 x 1024 matrices, in TFLOP/s: the best of a few, about 0.2 s."""
-    a, b = torch.randn(2, 1024, 1024, dtype=dtype)
-    a @ b
-    best = min(_seconds(lambda: a @ b) for _ in range(5))
-    return 2 * 1024**3 / best / 1e12
-
-
-def _seconds(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def versions() -> dict[str, str]:
@@ -168,9 +154,9 @@ class PerfLogger:
                 (peak for gpu, peak in PEAK_TFLOPS.items() if gpu in name.replace("-", " ").split()), None
             )
         if peak_tflops is None and device.type == "cpu":
-            peak_tflops = measured_peak_tflops(precision.dtype or torch.float32)
+            peak_tflops = measured_tflops(precision.dtype or torch.float32)
         source = source if peak_tflops else "unknown"
-        self.peak_tflops, self.notes = peak_tflops, [precision.note]
+        self.peak_tflops, self.notes = peak_tflops, precision.notes
         self.run = {
             "model_tag": config.model_tag, "num_parameters": num_parameters,
             "strategy": Path(script).stem.removeprefix("train_"),

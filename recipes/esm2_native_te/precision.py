@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Number formats: BF16 compute over FP32 masters, and FP8 matrix products by TransformerEngine or torchao."""
 
+import time
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
 
-from modeling_esm2 import Esm2Config, resolve_layer_backend
+from modeling_esm2 import Esm2Config, cpp_available, resolve_layer_backend
 
 
 class Recipe(NamedTuple):
@@ -24,6 +26,18 @@ RECIPES = {
     "Float8BlockScaling": Recipe((9, 0), "a Hopper or Blackwell GPU", 128, False),
     "MXFP8BlockScaling": Recipe((10, 0), "a Blackwell GPU", 32, False),
 }
+
+
+@cache
+def measured_tflops(dtype: torch.dtype) -> float:
+    """The CPU's rate in products of 1024 x 1024 matrices, in TFLOP/s: the best of a few, at most 0.2 s."""
+    a, b = torch.randn(2, 1024, 1024, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best / 1e12
 
 
 class Precision:
@@ -44,11 +58,15 @@ class Precision:
         fp8_format: Literal["HYBRID", "E4M3"] = "HYBRID",
         fp8_recipe_kwargs: dict | None = None,
     ):
-        self.device, self.te = device, resolve_layer_backend(model_config.layer_backend) == "te"
+        self.device, backend = device, resolve_layer_backend(model_config)
+        self.te = backend == "te"
         self.dtype = (
-            torch.bfloat16 if precision == "bf16" or (precision == "auto" and self._pays(model_config)) else None
+            torch.bfloat16 if precision == "bf16" or (precision == "auto" and self._bf16_pays(model_config)) else None
         )
-        self.fp8, self.multiple, self.note = enabled, 1, None
+        self.fp8, self.multiple, self.notes = enabled, 1, []
+        if backend == "torch" and model_config.layer_backend == "auto" and device.type == "cpu":
+            reason = cpp_available(model_config)[1]
+            self.notes.append(f"The layers' kernels for CPUs cannot be compiled ({reason}); PyTorch's are slower.")
         if not enabled:
             return
         self.recipe = fp8_recipe.rpartition(".")[2]  # the full path that TransformerEngine's examples give will do
@@ -75,17 +93,19 @@ class Precision:
             )
         self.multiple, self.emulated = needs.multiple, capability < needs.capability
         if not self.te:
-            self.note = "FP8 by torchao, one scale a tensor" + (
-                ", emulated because this hardware has no FP8 product: the same rounding, but slower"
-                if self.emulated
-                else ""
+            self.notes.append(
+                "FP8 by torchao, one scale a tensor"
+                + (", emulated: this hardware has no FP8 product. The same rounding, but slower" * self.emulated)
             )
 
-    def _pays(self, model_config: Esm2Config) -> bool:
+    def _bf16_pays(self, model_config: Esm2Config) -> bool:
         if self.device.type == "cuda":
             return torch.cuda.is_bf16_supported()
-        # Below 35M the CPU spends more on casts than the products save (measured: docs/log.md).
-        return model_config.hidden_size >= 480 and torch.cpu._is_avx512_bf16_supported()
+        # What instructions a CPU has does not tell: some have BF16 products that are slower than those of FP32. Narrow
+        # models gain too little to give up FP32's exactness (docs/log.md).
+        return model_config.hidden_size >= 256 and measured_tflops(torch.bfloat16) > 1.4 * measured_tflops(
+            torch.float32
+        )
 
     def prepare(self, model: torch.nn.Module) -> None:
         """Let the layers' matrix products run in FP8; embeddings, norms and the LM head stay as they are."""

@@ -252,7 +252,7 @@ def test_published_sizes(name, millions):
 
 
 def test_training_flops(make_model, make_batches):
-    model = make_model()
+    model = make_model(layer_backend="torch")
     lengths = (17, 5, 30)
     _, packed = make_batches(lengths)
     num_labels = int((packed["labels"] != -100).sum())

@@ -14,6 +14,7 @@ import pytest
 import torch
 from running import RECIPE, TINY, environment, run_here, torchrun
 
+import layers_cpp
 import precision
 import train_fsdp2
 from modeling_esm2 import Esm2Config, resolve_layer_backend
@@ -114,7 +115,7 @@ def test_keys(refused, override, parts):
         ("validation.load_dataset_kwargs=file.parquet", "a section of keys or null"),
         ("model_kwargs.num_attention_heads=0", "a whole number above 0 or null"),
         ("precision=fp16", "one of auto, bf16, fp32"),
-        ("layer_backend=jax", "one of auto, te, torch"),
+        ("layer_backend=jax", "one of auto, te, cpp, torch"),
         ("fp8_config.fp8_format=E5M2", "one of HYBRID, E4M3"),
         ("adamw_kwargs.lr=0", "a number above 0"),
         ("adamw_kwargs.lr=null", "a number above 0"),
@@ -416,7 +417,7 @@ def machine(monkeypatch):
             )
             monkeypatch.setitem(sys.modules, full, module)
         scaling.recipe = sys.modules["transformer_engine"].common = scaling
-        monkeypatch.setattr(precision, "resolve_layer_backend", lambda name: backend)
+        monkeypatch.setattr(precision, "resolve_layer_backend", lambda config: backend)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {capability}")
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
@@ -466,7 +467,7 @@ def test_an_argument_that_the_recipe_does_not_have(machine):
 def test_without_transformer_engine_a_gpu_takes_torchao(machine, capability, emulated):
     machine(capability, "torch")
     chosen = on_gpu("Float8CurrentScaling")
-    assert chosen.emulated is emulated and ("emulated" in chosen.note) is emulated
+    assert chosen.emulated is emulated and ("emulated" in chosen.notes[0]) is emulated
     with pytest.raises(ValueError, match=r"MXFP8BlockScaling.* needs TransformerEngine"):
         on_gpu("MXFP8BlockScaling")
 
@@ -477,8 +478,24 @@ def test_transformer_engine_that_is_missing(monkeypatch):
     with pytest.raises(
         ValueError, match="layer_backend: te is impossible because TransformerEngine cannot be imported"
     ):
-        resolve_layer_backend("te")
-    assert resolve_layer_backend("auto") == "torch"
+        resolve_layer_backend(Esm2Config(layer_backend="te"))
+    assert resolve_layer_backend(Esm2Config(layer_backend="auto")) == "torch"
+
+
+def test_a_compiler_that_is_missing(monkeypatch, tmp_path, capsys):
+    layers_cpp.library.cache_clear()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "no_such_compiler")
+    try:
+        with pytest.raises(
+            ValueError, match=r"layer_backend: cpp is impossible .* no C\+\+ compiler .*no_such_compiler"
+        ):
+            resolve_layer_backend(Esm2Config(layer_backend="cpp"))
+        run_here("train_ddp", tmp_path, "num_train_steps=1", "use_sequence_packing=true")
+    finally:
+        layers_cpp.library.cache_clear()
+    told = capsys.readouterr().err
+    assert "cannot be compiled (there is no C++ compiler (no_such_compiler)); PyTorch's are slower" in told
 
 
 # ---- two ranks

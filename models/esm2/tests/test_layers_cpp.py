@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU's kernels against PyTorch in float64, and whole models against those with plain layers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ODD
+
+import layers
+import layers_cpp
+from modeling_esm2 import Esm2Config, cpp_available
+
+
+available, reason = cpp_available(Esm2Config())
+pytestmark = pytest.mark.skipif(not available, reason=reason)
+
+# What one rounding to the type may be off, times a few.
+CLOSE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
+LENGTHS = (1, 2, 63, 64, 65, 150, 0, 33)  # around the kernel's blocks of 64 queries and 32 keys
+
+
+def error(x, exact):
+    """Largest difference, as a share of the largest value."""
+    return ((x.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def attention_inputs(lengths, dim):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    positions_T = torch.cat([torch.arange(length) for length in lengths])
+    angles_SD = torch.arange(max(lengths))[:, None] * (10000.0 ** -torch.arange(0, 1, 2 / dim)).repeat(2)
+    return layers.AttentionInputs(angles_SD, None, cu_seqlens, positions_T, max(lengths))
+
+
+def attention_and_gradient(kernels, qkv, inputs, grad):
+    context = kernels.attention(qkv, inputs)
+    return context.detach(), *torch.autograd.grad(context, qkv, grad)
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("dim", [2, 10, 16, 24, 32, 64, 128])
+def test_attention(dim, dtype):
+    torch.manual_seed(dim)
+    inputs, size = attention_inputs(LENGTHS, dim), (sum(LENGTHS), 3)
+    qkv = (2 * torch.randn(*size, 3 * dim)).to(dtype).requires_grad_()
+    grad = torch.randn(*size, dim).to(dtype)
+    found = attention_and_gradient(layers_cpp.Kernels(dim), qkv, inputs, grad)
+    exact = attention_and_gradient(
+        layers.Kernels(), qkv.detach().double().requires_grad_(), attention_inputs(LENGTHS, dim), grad.double()
+    )
+    for x, y in zip(found, exact, strict=True):
+        assert x.dtype == dtype and error(x, y) < CLOSE[dtype]
+    if dtype == torch.bfloat16:  # no worse than PyTorch's own
+        plain = attention_and_gradient(layers.Kernels(), qkv, inputs, grad)
+        for x, other, y in zip(found, plain, exact, strict=True):
+            assert error(x, y) < 1.5 * error(other, y)
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_far_from_zero(sign, dtype):
+    """All of them: what pads a block has a score of 0, which is then far above or below the real ones."""
+    torch.manual_seed(0)
+    inputs = attention_inputs((5, 33), 16)
+    q, k, v = (torch.randn(38, 1, 16) for _ in range(3))
+    q, k = q * 0.1 + 20, sign * (k * 0.1 + 20)
+    inputs.cos_SR, inputs.sin_SR = torch.ones_like(inputs.cos_SR), torch.zeros_like(inputs.sin_SR)
+    inputs.cos_N1D, inputs.sin_N1D = torch.ones_like(inputs.cos_N1D), torch.zeros_like(inputs.sin_N1D)
+    qkv, grad = torch.cat([q, k, v], -1).to(dtype).requires_grad_(), torch.randn(38, 1, 16).to(dtype)
+    found = attention_and_gradient(layers_cpp.Kernels(16), qkv, inputs, grad)
+    exact = attention_and_gradient(layers.Kernels(), qkv.detach().double().requires_grad_(), inputs, grad.double())
+    plain = attention_and_gradient(layers.Kernels(), qkv, inputs, grad)
+    for x, other, y in zip(found, plain, exact, strict=True):  # scores of 1,600 have errors of their own
+        assert error(x, y) < 3 * error(other, y) + CLOSE[dtype]
+
+
+def test_a_sequence_does_not_see_its_neighbours():
+    """To the bit: alone, first, last, and on another number of threads."""
+    torch.manual_seed(0)
+    kernels, own, other = layers_cpp.Kernels(16), torch.randn(70, 2, 48), torch.randn(90, 2, 48)
+    results = []
+    for parts, at in (([own], 0), ([own, other], 0), ([other, own], 90)):
+        for num_threads in (1, 2):
+            qkv = torch.cat(parts).requires_grad_()
+            torch.set_num_threads(num_threads)
+            found = attention_and_gradient(
+                kernels, qkv, attention_inputs([len(x) for x in parts], 16), torch.ones(len(qkv), 2, 16)
+            )
+            results.append([x[at : at + 70] for x in found])
+    assert all(torch.equal(x, y) for result in results for x, y in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2])
+def test_layer_norm(dtypes):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(130, 75) + 1).to(dtypes[0]).requires_grad_()
+    weight, bias = (torch.randn(75).requires_grad_() for _ in range(2))
+    exact_inputs = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    grad = torch.randn(130, 75).to(dtypes[1])
+    y, *_ = layers_cpp.layer_norm(x, weight, bias, 1e-5, dtypes[1], 16)
+    exact = F.layer_norm(exact_inputs[0], (75,), *exact_inputs[1:], 1e-5)
+    assert y.dtype == dtypes[1] and error(y, exact) < CLOSE[dtypes[1]]
+    found, expected = (
+        torch.autograd.grad(y, (x, weight, bias), grad),
+        torch.autograd.grad(exact, exact_inputs, grad.double()),
+    )
+    for g, e in zip(found, expected, strict=True):
+        assert error(g, e) < CLOSE[dtypes[1]]
+
+
+def test_layer_norm_does_not_depend_on_threads():
+    x, weight, grad = torch.randn(1000, 32).requires_grad_(), torch.randn(32).requires_grad_(), torch.randn(1000, 32)
+    found = []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        y, *_ = layers_cpp.layer_norm(x, weight, torch.zeros(32), 1e-5, torch.float32, 16)
+        found.append((y, *torch.autograd.grad(y, (x, weight), grad)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_gelu(dtype):
+    x = torch.linspace(-20, 20, 40_001).to(dtype).requires_grad_()
+    exact_x = x.detach().double().requires_grad_()
+    y, exact = layers_cpp.gelu(x, 16), F.gelu(exact_x)
+    grads = torch.autograd.grad(y.sum(), x), torch.autograd.grad(exact.sum(), exact_x)
+    limit = {torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(y.double(), exact, rtol=limit / 2, atol=limit)
+    torch.testing.assert_close(grads[0][0].double(), grads[1][0], rtol=limit / 2, atol=limit)
+
+
+def test_not_a_number_comes_through():
+    """Only where it belongs, and in every kernel: q reaches its own token, k and v the sequence, each in one head."""
+    for dtype in CLOSE:
+        for part in range(3):
+            qkv = torch.randn(50, 2, 48)
+            qkv[5, 1, 16 * part] = float("nan")
+            context = layers_cpp.Kernels(16).attention(qkv.to(dtype), attention_inputs((20, 30), 16))
+            reached = torch.zeros(50, 2, dtype=torch.bool)
+            reached[5 if part == 0 else slice(20), 1] = True
+            assert torch.equal(context.isnan().any(-1), reached)
+        x = torch.tensor([[float("nan"), 1.0]], dtype=dtype)
+        assert layers_cpp.gelu(x, 16).isnan().tolist() == [[True, False]]
+        assert layers_cpp.layer_norm(x, torch.ones(2), torch.zeros(2), 1e-5, dtype, 16)[0].isnan().all()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
+def test_whole_models_agree(make_model, make_batches, layout, checkpointing):
+    batch, steps = make_batches((40, 200, 90))[layout], []
+    for backend in ("torch", "cpp"):
+        model = make_model(ODD, layer_backend=backend)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        loss = model(**batch).loss
+        loss.backward()
+        steps.append((loss.detach(), [x.grad for x in model.parameters()]))
+    torch.testing.assert_close(steps[0][0], steps[1][0], rtol=1e-6, atol=0)
+    for plain, compiled in zip(steps[0][1], steps[1][1], strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-6)
+
+
+def test_operators_keep_torchs_rules():
+    """What torch.compile relies on: shapes without data, no hidden change of inputs, gradients registered."""
+    cases = (
+        (layers_cpp.attention, (torch.randn(50, 3, 48, requires_grad=True), torch.rand(30, 8), torch.rand(30, 8),
+                                torch.tensor([0, 20, 50], dtype=torch.int32))),
+        (layers_cpp.layer_norm, (torch.randn(70, 33, requires_grad=True), torch.rand(33, requires_grad=True),
+                                 torch.rand(33, requires_grad=True), 1e-5, torch.float32, 16)),
+        (layers_cpp.gelu, (torch.randn(70, 33, requires_grad=True), 16)),
+    )  # fmt: skip
+    layers_cpp.library(16)
+    for operator, inputs in cases:
+        assert set(torch.library.opcheck(operator, inputs).values()) == {"SUCCESS"}
+
+
+def test_one_file_for_all_ranks(monkeypatch, tmp_path):
+    """Compiled once, moved into place whole."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    layers_cpp.library.cache_clear()
+    first = layers_cpp.library(6)
+    made = list(tmp_path.iterdir())
+    changed = made[0].stat().st_mtime_ns
+    layers_cpp.library.cache_clear()
+    assert layers_cpp.library(6) is not first
+    assert list(tmp_path.iterdir()) == made and made[0].stat().st_mtime_ns == changed
+    layers_cpp.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "told"), [("no_such_compiler", "there is no C\\+\\+ compiler"), ("false", "false fails: no reason")]
+)
+def test_without_a_compiler(monkeypatch, tmp_path, compiler, told):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(RuntimeError, match=told):
+        layers_cpp.library(8)
+    assert not list(tmp_path.iterdir())
