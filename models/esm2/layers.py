@@ -78,7 +78,7 @@ def attention_by_sequence(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, inputs: A
 
 
 class Kernels:
-    """What a layer computes between its matrix products."""
+    """What other backends compute in another way."""
 
     def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs) -> Tensor:
         """q, k and v of each head [N, H, 3 D], not turned yet, to [N, H, D]."""
@@ -88,10 +88,6 @@ class Kernels:
     def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float) -> Tensor:
         """[N, E] to [N, E]."""
         return F.layer_norm(x_NE, x_NE.shape[-1:], weight_E, bias_E, eps)
-
-    def gelu(self, x_NF: Tensor) -> Tensor:
-        """GELU by the error function, of any shape."""
-        return F.gelu(x_NF)
 
 
 class LayerNormLinear(nn.Module):
@@ -165,7 +161,7 @@ class LayerNormMLP(nn.Module):
     def forward(self, x_NE: Tensor) -> Tensor:
         """[N, E] to [N, E], the residual not added."""
         x_NE = self.kernels.layer_norm(x_NE, self.layer_norm_weight, self.layer_norm_bias, self.eps)
-        x_NF = self.kernels.gelu(self.matmul(x_NE, self.fc1_weight, self.fc1_bias))
+        x_NF = F.gelu(self.matmul(x_NE, self.fc1_weight, self.fc1_bias))
         return self.matmul(x_NF, self.fc2_weight, self.fc2_bias)
 
 

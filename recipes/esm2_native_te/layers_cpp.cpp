@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels of `layers_cpp.py`: attention of packed sequences with rotary positions, layer norm, erf-GELU; forward and
+// Kernels of `layers_cpp.py`: attention of packed sequences with rotary positions, and layer norm; forward and
 // backward, FP32 and BF16. Sums are FP32. Results depend neither on the number of threads nor, for attention, on what
 // else is in the batch.
 
@@ -333,7 +333,7 @@ void run(bool backward, const T* qkv, const float* cos, const float* sin, const 
   }
 }
 
-// ---- layer norm and GELU
+// ---- layer norm
 
 constexpr int64_t ROWS = 64;  // one task; sums over rows are added up task by task, in order
 
@@ -394,38 +394,6 @@ void layer_norm(bool backward, const X* x, const float* weight, const float* bia
   }
 }
 
-// erf to 1e-7, by the rational approximation that Eigen uses; NaN stays NaN.
-inline float erf_of(float x) {
-  x = x > 4.0f ? 4.0f : x;
-  x = x < -4.0f ? -4.0f : x;
-  const float z = x * x;
-  float p = -2.72614225801306e-10f;
-  p = p * z + 2.77068142495902e-08f;
-  p = p * z + -2.10102402082508e-06f;
-  p = p * z + -5.69250639462346e-05f;
-  p = p * z + -7.34990630326855e-04f;
-  p = p * z + -2.95459980854025e-03f;
-  p = p * z + -1.60960333262415e-02f;
-  float q = -1.45660718464996e-05f;
-  q = q * z + -2.13374055278905e-04f;
-  q = q * z + -1.68282697438203e-03f;
-  q = q * z + -7.37332916720468e-03f;
-  q = q * z + -1.42647390514189e-02f;
-  return x * p / q;
-}
-
-template <typename T>
-void gelu(const T* x, const T* grad, T* to, int64_t size, int64_t num_threads) {
-#pragma omp parallel for simd num_threads(num_threads)
-  for (int64_t i = 0; i < size; ++i) {
-    const float v = load(x + i), share = 0.5f + 0.5f * erf_of(v * 0.70710678f);
-    if (grad == nullptr)
-      store(to + i, v * share);
-    else
-      store(to + i, load(grad + i) * (share + v * 0.39894228f * power_of_two(-0.5f * LOG2_E * v * v)));
-  }
-}
-
 }  // namespace
 
 // Called from Python by name: what differs between types is the suffix.
@@ -434,9 +402,6 @@ void gelu(const T* x, const T* grad, T* to, int64_t size, int64_t num_threads) {
                         int64_t num_seqs, int64_t num_heads, T* context, float* lse, const T* grad, T* grad_qkv,    \
                         int64_t num_threads) {                                                                      \
     run(backward, qkv, cos, sin, cu_seqlens, num_seqs, num_heads, context, lse, grad, grad_qkv, num_threads);       \
-  }                                                                                                                 \
-  void gelu_##NAME(const T* x, const T* grad, T* to, int64_t size, int64_t num_threads) {                           \
-    gelu(x, grad, to, size, num_threads);                                                                           \
   }
 #define LAYER_NORM(NAME, X, Y)                                                                                  \
   void layer_norm_##NAME(bool backward, const X* x, const float* weight, const float* bias, Y* y, float* mean,  \

@@ -211,38 +211,6 @@ def _layer_norm_gradients(ctx, grad_TE, *_):
 layer_norm.register_autograd(_layer_norm_gradients, setup_context=_save_layer_norm)
 
 
-@torch.library.custom_op("esm2::gelu", mutates_args=())
-def gelu(x: Tensor, head_dim: int) -> Tensor:
-    """GELU by the error function."""
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    _call(head_dim, f"gelu_{_name(x)}", x, None, y, x.numel())
-    return y
-
-
-@torch.library.custom_op("esm2::gelu_backward", mutates_args=())
-def gelu_backward(grad: Tensor, x: Tensor, head_dim: int) -> Tensor:
-    """The gradient of x."""
-    x, grad = x.contiguous(), grad.contiguous()
-    grad_x = torch.empty_like(x)
-    _call(head_dim, f"gelu_{_name(x)}", x, grad, grad_x, x.numel())
-    return grad_x
-
-
-gelu.register_fake(lambda x, head_dim: x.new_empty(x.shape))
-gelu_backward.register_fake(lambda grad, x, head_dim: x.new_empty(x.shape))
-
-
-def _save_gelu(ctx, inputs, output):
-    x, ctx.head_dim = inputs
-    ctx.save_for_backward(x)
-
-
-gelu.register_autograd(
-    lambda ctx, grad: (gelu_backward(grad, *ctx.saved_tensors, ctx.head_dim), None), setup_context=_save_gelu
-)
-
-
 # ---- the layer
 
 
@@ -252,7 +220,8 @@ class TransformerLayer(layers.TransformerLayer):
     def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float):
         super().__init__(hidden_size, intermediate_size, num_heads, eps)
         kernels = Kernels(hidden_size // num_heads)
-        self.self_attention.kernels = self.self_attention.layernorm_qkv.kernels = self.layernorm_mlp.kernels = kernels
+        for part in (self.self_attention, self.self_attention.layernorm_qkv, self.layernorm_mlp):
+            part.kernels = kernels
 
 
 class Kernels(layers.Kernels):
@@ -279,6 +248,3 @@ class Kernels(layers.Kernels):
         dtype = torch.get_autocast_dtype("cpu") if autocast else x_NE.dtype
         y_TE, *_ = layer_norm(x_NE.flatten(0, -2), weight_E.float(), bias_E.float(), eps, dtype, self.head_dim)
         return y_TE.view(x_NE.shape)
-
-    def gelu(self, x_NF: Tensor) -> Tensor:
-        return gelu(x_NF, self.head_dim) if self._takes(x_NF) else super().gelu(x_NF)
