@@ -12,15 +12,16 @@ ruff format --check .
 ruff check .
 codespell
 python ci/sync_shared.py
-# The tables of docs/exactness.md are those that the committed numbers give.
+# The tables in docs are those that the committed numbers give.
 for proof in curve_matrix kill_anywhere; do
   (cd recipes/esm2_native_te && python tests/$proof.py --from ../../docs/results/$proof.json --check ../../docs/exactness.md)
 done
+(cd ci/benchmarks && python train_speed.py --from ../../docs/results/train_speed.json --check ../../docs/speed.md)
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 status=0
-for folder in models/* recipes/*; do
+for folder in models/* recipes/* ci/benchmarks; do  # the last one needs the recipes beside it
   echo "--- $folder"
   mkdir -p "$scratch/$(dirname "$folder")"
   cp -r "$folder" "$scratch/$folder"

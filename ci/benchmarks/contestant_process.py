@@ -1,0 +1,488 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inside of a contestant's process: it builds a model, an optimizer and data, then trains when it is told to.
+
+A process has one pipe to train_speed.py. It reports that it is ready, blocks until so many steps are wanted, takes
+them, reports what they took, and blocks again.
+"""
+
+import ctypes
+import os
+import sys
+import time
+from collections import deque
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
+
+import numpy as np
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes" / "esm2_native_te"))
+import quiet  # noqa: F401  # isort: skip
+import torch
+import torch.nn.functional as F
+from contestants import MAX_SEQ_LENGTH
+from speed_profile import Profile
+
+from collator import MaskedLMCollator
+from modeling_esm2 import SIZES, Esm2Config, resolve_layer_backend, training_flops
+from scheduler import adamw, linear_schedule
+
+
+CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "esm2_native_te" / "hydra_config"
+MLM_PROBABILITY, MAX_GRAD_NORM = 0.15, 1.0
+WINDOW_ROWS = 10_000
+POOL_STEPS = 200  # four times what Trainer sorts together
+SIMD = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
+
+
+class Finished(BaseException):
+    """No more steps are wanted; it leaves a training loop that knows nothing of this."""
+
+
+class Gate:
+    """Counts the steps of a training loop, and holds it up after as many as were wanted."""
+
+    def __init__(self, connection: Connection, device: str, shape: Esm2Config):
+        self.connection, self.device, self.shape = connection, device, shape
+        self.profile = None
+        self.facts = {"memory_before_gib": None}
+
+    def about_to_build(self) -> None:
+        """Everything is imported: what memory grows by from here on is the training's."""
+        self.facts["memory_before_gib"] = status_gib("VmRSS")
+
+    def ready(self, **facts) -> None:
+        """Say so, and block until steps are wanted."""
+        self.facts |= facts
+        self.wait(self.facts)
+
+    def wait(self, report: dict) -> dict:
+        """Send a report and block until more is wanted; returns what. Raises Finished when nothing is."""
+        release_memory(self.device)
+        try:
+            self.connection.send(report)
+            wanted = self.connection.recv()
+        except (EOFError, BrokenPipeError):
+            wanted = None
+        if wanted is None:
+            raise Finished
+        self.wanted = wanted["steps"]
+        self.counts = {"steps": 0, "tokens": 0, "labels": 0, "slots": 0, "flops": 0, "data_wait_s": 0.0}
+        if wanted.get("profile"):
+            self.profile = Profile(self.device)
+        self.started = time.perf_counter()
+        return wanted
+
+    def count(self, batches: list, data_wait_s: float) -> None:
+        """What a step trains on, and how long it waited for that."""
+        counts = self.counts
+        counts["data_wait_s"] += data_wait_s
+        for batch in batches:
+            counts["tokens"] += batch.num_tokens
+            counts["labels"] += batch.num_labels
+            counts["slots"] += batch.num_slots
+            counts["flops"] += training_flops(self.shape, batch.seq_lens, batch.num_labels)
+
+    def step(self, loss: float | None) -> None:
+        """A step is over; `loss` is in nats a masked residue, None where the loop does not read it."""
+        self.counts["steps"] += 1
+        if self.counts["steps"] < self.wanted:
+            return
+        synchronize(self.device)  # the last update must not run on in another contestant's time
+        report = self.counts | {"seconds": time.perf_counter() - self.started, "loss": loss}
+        if self.profile:
+            report["seconds_by_kind"] = self.profile.stop(report["seconds"], report["data_wait_s"])
+            self.profile = None
+        report["peak_memory_gib"] = peak_memory_gib(self.device)
+        if self.facts.get("compiled"):
+            report["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        self.wait(report)
+
+
+def run(connection: Connection, log: str, job: dict) -> NoReturn:
+    """The target of the process; what is printed goes to the file `log`."""
+    with open(log, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    if job["device"] == "cpu":
+        torch.set_num_threads(job["threads"])
+    job = SimpleNamespace(**job)
+    gate = Gate(connection, job.device, Esm2Config(**SIZES[job.model_tag]))
+    kinds = {"facts": prepare, "ours": train_ours, "loop": train_loop,
+             "trainer": train_trainer, "products": multiply}  # fmt: skip
+    try:
+        kinds[job.kind](job, gate)
+    except Finished:
+        sys.exit(0)
+
+
+def prepare(job: SimpleNamespace, gate: Gate) -> None:
+    """Say what there is, and write the rows that our recipe is going to read, for the peers to read as well.
+
+    They are tokenised, and in our recipe's order.
+    """
+    import datasets
+
+    from dataset import CLS, EOS, open_rows, open_source, tokenize
+    from epoch_plan import EpochPlan, Grouping
+
+    datasets.disable_progress_bars()
+    try:
+        rows = open_rows("dataset", {**job.data, "split": "train"})
+        source = open_source("dataset", rows, "sequence", "", None, MAX_SEQ_LENGTH, job.seed)
+    except ValueError as error:
+        sys.exit(f"error: --data: {' '.join(str(error).split())}")
+    plan = EpochPlan(source, Grouping("dataset", None, job.pack_tokens, MAX_SEQ_LENGTH), job.seed, WINDOW_ROWS)
+    lengths = np.concatenate([source.lengths(batch.rows, 0) for batch in plan.window(0, 0)])
+    # As many rows as make up the tokens of a step; enough steps for a sampler to find rows of like lengths.
+    step_rows = job.tokens_per_step / lengths.mean()
+    passes = max(1, round(step_rows / job.peer_batch))
+    micro_rows = min(job.peer_batch, max(1, round(step_rows)))
+    num_rows = max(job.warmup + job.rounds * job.steps, POOL_STEPS) * passes * micro_rows
+    tokens = []
+    for batch in plan.starting_at(0, 0, 0):
+        residues = (tokenize(sequence)[: MAX_SEQ_LENGTH - 2] for sequence in source.read(batch.rows, batch.epoch))
+        tokens += [bytes([CLS]) + some + bytes([EOS]) for some in residues]
+        if len(tokens) >= num_rows:
+            break
+    tokens = tokens[:num_rows]
+    np.savez(
+        job.rows_file, tokens=np.frombuffer(b"".join(tokens), dtype=np.uint8), lengths=[len(row) for row in tokens]
+    )
+    data = {"num_proteins": len(rows), "mean_tokens": lengths.mean(), "passes": passes, "micro_rows": micro_rows}
+    gate.ready(data=data, **machine_facts(job))
+
+
+def machine_facts(job: SimpleNamespace) -> dict:
+    """What the list of contestants depends on, and what the numbers do."""
+    from modeling_esm2 import te_available
+    from perf_logger import cpu_name, git_commit, versions
+
+    cuda = job.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        sys.exit("error: --device cuda: torch finds no GPU here.")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next(line for line in lines if line.startswith(("flags", "Features"))).split()
+    except (OSError, StopIteration):  # no Linux
+        flags = []
+    found = versions() | {name: version(name) for name in ("accelerate", "flash_attn") if find_spec(name)}
+    return {
+        "device": job.device,
+        "machine": {
+            "name": torch.cuda.get_device_name() if cuda else cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "simd": [flag for flag in SIMD if flag in flags],
+        },
+        "memory_gib": torch.cuda.mem_get_info()[0] / 2**30 if cuda else available_gib(),
+        "capability": torch.cuda.get_device_capability() if cuda else None,
+        "te": te_available()[0],
+        "layer_backend": resolve_layer_backend(Esm2Config(**SIZES[job.model_tag])),
+        "flash_attn": "flash_attn" in found,
+        "accelerate": "accelerate" in found,
+        "versions": found,
+        "git": git_commit(),
+    }
+
+
+class Rows:
+    """Proteins tokenised ahead, and the order in which a peer reads them."""
+
+    def __init__(self, job: SimpleNamespace):
+        saved = np.load(job.rows_file)
+        self.tokens = np.split(saved["tokens"].astype(np.int64), np.cumsum(saved["lengths"])[:-1])
+        self.lengths = saved["lengths"]
+        self.job = job
+        self.random = np.random.default_rng(job.seed)
+        self.collate = MaskedLMCollator(packed=False, seed=job.seed, mlm_probability=MLM_PROBABILITY)
+        self.number = 0
+
+    def batch(self, places: np.ndarray):
+        """The padded batch of these rows, freshly masked."""
+        self.number += 1
+        return self.collate({"name": (self.number,), "tokens": [self.tokens[place] for place in places]})
+
+    def micro_batches(self, order: str) -> list[np.ndarray]:
+        """The rows of each micro-batch, in order; in each round the proteins of ours (`random`), or all lengths."""
+        job, size = self.job, self.job.micro_rows
+        if order == "length":  # a batch has like lengths; ties are broken at random
+            places = np.lexsort((self.random.random(len(self.lengths)), self.lengths)).reshape(-1, size)
+            return list(places[self.dealt(self.lengths[places].sum(1), job.passes)])
+        blocks = np.cumsum([job.warmup] + [job.steps] * job.rounds) * job.passes * size
+        places = [self.random.permutation(block) for block in np.split(np.arange(blocks[-1]), blocks[:-1])]
+        return list(np.concatenate(places).reshape(-1, size))
+
+    def dealt(self, weights: np.ndarray, per_step: int) -> np.ndarray:
+        """Places, `per_step` a step: those before the rounds and then every round have light and heavy ones alike.
+
+        Otherwise a round's rate would be that of the lengths it happened to have.
+        """
+        job, places = self.job, np.argsort(weights, kind="stable")
+
+        def spread(places: np.ndarray, number: int, offset: float) -> np.ndarray:
+            return ((np.arange(number) + offset) * len(places) / number).astype(int)
+
+        first = np.append(spread(places[:-1], job.warmup * per_step - 1, 0), len(places) - 1)  # and the heaviest
+        rest = np.delete(places, first)
+        rest = rest[spread(rest, job.rounds * job.steps * per_step, self.random.random())]
+        rounds = self.random.permuted(rest.reshape(-1, job.rounds), axis=1).T
+        return np.concatenate([self.random.permutation(places[first]), self.random.permuted(rounds, axis=1).ravel()])
+
+
+def train_ours(job: SimpleNamespace, gate: Gate) -> None:
+    """The recipe's own train_ddp.py, held up where it logs a step."""
+    from hydra import compose, initialize_config_dir
+
+    import train_ddp
+    from config import check_config, launch
+    from distributed import process_group
+    from precision import Precision
+
+    class GatedLogger(train_ddp.PerfLogger):
+        """The trainer's logger, which sees every step."""
+
+        def start(self, progress, notes):
+            super().start(progress, notes)
+            auto = Precision(self.distributed.device, "auto", gate.shape)
+            gate.ready(
+                num_parameters=self.run["num_parameters"],
+                precision_auto="bf16" if auto.dtype else "fp32",
+                layer_backend=resolve_layer_backend(self.model_config),
+                compiled=config.use_torch_compile,
+            )
+
+        def count(self, batches, data_wait_s, num_tokens):
+            super().count(batches, data_wait_s, num_tokens)
+            gate.count(batches, data_wait_s)
+
+        def log_step(self, step, loss, grad_norm, learning_rate):
+            super().log_step(step, loss, grad_norm, learning_rate)
+            gate.step(loss)
+
+    options = {
+        "model_tag": job.model_tag, "num_train_steps": 10**6, "seed": job.seed, "precision": job.precision,
+        "micro_batches_per_step": job.pack_passes, "dataset.token_micro_batch_size": job.pack_tokens,
+        "dataset.max_seq_length": MAX_SEQ_LENGTH, "dataset.mlm_probability": MLM_PROBABILITY,
+        "dataset.window_rows": WINDOW_ROWS, "dataset.load_dataset_kwargs.path": job.data["path"],
+        "max_grad_norm": MAX_GRAD_NORM, "logger.frequency": 10**6, "logger.log_dir": "null", **job.options,
+    }  # fmt: skip
+    if not options["use_sequence_packing"]:  # whole rows: packs of mixed lengths would be mostly padding
+        options |= {
+            "dataset.token_micro_batch_size": "null", "dataset.micro_batch_size": job.micro_rows,
+            "micro_batches_per_step": job.passes,
+        }  # fmt: skip
+    config = None
+
+    def main():
+        nonlocal config
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            config = compose("defaults", [*(f"{k}={v}" for k, v in options.items()), *job.overrides])
+        config.dataset.load_dataset_kwargs.data_files = job.data["data_files"]
+        check_config(config)
+        gate.about_to_build()
+        with process_group(config.seed, config.deterministic) as distributed:
+            train_ddp.train(config, distributed)
+
+    train_ddp.PerfLogger = GatedLogger
+    launch(main)
+
+
+def build_peer(job: SimpleNamespace, shape: Esm2Config) -> tuple:
+    """Hugging Face's model with random weights, and the optimizer and schedule that our recipe has."""
+    from transformers import AutoModelForMaskedLM
+
+    from convert import hf_config
+
+    torch.manual_seed(job.seed)
+    model = AutoModelForMaskedLM.from_config(hf_config(shape), attn_implementation=job.options["attention"])
+    model.esm.contact_head.requires_grad_(False)  # no part of the loss
+    model.to(job.device).train()
+    optimizer = adamw(model.parameters())
+    return model, optimizer, linear_schedule(optimizer)
+
+
+def train_loop(job: SimpleNamespace, gate: Gate) -> None:
+    """A plain loop around Hugging Face's model."""
+    gate.about_to_build()
+    rows = Rows(job)
+    model, optimizer, scheduler = build_peer(job, gate.shape)
+    autocast = partial(torch.autocast, job.device, torch.bfloat16, enabled=job.precision == "bf16")
+    order = rows.micro_batches(job.options["order"])
+
+    def loss_of(batch) -> torch.Tensor:
+        with autocast():
+            return model(**batch.to(torch.device(job.device)).inputs).loss / job.passes
+
+    facts = {"num_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    if job.options["compile"]:
+        # Each layer by itself: the graph of one serves all.
+        for layer in model.esm.encoder.layer:
+            layer.compile(dynamic=True)
+        started = time.perf_counter()
+        widths = [rows.lengths[places].max() for places in order]
+        for place in np.argsort(widths)[[0, len(widths) // 2, -1]]:
+            loss_of(rows.batch(order[place])).backward()
+            same = np.full_like(order[place], order[place][0])  # no padding: a graph of its own
+            loss_of(rows.batch(same)).backward()
+        optimizer.zero_grad()
+        synchronize(job.device)
+        facts |= {"compiled": True, "compile_s": time.perf_counter() - started}
+    gate.ready(**facts)
+
+    micro_batches = iter(order)
+    while some := list(islice(micro_batches, job.passes)):
+        total = torch.zeros((), device=job.device)
+        data_wait_s, batches = 0.0, []
+        for places in some:
+            started = time.perf_counter()
+            batches.append(rows.batch(places))
+            data_wait_s += time.perf_counter() - started
+            loss = loss_of(batches[-1])
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        loss = total.item()
+        gate.count(batches, data_wait_s)
+        gate.step(loss)
+
+
+def train_trainer(job: SimpleNamespace, gate: Gate) -> None:
+    """Hugging Face's Trainer with its own grouping by length."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    gate.about_to_build()
+    rows = Rows(job)
+    model, *optimizers = build_peer(job, gate.shape)
+    collated: deque = deque()  # it reads a batch ahead
+    step_rows = job.passes * job.micro_rows
+
+    class Grouped(Trainer):
+        """The steps are those of its own sampler, dealt out so that every round has all lengths."""
+
+        def _get_train_sampler(self, train_dataset=None):
+            places = np.array(list(super()._get_train_sampler(train_dataset))).reshape(-1, step_rows)
+            return places[rows.dealt(rows.lengths[places].sum(1), 1)].ravel().tolist()
+
+    class Gated(TrainerCallback):
+        """Sees the end of every step."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            batches, waits = zip(*(collated.popleft() for _ in range(job.passes)), strict=True)
+            gate.count(batches, sum(waits))
+            gate.step(None)
+
+    def collate(samples: list[dict]) -> dict:
+        started = time.perf_counter()
+        batch = rows.batch(np.array([sample["place"] for sample in samples]))
+        collated.append((batch, time.perf_counter() - started))
+        return batch.inputs
+
+    arguments = TrainingArguments(
+        output_dir=job.scratch, use_cpu=job.device == "cpu", bf16=job.precision == "bf16", seed=job.seed,
+        per_device_train_batch_size=job.micro_rows, gradient_accumulation_steps=job.passes, num_train_epochs=1,
+        max_grad_norm=MAX_GRAD_NORM, train_sampling_strategy="group_by_length", dataloader_num_workers=0,
+        remove_unused_columns=False, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    dataset = [{"input_ids": tokens, "place": place} for place, tokens in enumerate(rows.tokens)]
+    trainer = Grouped(
+        model, arguments, data_collator=collate, train_dataset=dataset, optimizers=optimizers, callbacks=[Gated()]
+    )
+    gate.ready(num_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    trainer.train()
+
+
+def multiply(job: SimpleNamespace, gate: Gate) -> None:
+    """The rate of matrix products alone: those of a layer, forward and backward, and large square ones."""
+    least_s = 0.2 if job.quick else 1.0
+    width, wide = gate.shape.hidden_size, gate.shape.intermediate_size
+    shapes = ((width, 3 * width), (width, width), (width, wide), (wide, width))
+    device, num_tokens = torch.device(job.device), job.pack_tokens
+
+    def layer(dtype: torch.dtype):
+        made = [
+            [torch.randn(*of, dtype=dtype, device=device) for of in ((num_tokens, i), (o, i), (num_tokens, o))]
+            for i, o in shapes
+        ]
+
+        def run_once():
+            for x, weight, gradient in made:
+                F.linear(x, weight)
+                gradient.mm(weight)
+                gradient.t().mm(x)
+
+        return run_once, sum(3 * 2 * num_tokens * i * o for i, o in shapes)
+
+    def square(dtype: torch.dtype):
+        a, b = torch.randn(2, 2048, 2048, dtype=dtype, device=device)
+        return lambda: a.mm(b), 2 * 2048**3
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    made = {fmt: {"layer": layer(dtype), "square_2048": square(dtype)} for fmt, dtype in dtypes.items()}
+    report = {}
+    while True:
+        gate.wait(report)
+        report = {
+            fmt: {name: tera_per_second(*product, job.device, least_s) for name, product in of.items()}
+            for fmt, of in made.items()
+        }
+
+
+def tera_per_second(function, flops: int, device: str, least_s: float) -> float:
+    """The mean rate over at least so many seconds, in TFLOP/s."""
+    function()
+    synchronize(device)
+    started, times = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - started) < least_s:
+        function()
+        synchronize(device)
+        times += 1
+    return times * flops / seconds / 1e12
+
+
+def synchronize(device: str) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def release_memory(device: str) -> None:
+    """Give back what a waiting process does not need: the others run in the same memory."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another C library
+        return
+
+
+def peak_memory_gib(device: str) -> float | None:
+    """Most memory this process has held: on a GPU what torch allocated there, else resident."""
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else status_gib("VmHWM")
+
+
+def status_gib(key: str) -> float | None:
+    """A line of this process's status in GiB; None where there is no Linux."""
+    return _kib_in("/proc/self/status", key)
+
+
+def available_gib() -> float | None:
+    """What the machine's memory still takes."""
+    return _kib_in("/proc/meminfo", "MemAvailable")
+
+
+def _kib_in(file: str, key: str) -> float | None:
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith(f"{key}:")), None)

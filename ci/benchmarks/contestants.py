@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who takes part in train_speed.py: a list that depends on the machine. Imports nothing heavy."""
+
+from typing import Any, NamedTuple
+
+
+class Shape(NamedTuple):
+    """A published size, as far as memory depends on it."""
+
+    model_tag: str
+    num_parameters: float
+    num_layers: int
+    width: int
+
+
+SIZES = {
+    "1M": Shape("esm2_t4_1M", 0.8e6, 4, 128),
+    "8M": Shape("esm2_t6_8M_UR50D", 7.5e6, 6, 320),
+    "35M": Shape("esm2_t12_35M_UR50D", 33.5e6, 12, 480),
+    "150M": Shape("esm2_t30_150M_UR50D", 148e6, 30, 640),
+    "650M": Shape("esm2_t33_650M_UR50D", 651e6, 33, 1280),
+    "3B": Shape("esm2_t36_3B_UR50D", 2840e6, 36, 2560),
+}
+MAX_SEQ_LENGTH = 1024
+PRODUCTS = "matrix products"
+SAME = "all contestants have the same"
+# What the benchmark sets for our recipe itself, and the option that says so.
+TAKEN = {
+    "model_tag": "--sizes",
+    "model_kwargs": SAME,
+    "init_from": SAME,
+    "adamw_kwargs": SAME,
+    "lr_scheduler_kwargs": SAME,
+    "max_grad_norm": SAME,
+    "dataset.mlm_probability": SAME,
+    "dataset.max_seq_length": SAME,
+    "dataset.window_rows": SAME,
+    "seed": "--seed",
+    "num_train_steps": "--steps and --rounds",
+    "micro_batches_per_step": "--tokens-per-step and --pack-tokens",
+    "dataset.token_micro_batch_size": "--pack-tokens",
+    "dataset.micro_batch_size": "--peer-batch",
+    "dataset.load_dataset_kwargs": "--data",
+    "use_activation_checkpointing": "a contestant of its own",
+    "checkpoint": "nothing is saved",
+    "logger": "nothing is logged",
+    "validation": "nothing is validated",
+}
+
+
+class Contestant(NamedTuple):
+    """One way of training; `kind` names the function that runs it, `options` are for that function.
+
+    The fastest of `precisions` takes part in the rounds; with `precision_of`, that of another contestant.
+    """
+
+    name: str
+    kind: str
+    precisions: tuple[str, ...]
+    options: dict[str, Any]
+    precision_of: str | None = None
+
+
+class Defaults(NamedTuple):
+    """What a step is, unless the command line says otherwise."""
+
+    tokens_per_step: int
+    pack_tokens: int
+    peer_batch: int
+    steps: int
+
+
+def defaults(device: str, size: str) -> Defaults:
+    """Enough tokens for every part of a step to count, few enough for a round to take a minute or two."""
+    if device == "cuda":
+        rows = {"650M": 16, "3B": 8}.get(size, 32)
+        return Defaults(32_768, 8_192, rows, 10) if size == "3B" else Defaults(65_536, 16_384, rows, 20)
+    if size == "1M":
+        return Defaults(4_096, 2_048, 4, 1)
+    rows = {"8M": 8, "35M": 8}.get(size, 3)  # at 150M eight of the longest proteins need 20 to 30 GiB
+    return Defaults(8_192, 4_096, rows, {"8M": 4, "35M": 2}.get(size, 1))
+
+
+def held_gib(size: str) -> float:
+    """Memory of a process that waits: weights and AdamW's moments in FP32, Python and libraries."""
+    return 0.7 + 12 * SIZES[size].num_parameters / 2**30
+
+
+def used_gib(device: str, size: str, rows: int) -> float:
+    """About what a peer needs beyond that in a step, with so many of the longest proteins in a batch."""
+    shape, tokens = SIZES[size], rows * MAX_SEQ_LENGTH
+    # A layer keeps about 30 numbers a token and channel; on CPUs in FP32, in a heap that gets holes.
+    kept = 30 * 2 if device == "cuda" else 50 * 4
+    return (tokens * shape.num_layers * shape.width * kept + 4 * shape.num_parameters) / 2**30
+
+
+def held_at_once(memory_gib: float, device: str, size: str, rows: int) -> int:
+    """How many models may wait or train side by side; below 2 there is not enough memory."""
+    # One more while a contestant qualifies in two precisions.
+    return int((0.9 * memory_gib - used_gib(device, size, rows)) / held_gib(size)) - 1
+
+
+def contestants(facts: dict, overrides: dict[str, str], quick: bool) -> tuple[list[Contestant], dict[str, str]]:
+    """Those that can run on a machine with these `facts`, ours first; the others with the reason why they cannot."""
+    left_out = {}
+    if facts["device"] == "cuda":
+        ours = ours_on_gpu(facts, overrides, left_out)
+        both = ("bf16",)
+    else:
+        asked = overrides.get("precision")
+        both = ("fp32", "bf16")
+        options = {"use_sequence_packing": True, "dataset.num_workers": 0}
+        ours = [Contestant("ours", "ours", (asked,) if asked else both, options)]
+    first = ours[0]
+    ours.append(
+        Contestant(
+            f"{first.name}, activation checkpointing", "ours", first.precisions,
+            {**first.options, "use_activation_checkpointing": True}, precision_of=first.name,
+        )
+    )  # fmt: skip
+    if facts["layer_backend"] == "cpp" and "layer_backend" not in overrides and not quick:
+        without = {**first.options, "layer_backend": "torch"}
+        ours.append(Contestant("ours, layer_backend=torch", "ours", first.precisions, without))
+    if quick:  # one contestant shows how precisions are chosen
+        both = both[:1]
+
+    loop = {"order": "random", "compile": False, "attention": "sdpa"}
+    peers = [
+        Contestant("transformers", "loop", both, loop),
+        Contestant("transformers, length buckets", "loop", both, {**loop, "order": "length"}),
+    ]
+    if not quick:
+        compiled = {**loop, "order": "length", "compile": True}
+        peers.append(Contestant("transformers, length buckets, torch.compile", "loop", both, compiled))
+    if facts["device"] == "cuda":
+        name = "transformers, length buckets, FlashAttention"
+        if facts["flash_attn"]:
+            peers.append(Contestant(name, "loop", both, {**loop, "order": "length", "attention": "flash_attention_2"}))
+        else:
+            left_out[name] = "the package flash_attn is not installed"
+    name = "transformers.Trainer, grouped by length"
+    if facts["accelerate"]:
+        peers.append(Contestant(name, "trainer", both, {"attention": "sdpa"}))
+    else:
+        left_out[name] = "the package accelerate is not installed"
+    return ours + peers, left_out
+
+
+def ours_on_gpu(facts: dict, overrides: dict[str, str], left_out: dict[str, str]) -> list[Contestant]:
+    """Layers x batches x number format, as far as this GPU and its packages have them."""
+    found, without, asked = [], {}, overrides.get("precision", "bf16")
+    if not facts["te"]:
+        without["te"] = "TransformerEngine is not installed"
+    if tuple(facts["capability"]) < (8, 9):
+        without["fp8"] = "the GPU has no FP8 products"
+    for backend in ("te", "torch"):
+        for layout in ("packed", "padded"):
+            for fmt in (asked, "fp8"):
+                name = f"ours, {backend}, {layout}, {fmt}"
+                if reason := without.get(backend) or without.get(fmt):
+                    left_out[name] = reason
+                    continue
+                options = {"layer_backend": backend, "use_sequence_packing": layout == "packed"}
+                if fmt == "fp8":
+                    options["fp8_config.enabled"] = True
+                found.append(Contestant(name, "ours", ("bf16" if fmt == "fp8" else fmt,), options))
+    return found
