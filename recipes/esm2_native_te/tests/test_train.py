@@ -83,9 +83,18 @@ def test_activation_checkpointing_changes_nothing(trainer, reference_curve, tmp_
     assert curve(path) == pytest.approx(reference_curve, rel=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("layout", [[], [PACKED]], ids=["padded", "packed"])
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_bf16_stays_near_fp32(trainer, reference_curve, tmp_path):
-    losses = metrics(run_here(trainer, tmp_path, "precision=bf16"), "train", "loss")
+def test_backends_follow_one_curve(trainer, layout, backend, reference_curve, tmp_path):
+    path = run_here(trainer, tmp_path, f"layer_backend={backend}", *layout)
+    assert curve(path) == pytest.approx(reference_curve, rel=1e-5)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("layout", [[], [PACKED]], ids=["padded", "packed"])
+def test_bf16_stays_near_fp32(trainer, layout, reference_curve, tmp_path):
+    losses = metrics(run_here(trainer, tmp_path, "precision=bf16", *layout), "train", "loss")
     assert losses == pytest.approx(reference_curve[: len(losses)], rel=5e-3)
     assert losses != reference_curve[: len(losses)]
 
