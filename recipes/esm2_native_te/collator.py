@@ -34,6 +34,15 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(self.seq_lens)
 
+    # From a worker as numpy, through a pipe: each tensor would open a file in shared memory and a connection.
+    def __getstate__(self) -> dict:
+        arrays = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()}
+        return self.__dict__ | {"inputs": arrays}
+
+    def __setstate__(self, state: dict) -> None:
+        tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state["inputs"].items()}
+        self.__dict__ = state | {"inputs": tensors}
+
     def to(self, device: torch.device) -> "Batch":
         moved = {
             key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value

@@ -4,12 +4,13 @@
 import atexit
 import os
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import glob
 from itertools import islice
-from multiprocessing import active_children, forkserver, parent_process
+from multiprocessing import active_children, forkserver, parent_process, set_forkserver_preload
 from pathlib import Path
 
 import datasets
@@ -19,7 +20,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from datasets.table import InMemoryTable
 from pydantic import NonNegativeInt
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import fasta_reader
@@ -37,6 +38,9 @@ for letter in RESIDUES:
 DROPPED = b"-. \t\r\n" + bytes(range(0x80, 0xC0))  # of a letter beyond ASCII all but its first byte: it is one sign
 MEMBER, CROP = 1, 2  # what a random number is for, as the last part of its key
 fasta_reader.register()
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = (
+    False  # else the hub is told of each local file: seconds, where none answers
+)
 
 
 def tokenize(sequence: bytes) -> bytes:
@@ -176,7 +180,7 @@ class Column:
 
     def __getitem__(self, indices: np.ndarray) -> pa.ChunkedArray:
         # Not by pyarrow's chunks: 65 million rows have 65,000 of them, and to list those takes longer than to read.
-        return self.rows[indices][self.name]
+        return self.rows[indices].combine_chunks()[self.name]  # it gives each row as a chunk, slow to go through
 
 
 class SequenceRows:
@@ -185,7 +189,7 @@ class SequenceRows:
     def __init__(self, section: str, rows: datasets.Dataset, sequence_column: str, max_seq_length: int, seed: int):
         check_column(section, "sequence_column", sequence_column, rows.column_names)
         self.section, self.max_seq_length, self.seed = section, max_seq_length, seed
-        self.column = Column(rows, sequence_column)
+        self.column, self.held = Column(rows, sequence_column), {}
         kind = rows.data.column(sequence_column).type
         if not is_text(kind) and not is_bytes(kind):
             raise ValueError(f"{section}.sequence_column={sequence_column}: the column holds {kind}, not text.")
@@ -193,18 +197,31 @@ class SequenceRows:
     def __len__(self) -> int:
         return len(self.column)
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"held": {}}
+
     def read(self, rows: np.ndarray, epoch: int) -> list[bytes]:
         """The raw sequences of these rows."""
         return [text or b"" for text in self.column[rows].cast(pa.large_binary()).to_pylist()]
 
     def lengths(self, rows: np.ndarray, epoch: int) -> np.ndarray:
-        """Tokens of each row with <cls> and <eos>, at most `max_seq_length`; 0 where no residue is left."""
-        residues = np.array([len(tokenize(sequence)) for sequence in self.read(rows, epoch)])
-        return np.where(residues > 0, np.minimum(residues + 2, self.max_seq_length), 0)
+        """Tokens of each row with <cls> and <eos>, at most `max_seq_length`; 0 where no residue is left.
 
-    def tokens(self, rows: np.ndarray, epoch: int) -> list[np.ndarray]:
-        """The token arrays of these rows, those too long cropped anew in each epoch."""
-        return crop(self.read(rows, epoch), rows, self.max_seq_length, self.seed, epoch)
+        The residues are held until the next call: the micro-batches of a window are made of what was measured.
+        """
+        residues = [tokenize(sequence) for sequence in self.read(rows, epoch)]
+        self.held = dict(zip(((epoch, row) for row in rows.tolist()), residues, strict=True))
+        num_residues = np.array([len(r) for r in residues])
+        return np.where(num_residues > 0, np.minimum(num_residues + 2, self.max_seq_length), 0)
+
+    def sample(self, micro_batch: MicroBatch) -> dict:
+        """What the collator takes: the rows' tokens, those too long cropped anew in each epoch."""
+        epoch, rows = micro_batch.epoch, micro_batch.rows
+        try:
+            residues = [self.held[epoch, row] for row in rows.tolist()]
+        except KeyError:
+            residues = [tokenize(sequence) for sequence in self.read(rows, epoch)]
+        return {"name": micro_batch[:3], "tokens": crop(residues, rows, self.max_seq_length, self.seed, epoch)}
 
 
 class ClusterRows(SequenceRows):
@@ -218,7 +235,7 @@ class ClusterRows(SequenceRows):
     ):
         check_column(section, "cluster_column", cluster_column, rows.column_names)
         self.section, self.max_seq_length, self.seed, self.database = section, max_seq_length, seed, database
-        self.column = Column(rows, cluster_column)
+        self.column, self.held = Column(rows, cluster_column), {}
         self.connection: sqlite3.Connection | None = None
         if not Path(database).is_file():
             raise ValueError(f"{section}.protein_database={database}: no such file.")
@@ -232,7 +249,7 @@ class ClusterRows(SequenceRows):
             raise ValueError(f"{section}.protein_database={database}: {reason}.") from error
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"connection": None}  # each worker opens its own
+        return super().__getstate__() | {"connection": None}  # each worker opens its own
 
     def _query(self, query: str, values: list[str]) -> list[tuple[str, str]]:
         if self.connection is None:
@@ -256,22 +273,28 @@ class ClusterRows(SequenceRows):
         return [(sequences[i] or "").encode() for i in ids]
 
 
-def crop(sequences: list[bytes], rows: np.ndarray, max_seq_length: int, *key: int) -> list[np.ndarray]:
+def crop(residues: list[bytes], rows: np.ndarray, max_seq_length: int, *key: int) -> list[np.ndarray]:
     """<cls> residues <eos> for each row; of a longer one a random stretch, so that its ends are seen as well."""
-    residues = [np.frombuffer(tokenize(sequence), dtype=np.uint8) for sequence in sequences]
-    room = max_seq_length - 2
-    starts = uniform_below(np.array([max(0, len(r) - room) + 1 for r in residues]), rows, *key, CROP)
-    return [np.concatenate(([CLS], r[s : s + room], [EOS])) for r, s in zip(residues, starts, strict=True)]
+    room, cls, eos = max_seq_length - 2, bytes([CLS]), bytes([EOS])
+    starts = uniform_below(np.array([max(0, len(r) - room) + 1 for r in residues]), rows, *key, CROP).tolist()
+    framed = (cls + r[s : s + room] + eos for r, s in zip(residues, starts, strict=True))
+    return [np.frombuffer(tokens, dtype=np.uint8) for tokens in framed]
 
 
-class TokenRows(Dataset):
-    """Reads the rows of a micro-batch; in the loader's workers, if it has any."""
+class PlannedMicroBatches(IterableDataset):
+    """A rank's share of the plan; its workers take the micro-batches in turn.
 
-    def __init__(self, source: SequenceRows):
-        self.source = source
+    They plan for themselves, each every window, so that the trainer never waits for a plan and a window's rows are
+    read once.
+    """
 
-    def __getitems__(self, micro_batch: MicroBatch) -> dict:
-        return {"name": micro_batch[:3], "tokens": self.source.tokens(micro_batch.rows, micro_batch.epoch)}
+    def __init__(self, sampler: RankSampler):
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[dict]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        return map(self.sampler.plan.source.sample, islice(self.sampler, worker, None, num_workers))
 
 
 class StreamedMicroBatches(IterableDataset):
@@ -303,7 +326,8 @@ class StreamedMicroBatches(IterableDataset):
             while sequences := [row[self.column] or b"" for row in islice(rows, self.window_rows)]:
                 name = (epoch, self.rank, worker, self.state["window"])
                 order = permuted(np.arange(len(sequences)), len(sequences), self.seed, *name)
-                tokens = crop([sequences[i] for i in order], order, self.max_seq_length, self.seed, *name)
+                residues = [tokenize(sequences[i]) for i in order]
+                tokens = crop(residues, order, self.max_seq_length, self.seed, *name)
                 lengths = np.array([len(t) if len(t) > 2 else 0 for t in tokens])
                 groups = self.grouping(lengths, (self.seed, *name))
                 found = found or bool(groups)
@@ -341,6 +365,28 @@ def share_of(
                 f"{rank}; use fewer ranks or a smaller {section}.num_workers than {num_workers}, or streaming=false."
             )
     return share, num_workers
+
+
+def start_worker_server() -> None:
+    """Start the process that workers are forked from; it imports what they need while this one opens the data."""
+    set_forkserver_preload(["datasets", "torch.distributed.tensor", "torchdata.stateful_dataloader"])
+    os.environ["PYTHONSAFEPATH"] = "1"  # not a `datasets` that lies in the working folder
+    # torchrun and Slurm signal whole process groups; that the rank is to save and leave is no news for its workers.
+    # They inherit what is ignored when the server starts.
+    with signals_ignored():
+        forkserver.ensure_running()
+    del os.environ["PYTHONSAFEPATH"]  # the scripts that this process starts do import from their folder
+
+
+@contextmanager
+def script_unseen() -> Iterator[None]:
+    """Workers started in the block do not import the running script: it takes seconds, and they need nothing of it."""
+    script = vars(sys.modules["__main__"])
+    file = script.pop("__file__", None)
+    try:
+        yield
+    finally:
+        script |= {"__file__": file} if file else {}
 
 
 def start_worker(worker: int) -> None:
@@ -386,6 +432,8 @@ class TrainLoader:
         self.distributed, self.num_workers = distributed, num_workers
         check_limits(section, max_seq_length, mlm_probability, window_rows)
         grouping = Grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
+        if num_workers:
+            start_worker_server()
         with distributed.main_first():
             rows = open_rows(section, load_dataset_kwargs)
             self.streaming = isinstance(rows, datasets.IterableDataset)
@@ -404,18 +452,13 @@ class TrainLoader:
             data = StreamedMicroBatches(
                 stream, sequence_column, grouping, max_seq_length, window_rows, seed, distributed.rank
             )
-            how = {"dataset": data, "batch_size": None}
         else:
             self.plan = EpochPlan(source, grouping, seed, window_rows)
             self.sampler = RankSampler(self.plan, distributed.rank, distributed.num_ranks)
-            how = {"dataset": TokenRows(source), "batch_sampler": self.sampler}
-        if self.num_workers:
-            # torchrun and Slurm signal whole process groups; that the rank is to save and leave is no news for its
-            # workers. The server they are forked from inherits what is ignored when it starts.
-            with signals_ignored():
-                forkserver.ensure_running()
+            data = PlannedMicroBatches(self.sampler)
         self.loader = StatefulDataLoader(
-            **how,
+            data,
+            batch_size=None,
             collate_fn=MaskedLMCollator(packed, seed, mlm_probability, pad_to_multiple_of),
             num_workers=self.num_workers,
             # A fork after the process group or CUDA is up can crash or hang.
@@ -426,7 +469,9 @@ class TrainLoader:
         self.last_name: tuple | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
+        with script_unseen():
+            batches = iter(self.loader)
+        for batch in batches:
             self.last_name = batch.name
             yield batch
 

@@ -11,7 +11,6 @@ from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Sampler
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -149,7 +148,7 @@ class EpochPlan:
             epoch, window = epoch + 1, 0
 
 
-class RankSampler(Sampler[MicroBatch]):
+class RankSampler:
     """This rank's share of the plan: of every `num_ranks` micro-batches the one at `rank`."""
 
     def __init__(self, plan: EpochPlan, rank: int, num_ranks: int):

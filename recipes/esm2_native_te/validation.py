@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from collator import IGNORED, MaskedLMCollator
-from dataset import TokenRows, check_limits, first_rows, open_rows, open_source
+from dataset import check_limits, first_rows, open_rows, open_source
 from distributed import Distributed
 from epoch_plan import EpochPlan, Grouping
 
@@ -59,7 +59,7 @@ class Validator:
         source = open_source(
             section, rows, sequence_column, cluster_column, protein_database, max_seq_length, MASK_SEED
         )
-        self.plan, self.rows = EpochPlan(source, grouping, None, window_rows), TokenRows(source)
+        self.plan = EpochPlan(source, grouping, None, window_rows)
         self.collate = MaskedLMCollator(packed, MASK_SEED, mlm_probability, pad_to_multiple_of)
         if not source.lengths(np.arange(min(window_rows, len(source))), epoch=0).any():
             raise ValueError(f"{section}: the sequences are all empty; is {section}.sequence_column right?")
@@ -77,7 +77,7 @@ class Validator:
         loss, correct, num_labels = 0.0, 0.0, 0
         micro_batches = self.plan.epoch(0)
         while group := list(islice(micro_batches, num_ranks)):
-            batch = self.collate(self.rows.__getitems__(group[min(rank, len(group) - 1)]))
+            batch = self.collate(self.plan.source.sample(group[min(rank, len(group) - 1)]))
             if rank >= len(group):  # sharded models need every rank in every forward pass
                 batch = batch.without_labels()
             batch = batch.to(self.distributed.device)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which residues are masked and by what, and that padded and packed batches say the same."""
 
+from multiprocessing.reduction import ForkingPickler
+
 import numpy as np
 import pytest
 import torch
@@ -135,6 +137,20 @@ def test_without_labels(packed):
     assert empty.inputs["labels"].shape == batch.inputs["labels"].shape
     assert torch.equal(empty.inputs["input_ids"], batch.inputs["input_ids"])
     assert batch.num_labels > 0 and (batch.inputs["labels"] != IGNORED).any()  # the first one is as it was
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_from_a_worker_is_the_same_and_takes_no_shared_memory(packed):
+    batch = collate(packed)
+    sent = bytes(ForkingPickler.dumps(batch))
+    assert b"rebuild_tensor" not in sent
+    received = ForkingPickler.loads(sent)
+    assert content(received) == content(batch)
+    for key, value in batch.inputs.items():
+        if isinstance(value, torch.Tensor):
+            assert received.inputs[key].dtype == value.dtype
+            received.inputs[key][0] = 0  # it can be written to
+    assert content(batch) == content(collate(packed))
 
 
 def test_to_moves_every_tensor():

@@ -2,6 +2,7 @@
 """From a user's file to batches: sources, cleaning, crops, clusters, and a loader that resumes."""
 
 import gzip
+import hashlib
 import json
 import os
 import pickle
@@ -22,7 +23,18 @@ import pytest
 from omegaconf import OmegaConf
 from ranks import content, excess_chi_square, run_ranks
 
-from dataset import CLS, EOS, VOCABULARY, ClusterRows, Column, TrainLoader, crop, describe_cleaning, tokenize
+from dataset import (
+    CLS,
+    EOS,
+    VOCABULARY,
+    ClusterRows,
+    Column,
+    SequenceRows,
+    TrainLoader,
+    crop,
+    describe_cleaning,
+    tokenize,
+)
 
 
 RECIPE = Path(__file__).parents[1]
@@ -229,7 +241,7 @@ def tokenizer():
 
 def test_tokens_are_those_of_esms_tokenizer(tokenizer):
     sequences = [*random_proteins(100, seed=1), "LAGVSERTIDPKQNFYMHWCXBUZO", "M"]
-    tokens = crop([s.encode() for s in sequences], np.arange(len(sequences)), 1024, 0)
+    tokens = crop([tokenize(s.encode()) for s in sequences], np.arange(len(sequences)), 1024, 0)
     assert [t.tolist() for t in tokens] == tokenizer(sequences)["input_ids"]
     assert [tokenizer.convert_ids_to_tokens(i) for i in range(33)] == VOCABULARY
 
@@ -266,7 +278,8 @@ def test_what_is_cleaned_is_counted():
 
 # ---- crops
 
-LONG = b"LAGVSERTIDPKQNFYMHWCXBUZO"  # 25 different letters: the first one tells where a crop begins
+LETTERS = "LAGVSERTIDPKQNFYMHWCXBUZO"  # 25 different ones: the first one tells where a crop begins
+LONG = tokenize(LETTERS.encode())
 
 
 def test_crops_start_anywhere_with_equal_chance():
@@ -304,7 +317,7 @@ def test_only_longer_sequences_are_cropped(length):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_loader_crops_anew_each_epoch(distributed, tmp_path, streaming):
-    kwargs = write(tmp_path, "parquet", [LONG.decode()] * 40) | {"streaming": streaming}
+    kwargs = write(tmp_path, "parquet", [LETTERS] * 40) | {"streaming": streaming}
     epochs = read_epochs(make_loader(distributed, kwargs, max_seq_length=12), 3)
     assert all({len(s) for s in epoch} == {10} and len(epoch) == 40 for epoch in epochs)
     assert len({s for epoch in epochs for s in epoch}) == 16
@@ -312,6 +325,13 @@ def test_the_loader_crops_anew_each_epoch(distributed, tmp_path, streaming):
 
 
 # ---- the loader, map-style
+
+DIGESTS = {
+    "tokens": "99994675f88b1052",
+    "rows": "5e61cf04d23b690b",
+    "a stream": "019c1e6c4637a412",
+    "clusters": "06575729ea2c0f63",
+}
 
 
 def expected(distributed, kwargs: dict, num: int, **options) -> list[tuple]:
@@ -359,6 +379,70 @@ def test_resume_at_the_edges_of_windows_and_epochs(distributed, tmp_path, num_re
     second = make_loader(distributed, kwargs)
     second.load_state_dict(first.state_dict())
     assert read(second, 20) == whole[num_read : num_read + 20]
+
+
+@pytest.mark.parametrize("how", ["tokens", "rows", "a stream", "clusters"])
+def test_batches_are_what_they_have_always_been(distributed, tmp_path, how):
+    """Their digests from before windows were read by workers: a change here changes the curve of every run."""
+    odd = [f"{s[:40]}-*j{s[40:].lower()}*" if i % 3 else None if i % 2 else s * 4 for i, s in enumerate(PROTEINS)]
+    if how == "clusters":
+        loader = make_loader(distributed, **write_clusters(tmp_path))
+    else:
+        size = {"micro_batch_size": 4} if how == "rows" else {}
+        kwargs = write(tmp_path, "parquet", odd) | {"streaming": how == "a stream"}
+        loader = make_loader(distributed, kwargs, packed=how != "rows", **size)
+    batches = [(*map(repr, facts), sorted(inputs.items())) for *facts, inputs in read(loader, 40)]
+    assert batches[-1][0] > "(1,"  # past an epoch
+    assert hashlib.sha256(repr(batches).encode()).hexdigest()[:16] == DIGESTS[how]
+
+
+def test_each_row_is_read_once(distributed, tmp_path, monkeypatch):
+    read_rows, read_them = [], SequenceRows.read
+    loader = make_loader(distributed, write(tmp_path, "parquet"))
+
+    def counting(source, rows, epoch):
+        read_rows.extend((epoch, row) for row in rows.tolist())
+        return read_them(source, rows, epoch)
+
+    monkeypatch.setattr(SequenceRows, "read", counting)
+    assert len(read_epochs(loader, 2)) == 2
+    assert Counter(epoch for epoch, _ in read_rows) == {0: 60, 1: 60, 2: 16}  # of the third only the first window
+    assert len(set(read_rows)) == len(read_rows)
+
+
+def test_rows_of_an_earlier_window_are_read_again(distributed, tmp_path):
+    plan = make_loader(distributed, write(tmp_path, "parquet")).plan
+    before, after = plan.window(0, 0)[0], plan.window(0, 1)[0]
+    for micro_batch in (after, before):
+        residues = [bytes(t[1:-1]) for t in plan.source.sample(micro_batch)["tokens"]]
+        assert all(r in tokenize(PROTEINS[i].encode()) for r, i in zip(residues, micro_batch.rows, strict=True))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+print("script", flush=True)
+sys.path[:0] = sys.argv[1:3]
+from test_dataset import content, make_loader, read, write
+
+from distributed import process_group
+
+if __name__ == "__main__":
+    with process_group(seed=0) as distributed:
+        kwargs = write(Path.cwd(), "parquet")
+        batches = [read(make_loader(distributed, kwargs, num_workers=n), 5) for n in (0, 2)]
+        print("equal" if batches[0] == batches[1] else "not equal")
+"""
+
+
+def test_workers_need_neither_the_script_nor_the_working_folder(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "datasets.py").write_text("raise SystemExit('not the library')")
+    command = [sys.executable, str(tmp_path / "script.py"), str(RECIPE), str(RECIPE / "tests")]
+    done = subprocess.run(command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=100)
+    assert done.stdout.split("\n") == ["script", "equal", ""], done.stderr[-4000:]
 
 
 KILLED = """

@@ -75,7 +75,7 @@ def test_numbers_are_those_of_a_direct_count(distributed, file):
     validator = make_validator(distributed, file)
     losses, hits = [], []
     for micro_batch in validator.plan.epoch(0):
-        inputs = validator.collate(validator.rows.__getitems__(micro_batch)).inputs
+        inputs = validator.collate(validator.plan.source.sample(micro_batch)).inputs
         for token, label in zip(inputs["input_ids"], inputs["labels"], strict=True):
             if label != -100:
                 logits = Guesser().table[token].double()
