@@ -12,7 +12,7 @@ import quiet  # noqa: F401  # isort: skip
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from running import with_table, write_table
+from running import marks, with_table
 
 from plot_metrics import COLOURS, INK, STYLE
 
@@ -152,17 +152,47 @@ def tables(result: dict) -> str:
     return "\n\n".join(map(entry_text, result["entries"]))
 
 
+def summary(result: dict) -> str:
+    """A line for each size: what a user gets."""
+    head = ("ESM-2", "device", "real tokens/s", "faster than a plain `transformers` loop", "than the best peer",
+            "TFLOP/s", "of matrix products", "peak memory, GiB")  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for entry in result["entries"]:
+        ours, *rest = [line for line in figures(entry) if "rate" in line]
+        others = {line["name"]: line["ratio"] for line in rest if not line["name"].startswith("ours")}
+        best = min(others, key=others.get, default=None)
+        of_products = "–" if ours["of_products"] is None else f"{ours['of_products']:.0%}"
+        machine = entry["machine"]
+        device = f"{machine['name']}, {counted(machine['threads'], 'thread')}, {ours['precision'].upper()}"
+        cells = [
+            entry["size"], device, f"{ours['rate']:,.0f}",
+            f"{others['transformers']:.1f} x" if "transformers" in others else "–",
+            f"{others[best]:.1f} x ({best.removeprefix('transformers, ')})" if best else "–",
+            f"{ours['tflops']:.3g}", of_products, "–" if ours["memory"] is None else f"{ours['memory']:.1f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def updated(page: Path, result: dict) -> str:
+    """The page with its tables, in full or in short, made from these numbers. Raises ValueError if it has no place."""
+    text = page.read_text() if page.is_file() else "\n".join(marks(NAME)) + "\n"
+    places = {f"{NAME}_summary": summary, NAME: tables}
+    for name in [name for name in places if marks(name)[0] in text] or [NAME]:
+        text = with_table(text, name, places[name](result))
+    return text
+
+
 def write(page: Path, result: dict) -> None:
-    """Put the tables into the page."""
-    write_table(page, NAME, tables(result))
+    """Put the tables into the page, a new one if there is none."""
+    page.write_text(updated(page, result))
 
 
 def is_current(page: Path, result: dict) -> bool:
     """Whether the page has the tables of these numbers. Raises ValueError where it has no place for them."""
     if not page.is_file():
         raise ValueError("no such file.")
-    text = page.read_text()
-    return text == with_table(text, NAME, tables(result))
+    return page.read_text() == updated(page, result)
 
 
 def draw(result: dict, out: Path) -> None:
