@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of 1 and of 2 ranks on this machine, one thread each, with each of the three trainers.
+
+python ci/benchmarks/scaling_ranks.py                    # five minutes; writes docs: JSON, table of scaling.md
+python ci/benchmarks/scaling_ranks.py --data my.fasta --output mine.json precision=fp32
+python ci/benchmarks/scaling_ranks.py --quick --output quick.json        # a tiny model and one round: a minute
+python ci/benchmarks/scaling_ranks.py --from docs/results/scaling_ranks.json --check docs/scaling.md
+
+Every run is a trainer under torchrun, as a user starts it. 1 and 2 ranks take turns, and train on the same
+micro-batches: their losses and their numbers of tokens are compared. key=value goes to all runs.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "esm2_native_te"
+sys.path.insert(0, str(RECIPE))
+sys.path.insert(0, str(RECIPE / "tests"))
+import quiet  # noqa: E402, F401  # isort: skip
+from running import TRAINERS, environment, torchrun, with_table, write_table  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from perf_logger import cpu_name, versions  # noqa: E402
+
+
+OUTPUT, NAME = ROOT / "docs" / "results" / "scaling_ranks.json", "scaling_ranks"
+RANKS = {"one_rank": 1, "two_ranks": 2}
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative, of the loss: the same sums in another order
+# The benchmark sets these itself; a run that differs in them would compare something else.
+TAKEN = (
+    "num_train_steps",
+    "micro_batches_per_step",
+    "logger.",
+    "checkpoint.",
+    "validation.",
+    "dataset.load_dataset_kwargs",
+)
+
+
+class Failed(Exception):
+    """A run that ended with an error, or one that cannot be compared; the text says why."""
+
+
+def arguments_of(asked: argparse.Namespace) -> list[str]:
+    """What all runs are given."""
+    overrides = [
+        f"model_tag={asked.model_tag}", f"num_train_steps={asked.warmup_steps + asked.steps}",
+        f"micro_batches_per_step={asked.micro_batches_per_step}", "dataset.micro_batch_size=null",
+        f"dataset.token_micro_batch_size={asked.pack_tokens}", "dataset.num_workers=0", "adamw_kwargs.lr=4e-4",
+        "validation.load_dataset_kwargs=null", "logger.frequency=1", "precision=bf16",
+    ]  # fmt: skip
+    if asked.data:
+        kind = "parquet" if asked.data.suffix == ".parquet" else "fasta"
+        overrides += [f"dataset.load_dataset_kwargs.{k}={v}" for k, v in
+                      (("path", kind), ("data_files", asked.data.resolve()))]  # fmt: skip
+    return overrides + asked.overrides
+
+
+def train(trainer: str, num_ranks: int, folder: Path, overrides: list[str], timeout_s: float) -> list[dict]:
+    """One run; the lines of its metrics. Raises Failed."""
+    command = [*torchrun(num_ranks), f"{trainer}.py", f"logger.log_dir={folder}", *overrides]
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    what = f"{trainer} on {num_ranks} rank{'s' * (num_ranks > 1)}"
+    try:
+        done = subprocess.run(
+            command, cwd=RECIPE, env=environment() | threads, capture_output=True, text=True, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired:
+        raise Failed(
+            f"{what} took longer than {timeout_s:.0f} s; give fewer --steps, or a longer --timeout."
+        ) from None
+    if done.returncode:
+        told = [line for line in done.stderr.strip().splitlines() if line.strip()]
+        said = next((line for line in told if line.lower().startswith("error")), "\n".join(told[-15:]))
+        raise Failed(f"{what} failed with exit code {done.returncode}: {said}")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
+
+
+def tokens_per_second(lines: list[dict], warmup_steps: int) -> float:
+    """Real tokens/s over the lines after the warm-up."""
+    before, counted = lines[warmup_steps - 1], lines[warmup_steps:]
+    return (counted[-1]["num_tokens"] - before["num_tokens"]) / sum(line["step_time_s"] for line in counted)
+
+
+def loss_difference(one: list[dict], two: list[dict], tolerance: float, trainer: str) -> float:
+    """The largest relative one. Raises Failed where the runs did not train on the same, and so cannot be compared."""
+    if [line["num_tokens"] for line in one] != [line["num_tokens"] for line in two]:
+        raise Failed(f"{trainer}: 1 and 2 ranks did not read the same tokens.")
+    found = max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in zip(one, two, strict=True))
+    if not found <= tolerance:
+        raise Failed(f"{trainer}: losses of 1 and 2 ranks differ by a relative {found:.1e}, more than {tolerance}.")
+    return found
+
+
+def measure(asked: argparse.Namespace) -> dict:
+    """All rounds. Raises Failed."""
+    overrides, trainers, differences = arguments_of(asked), {name: [] for name in asked.trainers}, [0.0]
+    precision = next(o.partition("=")[2] for o in reversed(overrides) if o.startswith("precision="))
+    turns = asked.rounds * len(trainers) * len(RANKS)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        tqdm(total=turns, unit="run", disable=None, dynamic_ncols=True, file=sys.stderr) as bar,
+    ):
+        for turn in range(asked.rounds):
+            for trainer, rounds in trainers.items():
+                lines = {}
+                # There and back, so that a drift of the machine favours neither.
+                for key in RANKS if turn % 2 == 0 else reversed(RANKS):
+                    bar.set_postfix_str(f"{trainer}, {RANKS[key]} of 2 ranks")
+                    folder = Path(scratch) / f"{trainer}_{key}_{turn}"
+                    lines[key] = train(trainer, RANKS[key], folder, overrides, asked.timeout)
+                    bar.update()
+                differences.append(loss_difference(*(lines[k] for k in RANKS), TOLERANCE[precision], trainer))
+                rounds.append({key: round(tokens_per_second(lines[key], asked.warmup_steps), 1) for key in RANKS})
+                one, two = (rounds[-1][key] for key in RANKS)
+                bar.write(
+                    f"round {turn + 1}: {trainer}: {one:,.0f} and {two:,.0f} tokens/s, {two / one:.2f}", sys.stderr
+                )
+    names = ("model_tag", "rounds", "steps", "warmup_steps", "micro_batches_per_step", "pack_tokens")
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "versions": versions(),
+        "settings": {name: getattr(asked, name) for name in names}
+        | {"precision": precision, "data": asked.data.name if asked.data else "bundled", "overrides": asked.overrides},
+        "loss_difference": max(differences),
+        "trainers": trainers,
+    }
+
+
+def read_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Of the command line; `key=value` may stand anywhere."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text} must be a number of at least 1")
+        return int(text)
+
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
+    parser.add_argument("--model-tag", default="esm2_t6_8M_UR50D")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="FASTA or parquet; default: the bundled sample")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--steps", type=positive, default=5, help="that count, in each run; default: 5")
+    parser.add_argument("--warmup-steps", type=positive, default=2, help="that do not count; default: 2")
+    parser.add_argument("--micro-batches-per-step", type=positive, default=2, help="over all ranks; default: 2")
+    parser.add_argument("--pack-tokens", type=positive, default=2048, help="of a micro-batch; default: 2048")
+    parser.add_argument("--timeout", type=positive, default=600, help="seconds a run may take; default: 600")
+    parser.add_argument("--quick", action="store_true", help="the tiny model, one round, few steps")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help=f"default: docs/results/{OUTPUT.name}, and the table"
+    )
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="FILE.json", help="run nothing, take these numbers"
+    )
+    parser.add_argument("--table", type=Path, metavar="FILE.md", help="write the table into this page")
+    parser.add_argument("--check", type=Path, metavar="FILE.md", help="exit with 1 if its table is not that of --from")
+
+    is_override = re.compile(r"\+{0,2}[\w.]+=")
+    overrides = [argument for argument in arguments if is_override.match(argument)]
+    found = parser.parse_args([argument for argument in arguments if not is_override.match(argument)])
+    found.overrides = overrides
+    if found.check and not found.source:
+        parser.error("--check needs the numbers: --from FILE.json.")
+    if found.source and not found.source.is_file():
+        parser.error(f"--from {found.source}: no such file.")
+    if found.source and (found.quick or found.output or overrides):
+        parser.error("--from runs nothing; leave it or what belongs to runs out.")
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key.startswith(TAKEN):
+            parser.error(f"{override}: the benchmark sets that itself; see --help.")
+        if key == "precision" and value not in TOLERANCE:
+            parser.error(f"{override}: fp32 or bf16, so that 1 and 2 ranks do not choose differently.")
+    if found.micro_batches_per_step % 2:
+        parser.error(f"--micro-batches-per-step {found.micro_batches_per_step} must be even, for two ranks.")
+    if found.data and not found.data.is_file():
+        parser.error(f"--data {found.data}: no such file.")
+    if found.quick and not found.output:
+        parser.error("--quick measures too little for docs; say where with --output FILE.json.")
+    if found.quick:
+        found.model_tag, found.rounds, found.steps, found.warmup_steps, found.pack_tokens = "esm2_t4_1M", 1, 2, 1, 1024
+    elif not found.source and not found.output:
+        found.output, found.table = OUTPUT, found.table or ROOT / "docs" / "scaling.md"
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Run or read, then print, write or check."""
+    from scaling_report import ranks_table
+
+    asked = read_arguments(arguments)
+    try:
+        numbers = json.loads(asked.source.read_text()) if asked.source else measure(asked)
+    except Failed as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
+    table = ranks_table(numbers)
+    if asked.output:
+        asked.output.parent.mkdir(parents=True, exist_ok=True)
+        asked.output.write_text(json.dumps(numbers, indent=1) + "\n")
+    if asked.table:
+        write_table(asked.table, NAME, table)
+    if asked.check:
+        if (text := asked.check.read_text()) != with_table(text, NAME, table):
+            print(
+                f"error: {asked.check}: its table is not that of {asked.source}; write it: --table.", file=sys.stderr
+            )
+            return 1
+    else:
+        print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
