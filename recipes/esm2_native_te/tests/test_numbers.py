@@ -26,6 +26,7 @@ from collator import IGNORED, MaskedLMCollator
 from convert import save_native
 from dataset import SequenceRows
 from distributed import clip_grad_norm_
+from epoch_plan import MicroBatch
 from export import read_weights
 from modeling_esm2 import Embeddings, Esm2Config, Esm2ForMaskedLM, copy_parameters, training_flops
 from scheduler import adamw, linear_schedule
@@ -472,7 +473,7 @@ def uneven(starts: np.ndarray) -> dict[str, float]:
 def test_crops_start_anywhere_in_every_row_and_epoch():
     rows = SequenceRows("dataset", datasets.Dataset.from_dict({"sequence": LONG_ROWS}), "sequence", 12, 9)
     everything = np.arange(len(LONG_ROWS))
-    tokens = np.array([rows.tokens(everything, epoch) for epoch in range(12)])
+    tokens = np.array([rows.sample(MicroBatch(epoch, 0, 0, everything))["tokens"] for epoch in range(12)]).astype(int)
     assert tokens.shape == (12, len(LONG_ROWS), 12)
     starts = tokens[:, :, 1] - 4
     for num in range(2, 17):
