@@ -8,9 +8,11 @@ neither FP32 nor BF16, go the way of `layers.py`. Shapes as there; S positions, 
 import ctypes
 import hashlib
 import os
+import shlex
 import subprocess
 import tempfile
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,10 +24,12 @@ from layers import AttentionInputs
 
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-# -fno-finite-math-only: a NaN has to come through. -fopenmp: it is the library that torch has loaded already.
+# Parts of -ffast-math. All of it would have the library switch the whole process to flushing denormal numbers to zero,
+# and would not let a NaN through.
 FLAGS = (
-    "-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fno-finite-math-only",
-    "-fopenmp", "-fPIC", "-shared",
+    "-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math",
+    "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math", "-fno-strict-aliasing", "-fopenmp", "-fPIC",
+    "-shared",
 )  # fmt: skip
 SUMMED_ROWS = 64  # ROWS in the source
 
@@ -56,10 +60,11 @@ def library(head_dim: int) -> ctypes.CDLL:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # ranks may compile side by side
                 made = Path(scratch) / path.name
-                command = [compiler, *options, str(SOURCE), "-o", str(made), "-ltorch_cpu", "-lc10"]
+                command = [*shlex.split(compiler), *options, str(SOURCE), "-o", str(made), "-ltorch_cpu", "-lc10"]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
-                    raise RuntimeError(f"{compiler} fails: {(done.stderr.strip().splitlines() or ['no reason'])[0]}")
+                    told = done.stderr.strip().splitlines() or ["no reason"]
+                    raise RuntimeError(f"{compiler} fails: {next((x for x in told if 'error' in x), told[-1])}")
                 made.replace(path)
         except FileNotFoundError as error:
             raise RuntimeError(f"there is no C++ compiler ({compiler})") from error
@@ -94,6 +99,18 @@ def _name(*tensors: Tensor) -> str:
     return "_".join(str(x.dtype).removeprefix("torch.") for x in tensors)
 
 
+def _checked(qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tables and borders as the kernels read them. Raises ValueError for borders that do not fit."""
+    borders = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(borders)]
+    if borders[0] != 0 or borders[-1] != qkv_THC.shape[0] or min(lengths) < 0 or max(lengths) > cos_SR.shape[0]:
+        raise ValueError(
+            f"cu_seqlens {borders} must rise from 0 to the {qkv_THC.shape[0]} tokens, by at most max_seqlen "
+            f"{cos_SR.shape[0]} each."
+        )
+    return cos_SR.float().contiguous(), sin_SR.float().contiguous(), cu_seqlens.to("cpu", torch.int32).contiguous()
+
+
 # ---- operators of PyTorch, so that autograd, torch.compile and the profiler know them
 
 
@@ -106,7 +123,7 @@ def attention(qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tenso
     """
     (_, num_heads, width), num_seqs = qkv_THC.shape, len(cu_seqlens) - 1
     qkv_THC, context, lse = qkv_THC.contiguous(), *_attention_outputs(qkv_THC)
-    tables = (cos_SR.contiguous(), sin_SR.contiguous(), cu_seqlens.contiguous())
+    tables = _checked(qkv_THC, cos_SR, sin_SR, cu_seqlens)
     outputs = (context, lse, None, None)
     _call(width // 3, f"attention_{_name(qkv_THC)}", False, qkv_THC, *tables, num_seqs, num_heads, *outputs)
     return context, lse
@@ -134,7 +151,7 @@ def attention_backward(
     (_, num_heads, width), num_seqs = qkv_THC.shape, len(cu_seqlens) - 1
     qkv_THC, grad_THD = qkv_THC.contiguous(), grad_THD.contiguous()
     grad_qkv_THC = torch.empty_like(qkv_THC)
-    tables = (cos_SR.contiguous(), sin_SR.contiguous(), cu_seqlens.contiguous())
+    tables = _checked(qkv_THC, cos_SR, sin_SR, cu_seqlens)
     _call(
         width // 3, f"attention_{_name(qkv_THC)}", True, qkv_THC, *tables, num_seqs, num_heads, context_THD, lse_TH,
         grad_THD, grad_qkv_THC,
@@ -242,9 +259,8 @@ class Kernels(layers.Kernels):
         return attention(qkv_NHC, inputs.cos_SR, inputs.sin_SR, inputs.cu_seqlens)[0]
 
     def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float) -> Tensor:
-        if not self._takes(x_NE):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_NE.dtype
+        if not self._takes(x_NE) or dtype not in (x_NE.dtype, torch.bfloat16):
             return super().layer_norm(x_NE, weight_E, bias_E, eps)
-        autocast = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if autocast else x_NE.dtype
         y_TE, *_ = layer_norm(x_NE.flatten(0, -2), weight_E.float(), bias_E.float(), eps, dtype, self.head_dim)
         return y_TE.view(x_NE.shape)

@@ -101,11 +101,10 @@ class Precision:
     def _bf16_pays(self, model_config: Esm2Config) -> bool:
         if self.device.type == "cuda":
             return torch.cuda.is_bf16_supported()
-        # What instructions a CPU has does not tell: some have BF16 products that are slower than those of FP32. Narrow
-        # models gain too little to give up FP32's exactness (docs/log.md).
-        return model_config.hidden_size >= 256 and measured_tflops(torch.bfloat16) > 1.4 * measured_tflops(
-            torch.float32
-        )
+        # By what the CPU is, so that all ranks and every restart come to the same (docs/log.md).
+        if torch.cpu._is_amx_tile_supported():
+            return model_config.hidden_size >= 256  # narrower ones gain too little to give up FP32's exactness
+        return model_config.hidden_size >= 480 and torch.cpu._is_avx512_bf16_supported()
 
     def prepare(self, model: torch.nn.Module) -> None:
         """Let the layers' matrix products run in FP8; embeddings, norms and the LM head stay as they are."""

@@ -147,6 +147,28 @@ def test_whole_models_agree(make_model, make_batches, layout, checkpointing):
         torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-6)
 
 
+def test_denormal_numbers_stay():
+    """Loading the kernels must not change how the process computes."""
+    layers_cpp.library(16)
+    assert (torch.tensor([1e-39]) * 0.5).item() > 0
+
+
+def test_borders_that_do_not_fit_are_refused():
+    kernels, inputs, qkv = layers_cpp.Kernels(16), attention_inputs((20, 30), 16), torch.randn(50, 2, 48)
+    expected = kernels.attention(qkv, inputs)
+    inputs.cu_seqlens = torch.tensor([0, 20, 50])
+    assert torch.equal(kernels.attention(qkv, inputs), expected)  # int64 will do
+    for wrong in ([0, 20, 49], [0, 20, 51], [1, 20, 50], [0, 31, 20, 50], [0, 50]):
+        inputs.cu_seqlens = torch.tensor(wrong, dtype=torch.int32)
+        with pytest.raises(ValueError, match="must rise from 0 to the 50 tokens, by at most max_seqlen 30 each"):
+            kernels.attention(qkv, inputs)
+
+
+def test_float16_goes_the_plain_way(make_model, make_batches):
+    with torch.autocast("cpu", torch.float16), torch.no_grad():
+        assert make_model(layer_backend="cpp")(**make_batches()[1]).loss.isfinite()
+
+
 def test_operators_keep_torchs_rules():
     """What torch.compile relies on: shapes without data, no hidden change of inputs, gradients registered."""
     cases = (

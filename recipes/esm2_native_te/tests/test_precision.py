@@ -10,16 +10,18 @@ from precision import Precision
 
 
 @pytest.mark.parametrize(
-    ("size", "rates", "dtype"),
+    ("size", "amx", "avx512_bf16", "dtype"),
     [
-        ("esm2_t6_8M_UR50D", {torch.float32: 0.3, torch.bfloat16: 3.0}, torch.bfloat16),
-        ("esm2_t6_8M_UR50D", {torch.float32: 0.3, torch.bfloat16: 0.4}, None),
-        ("esm2_t33_650M_UR50D", {torch.float32: 0.3, torch.bfloat16: 0.2}, None),
-        ("esm2_t4_1M", {torch.float32: 0.3, torch.bfloat16: 3.0}, None),
+        ("esm2_t4_1M", True, True, None),
+        ("esm2_t6_8M_UR50D", True, True, torch.bfloat16),
+        ("esm2_t6_8M_UR50D", False, True, None),
+        ("esm2_t12_35M_UR50D", False, True, torch.bfloat16),
+        ("esm2_t33_650M_UR50D", False, False, None),
     ],
 )
-def test_auto_takes_what_is_faster_for_wide_models(monkeypatch, size, rates, dtype):
-    monkeypatch.setattr(precision, "measured_tflops", rates.__getitem__)
+def test_auto_takes_what_is_faster_on_such_a_cpu(monkeypatch, size, amx, avx512_bf16, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     config = Esm2Config(**SIZES[size], layer_backend="torch")
     assert Precision(torch.device("cpu"), "auto", config).dtype == dtype
     assert Precision(torch.device("cpu"), "bf16", config).dtype == torch.bfloat16
