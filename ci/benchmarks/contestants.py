@@ -78,7 +78,7 @@ def defaults(device: str, size: str) -> Defaults:
     if size == "1M":
         return Defaults(4_096, 2_048, 4, 1)
     rows = {"8M": 8, "35M": 8}.get(size, 3)  # at 150M eight of the longest proteins need 20 to 30 GiB
-    return Defaults(8_192, 4_096, rows, {"8M": 4, "35M": 2}.get(size, 1))
+    return Defaults(8_192, 8_192, rows, {"8M": 4, "35M": 2}.get(size, 1))
 
 
 def held_gib(size: str) -> float:

@@ -54,14 +54,15 @@ MAX_SEQ_LENGTH, MLM_PROBABILITY, SEED = 1024, 0.15, 1
 PARTS = ("loaders", "start", "plan")
 COLD, WARM = "cold_s", "warm_s"
 FULL = {
-    "model_tag": "esm2_t6_8M_UR50D", "steps": 24, "layouts": ("packed", "padded"), "budgets": (4096, 16_384),
-    "workers": (0, 1), "rounds": 5, "turn_s": 0.6, "kinds": ("parquet", "fasta"), "file_rows": 1_000_000,
-    "repeats": 3, "states": (COLD, WARM), "imports": 3, "plan_rows": (10**5, 10**6, 10**7), "windows": 20,
+    "model_tag": "esm2_t6_8M_UR50D", "steps": 24, "logged": 8, "layouts": ("packed", "padded"),
+    "budgets": (4096, 16_384), "workers": (0, 1), "rounds": 5, "turn_s": 0.6, "kinds": ("parquet", "fasta"),
+    "file_rows": 1_000_000, "repeats": 3, "states": (COLD, WARM), "imports": 3, "plan_rows": (10**5, 10**6, 10**7),
+    "windows": 20,
 }  # fmt: skip
 QUICK = FULL | {
-    "model_tag": "esm2_t4_1M", "steps": 4, "layouts": ("packed",), "budgets": (4096,), "workers": (0,), "rounds": 2,
-    "turn_s": 0.1, "kinds": ("parquet",), "file_rows": 12_000, "repeats": 1, "states": (COLD,), "imports": 0,
-    "plan_rows": (10**4,), "windows": 3,
+    "model_tag": "esm2_t4_1M", "steps": 4, "logged": 4, "layouts": ("packed",), "budgets": (4096,),
+    "workers": (0,), "rounds": 2, "turn_s": 0.1, "kinds": ("parquet",), "file_rows": 12_000,
+    "repeats": 1, "states": (COLD,), "imports": 0, "plan_rows": (10**4,), "windows": 3,
 }  # fmt: skip
 
 
@@ -198,7 +199,8 @@ def measure_model(source: dict, folder: Path, settings: dict) -> dict:
     """Real tokens/s at which the model trains, and the share of its time that it waits for data."""
     start(
         source, folder / "cache", f"model_tag={settings['model_tag']}", f"num_train_steps={settings['steps']}",
-        "micro_batches_per_step=2", f"logger.frequency={settings['steps'] // 4}", f"logger.log_dir='{folder}/model'",
+        "micro_batches_per_step=2", f"logger.frequency={settings['steps'] // settings['logged']}",
+        f"logger.log_dir='{folder}/model'",
     )  # fmt: skip
     lines = [json.loads(line) for line in (folder / "model" / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "train"][1:]  # the first has what is done once
@@ -341,7 +343,7 @@ def measure(arguments: argparse.Namespace, result: dict) -> dict:
 def loader_lines(result: dict) -> list[str]:
     """The loaders, and the model that they are held against."""
     model, peers = result["model"], list(result["loaders"][0]["tokens_per_second"])[1:]
-    model_rate = median(model["tokens_per_second"])
+    model_rate = max(model["tokens_per_second"])  # what else runs on the machine makes it slower, and never faster
     head = ["batches", "tokens a batch", "workers", "real tokens/s", "times the model"]
     head += [text for peer in peers for text in (peer, "ours is faster by")]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -357,8 +359,8 @@ def loader_lines(result: dict) -> list[str]:
     return [
         *lines,
         "",
-        f"{result['data']}. `{model['model_tag']}` trains on {model_rate:,.0f} real tokens/s beside them "
-        f"({model['precision'].upper()}, {model['threads']} threads, packs of 4,096 tokens), and waits for data "
+        f"{result['data']}. `{model['model_tag']}` trains on up to {model_rate:,.0f} real tokens/s beside "
+        f"them ({model['precision'].upper()}, {model['threads']} threads, packs of 4,096 tokens), and waits for data "
         f"{model['data_wait_share']:.2%} of the time.",
         "",
     ]

@@ -41,6 +41,9 @@ REAL, BUNDLED = (
 OUTPUT = ROOT / "docs" / "results" / "train_speed.json"
 
 
+SETTLING_STEPS = 1  # before each turn: whoever waits gives its free memory to the others, and has to get it back
+
+
 class Failed(Exception):
     """A contestant's process ended by itself; the text says why."""
 
@@ -128,6 +131,7 @@ class Benchmark:
             "pack_passes": self.settings["tokens_per_step"] // self.settings["pack_tokens"],
             "warmup": arguments.warmup_steps + arguments.qualifying_steps, **self.settings,
         }  # fmt: skip
+        self.job["steps"] += SETTLING_STEPS
         self.alive: dict[str, Process] = {}
         self.results: dict[str, dict] = {}
         self.waiting_share = 0.0
@@ -269,6 +273,8 @@ class Benchmark:
         self.bar.set_postfix_str(name)
         before, started = [p.cpu_seconds() for p in others], time.perf_counter()
         try:
+            if name != PRODUCTS:
+                process.steps(SETTLING_STEPS)
             report = process.steps(self.settings["steps"])
         except Failed as failure:
             self.fail(name, str(failure))

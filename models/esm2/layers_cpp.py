@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -16,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
 
@@ -24,14 +26,11 @@ from layers import AttentionInputs
 
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-# Parts of -ffast-math. All of it would have the library switch the whole process to flushing denormal numbers to zero,
-# and would not let a NaN through.
 FLAGS = (
     "-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math",
-    "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math", "-fno-strict-aliasing", "-fopenmp", "-fPIC",
-    "-shared",
+    "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-shared",
 )  # fmt: skip
-SUMMED_ROWS = 64  # ROWS in the source
+STRIP, VECTOR = 64, 16  # as in the source
 
 
 def folder() -> Path:
@@ -55,6 +54,8 @@ def library(head_dim: int) -> ctypes.CDLL:
     key = hashlib.sha256(repr((SOURCE.read_bytes(), options, compiler, torch.__version__, cpu)).encode())
     path = folder() / f"esm2_layers_{key.hexdigest()[:16]}.so"
     if not path.exists():
+        if not shutil.which(shlex.split(compiler)[0]):
+            raise RuntimeError(f"there is no C++ compiler ({compiler})")
         options += [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +67,6 @@ def library(head_dim: int) -> ctypes.CDLL:
                     told = done.stderr.strip().splitlines() or ["no reason"]
                     raise RuntimeError(f"{compiler} fails: {next((x for x in told if 'error' in x), told[-1])}")
                 made.replace(path)
-        except FileNotFoundError as error:
-            raise RuntimeError(f"there is no C++ compiler ({compiler})") from error
         except OSError as error:
             raise RuntimeError(f"{path.parent}: {error.strerror}") from error
     try:
@@ -89,10 +88,11 @@ def _function(head_dim: int, name: str, result=None):
 
 
 def _call(head_dim: int, name: str, *arguments: Tensor | bool | int | float | None) -> None:
-    """Tensors are contiguous and on the CPU."""
+    """Tensors are contiguous and on the CPU. Raises RuntimeError where there is no memory."""
     kinds = {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}
     passed = (ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else kinds[type(x)](x) for x in arguments)
-    _function(head_dim, name)(*passed, ctypes.c_int64(torch.get_num_threads()))
+    if not _function(head_dim, name, ctypes.c_bool)(*passed, ctypes.c_int64(torch.get_num_threads())):
+        raise RuntimeError(f"{name} in {SOURCE.name} failed: there may be no memory left")
 
 
 def _name(*tensors: Tensor) -> str:
@@ -100,7 +100,7 @@ def _name(*tensors: Tensor) -> str:
 
 
 def _checked(qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables and borders as the kernels read them. Raises ValueError for borders that do not fit."""
+    """The tables, with rows that are whole vectors, and the borders. Raises ValueError for borders that do not fit."""
     borders = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(borders)]
     if borders[0] != 0 or borders[-1] != qkv_THC.shape[0] or min(lengths) < 0 or max(lengths) > cos_SR.shape[0]:
@@ -108,7 +108,9 @@ def _checked(qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor
             f"cu_seqlens {borders} must rise from 0 to the {qkv_THC.shape[0]} tokens, by at most max_seqlen "
             f"{cos_SR.shape[0]} each."
         )
-    return cos_SR.float().contiguous(), sin_SR.float().contiguous(), cu_seqlens.to("cpu", torch.int32).contiguous()
+    columns = _function(qkv_THC.shape[-1] // 3, "padded_half", ctypes.c_int64)()
+    tables = (F.pad(x.float(), (0, columns - x.shape[-1])).contiguous() for x in (cos_SR, sin_SR))
+    return *tables, cu_seqlens.to("cpu", torch.int32).contiguous()
 
 
 # ---- operators of PyTorch, so that autograd, torch.compile and the profiler know them
@@ -167,6 +169,7 @@ def _(grad_THD: Tensor, qkv_THC: Tensor, *_) -> Tensor:
 def _save_attention(ctx, inputs, output):
     ctx.save_for_backward(*inputs, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
 attention.register_autograd(
@@ -175,18 +178,33 @@ attention.register_autograd(
 )
 
 
+def _normalize(x_TE, added_TE, weight_E, bias_E, eps: float, dtype: torch.dtype, head_dim: int):
+    rows, width = x_TE.shape
+    outputs = _layer_norm_outputs(x_TE, weight_E, bias_E, eps, dtype)
+    sum_TE = None if added_TE is None else torch.empty_like(x_TE)
+    _call(
+        head_dim, f"layer_norm_{_name(x_TE, outputs[0])}", False, x_TE, added_TE, sum_TE, weight_E.contiguous(),
+        bias_E.contiguous(), *outputs, None, None, None, None, None, rows, width, eps,
+    )  # fmt: skip
+    return sum_TE, *outputs
+
+
+def _normalize_backward(grad_TE, grad_sum_TE, x_TE, weight_E, mean_T, inverse_T, grad_added_TE, head_dim: int):
+    (rows, width), grad_TE = x_TE.shape, grad_TE.contiguous()
+    grad_x_TE, sums = torch.empty_like(x_TE), weight_E.new_empty(-(-rows // STRIP), 2, width)
+    _call(
+        head_dim, f"layer_norm_{_name(x_TE, grad_TE)}", True, x_TE, None, None, weight_E.contiguous(), None, None,
+        mean_T, inverse_T, grad_TE, grad_sum_TE, grad_x_TE, grad_added_TE, sums, rows, width, 0.0,
+    )  # fmt: skip
+    return grad_x_TE, sums.sum(0)
+
+
 @torch.library.custom_op("esm2::layer_norm", mutates_args=())
 def layer_norm(
     x_TE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float, dtype: torch.dtype, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Layer norm in FP32, given in `dtype`; also means and inverse deviations [T]. Weight and bias are FP32."""
-    (rows, width), x_TE = x_TE.shape, x_TE.contiguous()
-    y_TE, mean_T, inverse_T = _layer_norm_outputs(x_TE, weight_E, bias_E, eps, dtype)
-    _call(
-        head_dim, f"layer_norm_{_name(x_TE, y_TE)}", False, x_TE, weight_E.contiguous(), bias_E.contiguous(), y_TE,
-        mean_T, inverse_T, None, None, None, rows, width, eps,
-    )  # fmt: skip
-    return y_TE, mean_T, inverse_T
+    return _normalize(x_TE.contiguous(), None, weight_E, bias_E, eps, dtype, head_dim)[1:]
 
 
 @layer_norm.register_fake
@@ -200,13 +218,7 @@ def layer_norm_backward(
     grad_TE: Tensor, x_TE: Tensor, weight_E: Tensor, mean_T: Tensor, inverse_T: Tensor, head_dim: int
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x, and of weight and bias [2, E]."""
-    (rows, width), x_TE, grad_TE = x_TE.shape, x_TE.contiguous(), grad_TE.contiguous()
-    grad_x_TE, sums = torch.empty_like(x_TE), weight_E.new_empty(-(-rows // SUMMED_ROWS), 2, width)
-    _call(
-        head_dim, f"layer_norm_{_name(x_TE, grad_TE)}", True, x_TE, weight_E.contiguous(), None, None, mean_T,
-        inverse_T, grad_TE, grad_x_TE, sums, rows, width, 0.0,
-    )  # fmt: skip
-    return grad_x_TE, sums.sum(0)
+    return _normalize_backward(grad_TE, None, x_TE.contiguous(), weight_E, mean_T, inverse_T, None, head_dim)
 
 
 @layer_norm_backward.register_fake
@@ -218,6 +230,7 @@ def _save_layer_norm(ctx, inputs, output):
     x_TE, weight_E, _, _, _, ctx.head_dim = inputs
     ctx.save_for_backward(x_TE, weight_E, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
 def _layer_norm_gradients(ctx, grad_TE, *_):
@@ -226,6 +239,192 @@ def _layer_norm_gradients(ctx, grad_TE, *_):
 
 
 layer_norm.register_autograd(_layer_norm_gradients, setup_context=_save_layer_norm)
+
+
+@torch.library.custom_op("esm2::add_layer_norm", mutates_args=())
+def add_layer_norm(
+    x_TE: Tensor, added_TE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`x + added` in the format of x, and what `layer_norm` gives for it, in the format of what is added."""
+    added_TE = added_TE.contiguous()
+    return _normalize(x_TE.contiguous(), added_TE, weight_E, bias_E, eps, added_TE.dtype, head_dim)
+
+
+@add_layer_norm.register_fake
+def _(x_TE: Tensor, added_TE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float, *_):
+    return x_TE.new_empty(x_TE.shape), *_layer_norm_outputs(x_TE, weight_E, bias_E, eps, added_TE.dtype)
+
+
+@torch.library.custom_op("esm2::add_layer_norm_backward", mutates_args=())
+def add_layer_norm_backward(
+    grad_sum_TE: Tensor | None,
+    grad_TE: Tensor,
+    sum_TE: Tensor,
+    weight_E: Tensor,
+    mean_T: Tensor,
+    inverse_T: Tensor,
+    head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x and of what is added to it, and of weight and bias [2, E]."""
+    grad_added_TE = torch.empty_like(grad_TE, memory_format=torch.contiguous_format)
+    grad_sum_TE = None if grad_sum_TE is None else grad_sum_TE.contiguous()
+    grad_x_TE, sums = _normalize_backward(
+        grad_TE, grad_sum_TE, sum_TE, weight_E, mean_T, inverse_T, grad_added_TE, head_dim
+    )
+    return grad_x_TE, grad_added_TE, sums
+
+
+@add_layer_norm_backward.register_fake
+def _(grad_sum_TE: Tensor | None, grad_TE: Tensor, sum_TE: Tensor, weight_E: Tensor, *_):
+    return sum_TE.new_empty(sum_TE.shape), grad_TE.new_empty(grad_TE.shape), weight_E.new_empty(2, *weight_E.shape)
+
+
+def _save_add_layer_norm(ctx, inputs, output):
+    _, _, weight_E, _, _, ctx.head_dim = inputs
+    sum_TE, _, *statistics = output
+    ctx.save_for_backward(sum_TE, weight_E, *statistics)
+    ctx.mark_non_differentiable(*statistics)
+    ctx.set_materialize_grads(False)
+
+
+def _add_layer_norm_gradients(ctx, grad_sum_TE, grad_TE, *_):
+    grad_x_TE, grad_added_TE, (grad_weight_E, grad_bias_E) = add_layer_norm_backward(
+        grad_sum_TE, grad_TE, *ctx.saved_tensors, ctx.head_dim
+    )
+    return grad_x_TE, grad_added_TE, grad_weight_E, grad_bias_E, None, None
+
+
+add_layer_norm.register_autograd(_add_layer_norm_gradients, setup_context=_save_add_layer_norm)
+
+
+# ---- linear maps in BF16: oneDNN's products, and what a step needs between them
+#
+# The gradient of a weight is a product over tokens. oneDNN has it twice as fast if the left-hand factor lies there
+# transposed; the narrower one is what that is done to.
+
+
+def _linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    # F.linear would fill the output with the bias first, and read it back.
+    return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O.to(x_TI.dtype), "none", [], "")
+
+
+def _transposed(x_RC: Tensor, head_dim: int) -> Tensor:
+    rows, columns = x_RC.shape
+    # Whole strips, because oneDNN 3.12 reads the left-hand factor to beyond the end of a row, where NaN times zero is
+    # NaN; 32 more, because rows whose distance is a power of two share too few places in the processor's caches.
+    to_CR = x_RC.new_empty(columns, -(-rows // STRIP) * STRIP + 32)
+    _call(head_dim, "transpose_bfloat16", x_RC, to_CR, rows, columns, to_CR.shape[1])
+    return to_CR[:, :rows]
+
+
+def _strip_sums(x_RC: Tensor) -> Tensor:
+    return x_RC.new_empty(-(-len(x_RC) // STRIP), x_RC.shape[1], dtype=torch.float32)
+
+
+def _column_sums(x_RC: Tensor, head_dim: int) -> Tensor:
+    sums = _strip_sums(x_RC)
+    _call(head_dim, "column_sums_bfloat16", x_RC, sums, *x_RC.shape)
+    return sums.sum(0)
+
+
+def _weight_gradient(grad_TO: Tensor, x_TI: Tensor, head_dim: int) -> Tensor:
+    if grad_TO.shape[1] <= x_TI.shape[1]:
+        return _transposed(grad_TO, head_dim) @ x_TI
+    return _transposed(_transposed(x_TI, head_dim) @ grad_TO, head_dim).contiguous()
+
+
+@torch.library.custom_op("esm2::linear", mutates_args=())
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor, head_dim: int) -> Tensor:
+    """`x_TI weight_OI^T + bias_O`; x and weight are BF16."""
+    return _linear(x_TI, weight_OI, bias_O)
+
+
+@linear.register_fake
+def _(x_TI: Tensor, weight_OI: Tensor, *_) -> Tensor:
+    return x_TI.new_empty(x_TI.shape[0], weight_OI.shape[0])
+
+
+@torch.library.custom_op("esm2::linear_backward", mutates_args=())
+def linear_backward(
+    grad_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias."""
+    grad_TO, x_TI = grad_TO.contiguous(), x_TI.contiguous()
+    grad_bias_O = _column_sums(grad_TO, head_dim).to(bias_O.dtype)
+    return grad_TO @ weight_OI, _weight_gradient(grad_TO, x_TI, head_dim), grad_bias_O
+
+
+@linear_backward.register_fake
+def _(grad_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor, *_):
+    return x_TI.new_empty(x_TI.shape), weight_OI.new_empty(weight_OI.shape), bias_O.new_empty(bias_O.shape)
+
+
+def _save_linear(ctx, inputs, output):
+    *tensors, ctx.head_dim = inputs
+    ctx.save_for_backward(*tensors)
+
+
+linear.register_autograd(
+    lambda ctx, grad: (*linear_backward(grad, *ctx.saved_tensors, ctx.head_dim), None), setup_context=_save_linear
+)
+
+
+@torch.library.custom_op("esm2::mlp", mutates_args=())
+def mlp(
+    x_TE: Tensor, weight_FE: Tensor, bias_F: Tensor, weight_EF: Tensor, bias_E: Tensor, head_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Linear map, erf-GELU, linear map, in BF16: the output, and for the backward pass GELU's input [T, F]."""
+    pre_TF = _linear(x_TE, weight_FE, bias_F)
+    x_TF = torch.empty_like(pre_TF)
+    _call(head_dim, "gelu_bfloat16", pre_TF, x_TF, *pre_TF.shape)
+    return _linear(x_TF, weight_EF, bias_E), pre_TF
+
+
+@mlp.register_fake
+def _(x_TE: Tensor, weight_FE: Tensor, *_):
+    return x_TE.new_empty(x_TE.shape), x_TE.new_empty(x_TE.shape[0], weight_FE.shape[0])
+
+
+@torch.library.custom_op("esm2::mlp_backward", mutates_args=())
+def mlp_backward(
+    grad_TE: Tensor,
+    x_TE: Tensor,
+    weight_FE: Tensor,
+    bias_F: Tensor,
+    weight_EF: Tensor,
+    bias_E: Tensor,
+    pre_TF: Tensor,
+    head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `mlp`'s tensors. GELU is computed again, beside its derivative, instead of held."""
+    grad_TE, x_TE = grad_TE.contiguous(), x_TE.contiguous()
+    grad_TF, x_TF = grad_TE @ weight_EF, torch.empty_like(pre_TF)
+    sums = _strip_sums(pre_TF)
+    _call(head_dim, "gelu_backward_bfloat16", grad_TF, pre_TF, x_TF, sums, *pre_TF.shape)
+    return (
+        grad_TF @ weight_FE,
+        _weight_gradient(grad_TF, x_TE, head_dim),
+        sums.sum(0).to(bias_F.dtype),
+        _weight_gradient(grad_TE, x_TF, head_dim),
+        _column_sums(grad_TE, head_dim).to(bias_E.dtype),
+    )
+
+
+@mlp_backward.register_fake
+def _(grad_TE: Tensor, *tensors):
+    return tuple(x.new_empty(x.shape) for x in tensors[:5])
+
+
+def _save_mlp(ctx, inputs, output):
+    *tensors, ctx.head_dim = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+
+
+mlp.register_autograd(
+    lambda ctx, grad, _: (*mlp_backward(grad, *ctx.saved_tensors, ctx.head_dim), None), setup_context=_save_mlp
+)
 
 
 # ---- the layer
@@ -239,6 +438,20 @@ class TransformerLayer(layers.TransformerLayer):
         kernels = Kernels(hidden_size // num_heads)
         for part in (self.self_attention, self.self_attention.layernorm_qkv, self.layernorm_mlp):
             part.kernels = kernels
+        if hidden_size % VECTOR == intermediate_size % VECTOR == 0:
+            for part in (self.self_attention.layernorm_qkv, self.self_attention.proj, self.layernorm_mlp):
+                part.matmul = kernels.linear
+        self.kernels = kernels
+
+    def forward(self, x_NE: Tensor, inputs: AttentionInputs) -> Tensor:
+        """[N, E] to [N, E]."""
+        mlp = self.layernorm_mlp
+        x_NE, y_NE = self.kernels.add_layer_norm(x_NE, self.self_attention(x_NE, inputs), mlp)
+        return x_NE + self.kernels.mlp(y_NE, mlp)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 class Kernels(layers.Kernels):
@@ -246,21 +459,45 @@ class Kernels(layers.Kernels):
 
     def __init__(self, head_dim: int):
         library(head_dim)  # compiled before anything runs
-        self.head_dim = head_dim
+        self.head_dim, self.has_bfloat16 = head_dim, has_bfloat16(head_dim)
 
-    def _takes(self, x: Tensor) -> bool:
-        return x.device.type == "cpu" and (
-            x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and has_bfloat16(self.head_dim))
-        )
+    def _takes(self, x: Tensor, dtype: torch.dtype) -> bool:
+        return x.device.type == "cpu" and (dtype == torch.float32 or (dtype == torch.bfloat16 and self.has_bfloat16))
 
     def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs) -> Tensor:
-        if inputs.cu_seqlens is None or not self._takes(qkv_NHC):
+        if inputs.cu_seqlens is None or not self._takes(qkv_NHC, qkv_NHC.dtype):
             return super().attention(qkv_NHC, inputs)
         return attention(qkv_NHC, inputs.cos_SR, inputs.sin_SR, inputs.cu_seqlens)[0]
 
     def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_NE.dtype
-        if not self._takes(x_NE) or dtype not in (x_NE.dtype, torch.bfloat16):
+        dtype = _compute_dtype(x_NE)
+        if not self._takes(x_NE, x_NE.dtype) or dtype not in (x_NE.dtype, torch.bfloat16):
             return super().layer_norm(x_NE, weight_E, bias_E, eps)
         y_TE, *_ = layer_norm(x_NE.flatten(0, -2), weight_E.float(), bias_E.float(), eps, dtype, self.head_dim)
         return y_TE.view(x_NE.shape)
+
+    def add_layer_norm(self, x_NE: Tensor, added_NE: Tensor, part: layers.LayerNormMLP) -> tuple[Tensor, Tensor]:
+        """Both [N, E]: the sum, and its layer norm."""
+        weight_E, bias_E = part.layer_norm_weight, part.layer_norm_bias
+        takes = self._takes(x_NE, x_NE.dtype) and self._takes(added_NE, added_NE.dtype)
+        if not takes or added_NE.dtype not in (x_NE.dtype, torch.bfloat16):
+            x_NE = x_NE + added_NE
+            return x_NE, self.layer_norm(x_NE, weight_E, bias_E, part.eps)
+        sum_TE, y_TE, *_ = add_layer_norm(
+            x_NE.flatten(0, -2), added_NE.flatten(0, -2), weight_E.float(), bias_E.float(), part.eps, self.head_dim
+        )
+        return sum_TE.view(x_NE.shape), y_TE.view(x_NE.shape)
+
+    def linear(self, x_NE: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """`F.linear`."""
+        if _compute_dtype(x_NE) != torch.bfloat16 or not self._takes(x_NE, torch.bfloat16):
+            return F.linear(x_NE, weight, bias)
+        x_TE = x_NE.flatten(0, -2).bfloat16()
+        return linear(x_TE, weight.bfloat16(), bias, self.head_dim).unflatten(0, x_NE.shape[:-1])
+
+    def mlp(self, x_NE: Tensor, part: layers.LayerNormMLP) -> Tensor:
+        fits = part.matmul == self.linear and _compute_dtype(x_NE) == torch.bfloat16
+        if not fits or not self._takes(x_NE, torch.bfloat16):
+            return super().mlp(x_NE, part)
+        weights = (part.fc1_weight.bfloat16(), part.fc1_bias, part.fc2_weight.bfloat16(), part.fc2_bias)
+        return mlp(x_NE.flatten(0, -2).bfloat16(), *weights, self.head_dim)[0].unflatten(0, x_NE.shape[:-1])

@@ -89,6 +89,11 @@ class Kernels:
         """[N, E] to [N, E]."""
         return F.layer_norm(x_NE, x_NE.shape[-1:], weight_E, bias_E, eps)
 
+    def mlp(self, x_NE: Tensor, part: "LayerNormMLP") -> Tensor:
+        """[N, E] to [N, E]."""
+        x_NF = F.gelu(part.matmul(x_NE, part.fc1_weight, part.fc1_bias))
+        return part.matmul(x_NF, part.fc2_weight, part.fc2_bias)
+
 
 class LayerNormLinear(nn.Module):
     """Layer norm, then a linear map."""
@@ -161,8 +166,7 @@ class LayerNormMLP(nn.Module):
     def forward(self, x_NE: Tensor) -> Tensor:
         """[N, E] to [N, E], the residual not added."""
         x_NE = self.kernels.layer_norm(x_NE, self.layer_norm_weight, self.layer_norm_bias, self.eps)
-        x_NF = F.gelu(self.matmul(x_NE, self.fc1_weight, self.fc1_bias))
-        return self.matmul(x_NF, self.fc2_weight, self.fc2_bias)
+        return self.kernels.mlp(x_NE, self)
 
 
 # The base class answers to `gradient_checkpointing_enable()`. It recomputes `forward` and not `__call__`, so that

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU's kernels against PyTorch in float64, and whole models against those with plain layers."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,6 +109,25 @@ def test_layer_norm(dtypes):
         assert error(g, e) < CLOSE[dtypes[1]]
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["the sum goes on", "the sum is used nowhere else"])
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2])
+def test_sum_and_its_layer_norm(dtypes, last):
+    torch.manual_seed(0)
+    x, added = ((3 * torch.randn(130, 75) + 1).to(dtype).requires_grad_() for dtype in dtypes)
+    weight, bias = (torch.randn(75).requires_grad_() for _ in range(2))
+    grads = [torch.randn(130, 75).to(dtype) for dtype in dtypes][last:]
+    inputs = (x, added, weight, bias)
+    total, y, *_ = layers_cpp.add_layer_norm(*inputs, 1e-5, 16)
+    found = torch.autograd.grad((total, y)[last:], inputs, grads)
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    exact_total = exact_inputs[0] + exact_inputs[1]
+    exact = (exact_total, F.layer_norm(exact_total, (75,), *exact_inputs[2:], 1e-5))
+    expected = torch.autograd.grad(exact[last:], exact_inputs, [grad.double() for grad in grads])
+    assert (total.dtype, y.dtype) == dtypes
+    for g, e in zip((total, y, *found), (*exact, *expected), strict=True):
+        assert error(g, e) < CLOSE[dtypes[1]]
+
+
 def test_layer_norm_does_not_depend_on_threads():
     x, weight, grad = torch.randn(1000, 32).requires_grad_(), torch.randn(32).requires_grad_(), torch.randn(1000, 32)
     found = []
@@ -115,6 +136,60 @@ def test_layer_norm_does_not_depend_on_threads():
         y, *_ = layers_cpp.layer_norm(x, weight, torch.zeros(32), 1e-5, torch.float32, 16)
         found.append((y, *torch.autograd.grad(y, (x, weight), grad)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def linear_maps(num_tokens, *widths):
+    """Input, weights and biases, then the gradient of the output."""
+    torch.manual_seed(num_tokens)
+    pairs = [
+        (torch.randn(out, width, dtype=torch.bfloat16) / width**0.5, torch.randn(out))
+        for width, out in pairwise(widths)
+    ]
+    inputs = [torch.randn(num_tokens, widths[0], dtype=torch.bfloat16), *sum(pairs, ())]
+    return [x.requires_grad_() for x in inputs], torch.randn(num_tokens, widths[-1], dtype=torch.bfloat16)
+
+
+def plain_mlp(x, weight_1, bias_1, weight_2, bias_2):
+    return F.linear(F.gelu(F.linear(x, weight_1, bias_1.to(x.dtype))), weight_2, bias_2.to(x.dtype))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 63, 64, 131])
+@pytest.mark.parametrize("widths", [(32, 96), (96, 32), (48, 48), (32, 80, 32)], ids=str)
+def test_linear_maps(widths, num_tokens):
+    """In BF16: as near to the exact result as PyTorch's own operations."""
+    if not layers_cpp.has_bfloat16(16):
+        pytest.skip("this processor has no BF16 products")
+    kernel, plain = (
+        (lambda *inputs: layers_cpp.linear(*inputs, 16), lambda x, weight, bias: F.linear(x, weight, bias.to(x.dtype)))
+        if len(widths) == 2
+        else (lambda *inputs: layers_cpp.mlp(*inputs, 16)[0], plain_mlp)
+    )
+    inputs, grad = linear_maps(num_tokens, *widths)
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    results = []
+    for function, given, of in ((kernel, inputs, grad), (plain, inputs, grad), (plain, exact_inputs, grad.double())):
+        y = function(*given)
+        results.append((y.detach(), *torch.autograd.grad(y, given, of)))
+    for found, other, exact in zip(*results, strict=True):
+        assert found.dtype == other.dtype and found.is_contiguous()
+        assert error(found, exact) < 1.5 * error(other, exact) + 1e-6
+
+
+def test_gelu_everywhere():
+    """Value and derivative at every BF16 number of up to +-16, through the kernels' own formula for erf."""
+    if not layers_cpp.has_bfloat16(16):
+        pytest.skip("this processor has no BF16 products")
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x_TE = numbers[numbers.abs() <= 16].repeat_interleave(16).view(-1, 16)
+    identity, zero = torch.eye(16, dtype=torch.bfloat16), torch.zeros(16)
+    inputs = [x.requires_grad_() for x in (x_TE, identity, zero)]
+    y, _ = layers_cpp.mlp(inputs[0], *inputs[1:], identity, zero, 16)
+    (derivative,) = torch.autograd.grad(y, inputs[0], torch.ones_like(y))
+    exact_x = x_TE.detach().double().requires_grad_()
+    exact_y = F.gelu(exact_x)
+    (exact_derivative,) = torch.autograd.grad(exact_y, exact_x, torch.ones_like(exact_y))
+    for found, exact in ((y.detach(), exact_y.detach()), (derivative, exact_derivative)):
+        assert ((found.double() - exact).abs() <= exact.abs() / 2**8 + 1e-6).all()
 
 
 def test_not_a_number_comes_through():
@@ -127,6 +202,14 @@ def test_not_a_number_comes_through():
             reached = torch.zeros(50, 2, dtype=torch.bool)
             reached[5 if part == 0 else slice(20), 1] = True
             assert torch.equal(context.isnan().any(-1), reached)
+        if dtype == torch.bfloat16 and layers_cpp.has_bfloat16(16):
+            inputs, grad = linear_maps(40, 32, 64, 32)  # oneDNN's own products mix up rows of other widths
+            inputs[0].data[3, 5] = float("nan")
+            y, _ = layers_cpp.mlp(*inputs, 16)
+            reached = torch.zeros(40, 32, dtype=torch.bool)
+            reached[3] = True
+            assert torch.equal(y.isnan(), reached)
+            assert torch.equal(torch.autograd.grad(y, inputs[0], grad)[0].isnan(), reached)
         x = torch.tensor([[float("nan"), 1.0]], dtype=dtype)
         assert layers_cpp.layer_norm(x, torch.ones(2), torch.zeros(2), 1e-5, dtype, 16)[0].isnan().all()
 
