@@ -6,11 +6,11 @@ python ci/benchmarks/largest_model.py --limit-gib 12 --output mine.json
 python ci/benchmarks/largest_model.py --quick --output quick.json        # small models: a minute
 python ci/benchmarks/largest_model.py --from docs/results/largest_model.json --check docs/scaling.md
 
-Models have the width of the 650M one and more or fewer layers. Two depths give a line of memory over layers, the line a
-third depth, and that is trained; if it needs more than the limit, fewer layers are. Every run is train_fsdp2.py under
-torchrun, two ranks with a share of the cores each, with activation checkpointing, BF16 products over FP32 weights and
-moments, and two optimizer steps. Memory is the sum of what each process of a run, torchrun too, held at most, libraries
-included. key=value goes to all runs.
+Models have the width of the 650M one and more or fewer layers. Two depths give a line of memory over layers, the
+line a third depth, and that is trained; if it needs more than the limit, fewer layers are. Every run is
+train_fsdp2.py under torchrun, two ranks with a share of the cores each, with activation checkpointing, BF16
+products over FP32 weights and moments, and two optimizer steps. Memory is the sum of what each process of a run,
+torchrun too, held at most, libraries included. key=value goes to all runs.
 """
 
 import argparse

@@ -15,7 +15,7 @@ KINDS = {
     "attention": ("scaled_dot_product", "softmax", "bmm", "flash", "varlen", "fmha", "attention"),
     "matrix products": ("addmm", "::mm", "mmbackward", "linear", "scaled_mm", "gemm"),
     "layer norm": ("layer_norm",),
-    "GELU": ("gelu", "erf"),
+    "GELU": ("gelu", "erf", "mlp"),
     "elementwise and copies": (
         "add", "mul", "sub", "div", "copy", "cat", "neg", "sum", "fill", "zero", "empty", "index", "where", "clone",
         "_to_", "::to", "cos", "sin", "split", "stack", "triton", "cpp_fused", "graph_", "arange", "embedding",
@@ -23,7 +23,7 @@ KINDS = {
     ),
 }  # fmt: skip
 MARK = "kind: "  # names a range of the forward pass whose work, backward too, is one kind
-KERNELS = "esm2::"  # operators of the recipe
+KERNELS = ("esm2::attention", "esm2::layer_norm", "esm2::add_layer_norm")  # operators of one kind
 OPTIMIZER = ("Optimizer.step", "Optimizer.zero_grad", "clip_grad")
 IN_SCOPES = {"attention": "attention", "rotate": "rotary positions"}  # functions of layers.py
 
