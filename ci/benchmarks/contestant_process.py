@@ -72,12 +72,16 @@ class Gate:
             wanted = None
         if wanted is None:
             raise Finished
-        self.wanted = wanted["steps"]
+        self.wanted, self.settling, self.profiled = (wanted[key] for key in ("steps", "settling", "profile"))
+        self.begin()
+        return wanted
+
+    def begin(self) -> None:
+        """From here on steps count, unless some have to settle things first."""
         self.counts = {"steps": 0, "tokens": 0, "labels": 0, "slots": 0, "flops": 0, "data_wait_s": 0.0}
-        if wanted.get("profile"):
+        if self.profiled and not self.settling:
             self.profile = Profile(self.device)
         self.started = time.perf_counter()
-        return wanted
 
     def count(self, batches: list, data_wait_s: float) -> None:
         """What a step trains on, and how long it waited for that."""
@@ -91,6 +95,11 @@ class Gate:
 
     def step(self, loss: float | None) -> None:
         """A step is over; `loss` is in nats a masked residue, None where the loop does not read it."""
+        if self.settling:  # no report, and no memory given back
+            self.settling -= 1
+            synchronize(self.device)
+            self.begin()
+            return
         self.counts["steps"] += 1
         if self.counts["steps"] < self.wanted:
             return
@@ -144,7 +153,7 @@ def prepare(job: SimpleNamespace, gate: Gate) -> None:
     step_rows = job.tokens_per_step / lengths.mean()
     passes = max(1, round(step_rows / job.peer_batch))
     micro_rows = min(job.peer_batch, max(1, round(step_rows)))
-    num_rows = max(job.warmup + job.rounds * job.steps, POOL_STEPS) * passes * micro_rows
+    num_rows = max(job.warmup + job.rounds * (job.settling + job.steps), POOL_STEPS) * passes * micro_rows
     tokens = []
     for batch in plan.starting_at(0, 0, 0):
         residues = (tokenize(sequence)[: MAX_SEQ_LENGTH - 2] for sequence in source.read(batch.rows, batch.epoch))
@@ -215,12 +224,12 @@ class Rows:
         if order == "length":  # a batch has like lengths; ties are broken at random
             places = np.lexsort((self.random.random(len(self.lengths)), self.lengths)).reshape(-1, size)
             return list(places[self.dealt(self.lengths[places].sum(1), job.passes)])
-        blocks = np.cumsum([job.warmup] + [job.steps] * job.rounds) * job.passes * size
+        blocks = np.cumsum([job.warmup] + [job.settling, job.steps] * job.rounds) * job.passes * size
         places = [self.random.permutation(block) for block in np.split(np.arange(blocks[-1]), blocks[:-1])]
         return list(np.concatenate(places).reshape(-1, size))
 
     def dealt(self, weights: np.ndarray, per_step: int) -> np.ndarray:
-        """Places, `per_step` a step: those before the rounds and then every round have light and heavy ones alike.
+        """Places, `per_step` a step: what counts in every round, and what does not, have light and heavy ones alike.
 
         Otherwise a round's rate would be that of the lengths it happened to have.
         """
@@ -229,11 +238,14 @@ class Rows:
         def spread(places: np.ndarray, number: int, offset: float) -> np.ndarray:
             return ((np.arange(number) + offset) * len(places) / number).astype(int)
 
-        first = np.append(spread(places[:-1], job.warmup * per_step - 1, 0), len(places) - 1)  # and the heaviest
+        uncounted = (job.warmup + job.rounds * job.settling) * per_step
+        first = np.append(spread(places[:-1], uncounted - 1, 0), len(places) - 1)  # and the heaviest
         rest = np.delete(places, first)
         rest = rest[spread(rest, job.rounds * job.steps * per_step, self.random.random())]
-        rounds = self.random.permuted(rest.reshape(-1, job.rounds), axis=1).T
-        return np.concatenate([self.random.permutation(places[first]), self.random.permuted(rounds, axis=1).ravel()])
+        rounds = self.random.permuted(self.random.permuted(rest.reshape(-1, job.rounds), axis=1).T, axis=1)
+        warmup, settling = np.split(self.random.permutation(places[first[:-1]]), [job.warmup * per_step - 1])
+        warmup = self.random.permutation(np.append(warmup, places[-1]))
+        return np.concatenate([warmup, np.concatenate([settling.reshape(job.rounds, -1), rounds], axis=1).ravel()])
 
 
 def train_ours(job: SimpleNamespace, gate: Gate) -> None:

@@ -80,9 +80,9 @@ class Process:
                 told = f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
             raise Failed(told) from None
 
-    def steps(self, steps: int, profile: bool = False) -> dict:
-        """Let it take so many steps; its report."""
-        self.pipe.send({"steps": steps, "profile": profile})
+    def steps(self, steps: int, settling: int = 0, profile: bool = False) -> dict:
+        """Let it take so many steps, after some that do not count; its report."""
+        self.pipe.send({"steps": steps, "settling": settling, "profile": profile})
         return self.report()
 
     def cpu_seconds(self) -> float:
@@ -129,9 +129,8 @@ class Benchmark:
             "model_tag": SIZES[size].model_tag, "data": arguments.source, "rows_file": str(scratch / "rows.npz"),
             "scratch": str(scratch), "overrides": [f"{k}={v}" for k, v in arguments.overrides.items()],
             "pack_passes": self.settings["tokens_per_step"] // self.settings["pack_tokens"],
-            "warmup": arguments.warmup_steps + arguments.qualifying_steps, **self.settings,
+            "warmup": arguments.warmup_steps + arguments.qualifying_steps, "settling": SETTLING_STEPS, **self.settings,
         }  # fmt: skip
-        self.job["steps"] += SETTLING_STEPS
         self.alive: dict[str, Process] = {}
         self.results: dict[str, dict] = {}
         self.waiting_share = 0.0
@@ -210,7 +209,8 @@ class Benchmark:
                     self.alive.pop(contestant.name).end()
         if arguments.profile:
             self.say(f"profile of {first.name}")
-            self.results[first.name]["profile"] = self.alive[first.name].steps(arguments.profile, profile=True)
+            profile = self.alive[first.name].steps(arguments.profile, SETTLING_STEPS, profile=True)
+            self.results[first.name]["profile"] = profile
 
     def at_once(self, memory_gib: float | None) -> int:
         """How many models the memory takes side by side. Raises Failed for less than ours and another."""
@@ -273,9 +273,7 @@ class Benchmark:
         self.bar.set_postfix_str(name)
         before, started = [p.cpu_seconds() for p in others], time.perf_counter()
         try:
-            if name != PRODUCTS:
-                process.steps(SETTLING_STEPS)
-            report = process.steps(self.settings["steps"])
+            report = process.steps(self.settings["steps"], SETTLING_STEPS)
         except Failed as failure:
             self.fail(name, str(failure))
             self.alive.pop(name).end()

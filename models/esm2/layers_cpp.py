@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformer layer of `layers.py` on CPUs, with kernels that are compiled when first needed: `layers_cpp.cpp`.
 
-Parameters are those of `layers.py`. Attention is compiled for packed batches; padded ones, and numbers that are
-neither FP32 nor BF16, go the way of `layers.py`. Shapes as there; S positions, R = D / 2 rotary angles.
+Parameters are those of `layers.py`. There are kernels for attention of packed batches and layer norm in FP32 and BF16,
+and in BF16 for what lies between matrix products, if widths divide by 16. All else goes the way of `layers.py`. Shapes
+as there; S positions, R = D / 2 rotary angles.
 """
 
 import ctypes
@@ -26,6 +27,7 @@ from layers import AttentionInputs
 
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+# Two parts of -ffast-math are safe. All of it would switch the whole process to flushing denormal numbers to zero.
 FLAGS = (
     "-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math",
     "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-shared",
@@ -77,7 +79,7 @@ def library(head_dim: int) -> ctypes.CDLL:
 
 @cache
 def has_bfloat16(head_dim: int) -> bool:
-    """Whether this processor has the products that attention in BF16 takes."""
+    """Whether this processor has the products in BF16 without which nothing here is done in BF16."""
     return bool(_function(head_dim, "has_bfloat16", ctypes.c_bool)())
 
 
@@ -88,11 +90,11 @@ def _function(head_dim: int, name: str, result=None):
 
 
 def _call(head_dim: int, name: str, *arguments: Tensor | bool | int | float | None) -> None:
-    """Tensors are contiguous and on the CPU. Raises RuntimeError where there is no memory."""
+    """Tensors are contiguous and on the CPU. Raises RuntimeError where memory or oneDNN fails."""
     kinds = {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}
     passed = (ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else kinds[type(x)](x) for x in arguments)
     if not _function(head_dim, name, ctypes.c_bool)(*passed, ctypes.c_int64(torch.get_num_threads())):
-        raise RuntimeError(f"{name} in {SOURCE.name} failed: there may be no memory left")
+        raise RuntimeError(f"{name} in {SOURCE.name} failed: no memory is left, or oneDNN refuses")
 
 
 def _name(*tensors: Tensor) -> str:
@@ -172,10 +174,12 @@ def _save_attention(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
-attention.register_autograd(
-    lambda ctx, grad, _: (attention_backward(grad, *ctx.saved_tensors), None, None, None),
-    setup_context=_save_attention,
-)
+def _attention_gradients(ctx, grad_THD, _):
+    grad_THC = None if grad_THD is None else attention_backward(grad_THD, *ctx.saved_tensors)
+    return grad_THC, None, None, None
+
+
+attention.register_autograd(_attention_gradients, setup_context=_save_attention)
 
 
 def _normalize(x_TE, added_TE, weight_E, bias_E, eps: float, dtype: torch.dtype, head_dim: int):
@@ -234,6 +238,8 @@ def _save_layer_norm(ctx, inputs, output):
 
 
 def _layer_norm_gradients(ctx, grad_TE, *_):
+    if grad_TE is None:
+        return (None,) * 6
     grad_x_TE, (grad_weight_E, grad_bias_E) = layer_norm_backward(grad_TE, *ctx.saved_tensors, ctx.head_dim)
     return grad_x_TE, grad_weight_E, grad_bias_E, None, None, None
 
@@ -280,7 +286,8 @@ def _(grad_sum_TE: Tensor | None, grad_TE: Tensor, sum_TE: Tensor, weight_E: Ten
 
 
 def _save_add_layer_norm(ctx, inputs, output):
-    _, _, weight_E, _, _, ctx.head_dim = inputs
+    _, added_TE, weight_E, _, _, ctx.head_dim = inputs
+    ctx.added_dtype = added_TE.dtype
     sum_TE, _, *statistics = output
     ctx.save_for_backward(sum_TE, weight_E, *statistics)
     ctx.mark_non_differentiable(*statistics)
@@ -288,6 +295,8 @@ def _save_add_layer_norm(ctx, inputs, output):
 
 
 def _add_layer_norm_gradients(ctx, grad_sum_TE, grad_TE, *_):
+    if grad_TE is None:
+        return grad_sum_TE, None if grad_sum_TE is None else grad_sum_TE.to(ctx.added_dtype), *(None,) * 4
     grad_x_TE, grad_added_TE, (grad_weight_E, grad_bias_E) = add_layer_norm_backward(
         grad_sum_TE, grad_TE, *ctx.saved_tensors, ctx.head_dim
     )
@@ -310,6 +319,7 @@ def _linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
 
 def _transposed(x_RC: Tensor, head_dim: int) -> Tensor:
     rows, columns = x_RC.shape
+    assert columns % VECTOR == 0, columns
     # Whole strips, because oneDNN 3.12 reads the left-hand factor to beyond the end of a row, where NaN times zero is
     # NaN; 32 more, because rows whose distance is a power of two share too few places in the processor's caches.
     to_CR = x_RC.new_empty(columns, -(-rows // STRIP) * STRIP + 32)
@@ -348,7 +358,7 @@ def _(x_TI: Tensor, weight_OI: Tensor, *_) -> Tensor:
 def linear_backward(
     grad_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias."""
+    """The gradients of x, weight and bias, whether the latter are wanted or not."""
     grad_TO, x_TI = grad_TO.contiguous(), x_TI.contiguous()
     grad_bias_O = _column_sums(grad_TO, head_dim).to(bias_O.dtype)
     return grad_TO @ weight_OI, _weight_gradient(grad_TO, x_TI, head_dim), grad_bias_O
@@ -364,9 +374,13 @@ def _save_linear(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-linear.register_autograd(
-    lambda ctx, grad: (*linear_backward(grad, *ctx.saved_tensors, ctx.head_dim), None), setup_context=_save_linear
-)
+def _linear_gradients(ctx, grad_TO):
+    if not any(ctx.needs_input_grad[1:3]):  # frozen
+        return grad_TO @ ctx.saved_tensors[1], None, None, None
+    return *linear_backward(grad_TO, *ctx.saved_tensors, ctx.head_dim), None
+
+
+linear.register_autograd(_linear_gradients, setup_context=_save_linear)
 
 
 @torch.library.custom_op("esm2::mlp", mutates_args=())
@@ -396,7 +410,7 @@ def mlp_backward(
     pre_TF: Tensor,
     head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `mlp`'s tensors. GELU is computed again, beside its derivative, instead of held."""
+    """The gradients of all of `mlp`'s tensors. GELU is computed again, beside its derivative, instead of held."""
     grad_TE, x_TE = grad_TE.contiguous(), x_TE.contiguous()
     grad_TF, x_TF = grad_TE @ weight_EF, torch.empty_like(pre_TF)
     sums = _strip_sums(pre_TF)
@@ -422,12 +436,25 @@ def _save_mlp(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
-mlp.register_autograd(
-    lambda ctx, grad, _: (*mlp_backward(grad, *ctx.saved_tensors, ctx.head_dim), None), setup_context=_save_mlp
-)
+def _mlp_gradients(ctx, grad_TE, _):
+    if grad_TE is None:
+        return (None,) * 6
+    return *mlp_backward(grad_TE, *ctx.saved_tensors, ctx.head_dim), None
+
+
+mlp.register_autograd(_mlp_gradients, setup_context=_save_mlp)
 
 
 # ---- the layer
+
+
+class LayerNormMLP(layers.LayerNormMLP):
+    """That of `layers.py` with the sums before and after it."""
+
+    def forward(self, x_NE: Tensor, added_NE: Tensor) -> Tensor:
+        """[N, E] and what is to be added to it, to [N, E], this module's own part added too."""
+        x_NE, y_NE = self.kernels.add_layer_norm(x_NE, added_NE, self)
+        return x_NE + self.kernels.mlp(y_NE, self)
 
 
 class TransformerLayer(layers.TransformerLayer):
@@ -435,19 +462,17 @@ class TransformerLayer(layers.TransformerLayer):
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float):
         super().__init__(hidden_size, intermediate_size, num_heads, eps)
+        self.layernorm_mlp = LayerNormMLP(hidden_size, intermediate_size, eps)
         kernels = Kernels(hidden_size // num_heads)
         for part in (self.self_attention, self.self_attention.layernorm_qkv, self.layernorm_mlp):
             part.kernels = kernels
         if hidden_size % VECTOR == intermediate_size % VECTOR == 0:
             for part in (self.self_attention.layernorm_qkv, self.self_attention.proj, self.layernorm_mlp):
                 part.matmul = kernels.linear
-        self.kernels = kernels
 
     def forward(self, x_NE: Tensor, inputs: AttentionInputs) -> Tensor:
         """[N, E] to [N, E]."""
-        mlp = self.layernorm_mlp
-        x_NE, y_NE = self.kernels.add_layer_norm(x_NE, self.self_attention(x_NE, inputs), mlp)
-        return x_NE + self.kernels.mlp(y_NE, mlp)
+        return self.layernorm_mlp(x_NE, self.self_attention(x_NE, inputs))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -461,17 +486,21 @@ class Kernels(layers.Kernels):
         library(head_dim)  # compiled before anything runs
         self.head_dim, self.has_bfloat16 = head_dim, has_bfloat16(head_dim)
 
-    def _takes(self, x: Tensor, dtype: torch.dtype) -> bool:
-        return x.device.type == "cpu" and (dtype == torch.float32 or (dtype == torch.bfloat16 and self.has_bfloat16))
+    def _takes(self, x: Tensor) -> bool:
+        known = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and self.has_bfloat16)
+        return known and x.device.type == "cpu"
+
+    def _in_bfloat16(self, x: Tensor) -> bool:
+        return self.has_bfloat16 and self._takes(x) and _compute_dtype(x) == torch.bfloat16
 
     def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs) -> Tensor:
-        if inputs.cu_seqlens is None or not self._takes(qkv_NHC, qkv_NHC.dtype):
+        if inputs.cu_seqlens is None or not self._takes(qkv_NHC):
             return super().attention(qkv_NHC, inputs)
         return attention(qkv_NHC, inputs.cos_SR, inputs.sin_SR, inputs.cu_seqlens)[0]
 
     def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float) -> Tensor:
         dtype = _compute_dtype(x_NE)
-        if not self._takes(x_NE, x_NE.dtype) or dtype not in (x_NE.dtype, torch.bfloat16):
+        if not self._takes(x_NE) or dtype not in (x_NE.dtype, torch.bfloat16):
             return super().layer_norm(x_NE, weight_E, bias_E, eps)
         y_TE, *_ = layer_norm(x_NE.flatten(0, -2), weight_E.float(), bias_E.float(), eps, dtype, self.head_dim)
         return y_TE.view(x_NE.shape)
@@ -479,7 +508,7 @@ class Kernels(layers.Kernels):
     def add_layer_norm(self, x_NE: Tensor, added_NE: Tensor, part: layers.LayerNormMLP) -> tuple[Tensor, Tensor]:
         """Both [N, E]: the sum, and its layer norm."""
         weight_E, bias_E = part.layer_norm_weight, part.layer_norm_bias
-        takes = self._takes(x_NE, x_NE.dtype) and self._takes(added_NE, added_NE.dtype)
+        takes = self._takes(x_NE) and self._takes(added_NE)
         if not takes or added_NE.dtype not in (x_NE.dtype, torch.bfloat16):
             x_NE = x_NE + added_NE
             return x_NE, self.layer_norm(x_NE, weight_E, bias_E, part.eps)
@@ -489,15 +518,14 @@ class Kernels(layers.Kernels):
         return sum_TE.view(x_NE.shape), y_TE.view(x_NE.shape)
 
     def linear(self, x_NE: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """`F.linear`."""
-        if _compute_dtype(x_NE) != torch.bfloat16 or not self._takes(x_NE, torch.bfloat16):
+        """`F.linear`, through `linear` where that is in BF16."""
+        if not self._in_bfloat16(x_NE):
             return F.linear(x_NE, weight, bias)
         x_TE = x_NE.flatten(0, -2).bfloat16()
         return linear(x_TE, weight.bfloat16(), bias, self.head_dim).unflatten(0, x_NE.shape[:-1])
 
     def mlp(self, x_NE: Tensor, part: layers.LayerNormMLP) -> Tensor:
-        fits = part.matmul == self.linear and _compute_dtype(x_NE) == torch.bfloat16
-        if not fits or not self._takes(x_NE, torch.bfloat16):
+        if part.matmul != self.linear or not self._in_bfloat16(x_NE):
             return super().mlp(x_NE, part)
         weights = (part.fc1_weight.bfloat16(), part.fc1_bias, part.fc2_weight.bfloat16(), part.fc2_bias)
         return mlp(x_NE.flatten(0, -2).bfloat16(), *weights, self.head_dim)[0].unflatten(0, x_NE.shape[:-1])

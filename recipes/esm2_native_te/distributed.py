@@ -171,12 +171,17 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory that tensors on the CPU free, for the next ones.
 
     glibc gives large blocks back, and the kernel then has to clear each page of the next one: up to a tenth of a step.
-    What the user has set by `MALLOC_...` variables stays.
+    What the user has set by `MALLOC_...` variables or `GLIBC_TUNABLES` stays.
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # their numbers in malloc.h
-    if not any(name.startswith("MALLOC_") for name in os.environ) and hasattr(ctypes.CDLL(None), "mallopt"):
-        for option, value in ((mmap_threshold, 2**30), (trim_threshold, -1), (top_pad, 2**26)):
-            ctypes.CDLL(None).mallopt(option, value)
+    libc = ctypes.CDLL(None)
+    set_by_user = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if set_by_user or not hasattr(libc, "mallopt"):
+        return
+    # Old versions of glibc take no more than 32 MiB.
+    if libc.mallopt(mmap_threshold, 2**30) or libc.mallopt(mmap_threshold, 2**25):
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(top_pad, 2**26)
 
 
 def passes_per_step(micro_batches_per_step: int | None, num_ranks: int) -> int:

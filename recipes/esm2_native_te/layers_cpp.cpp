@@ -35,8 +35,8 @@ inline uint32_t to_bf16(float x) {
   return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
 
-// 2^x for x <= 0, or a little above, written so that the compiler makes vectors of it; NaN stays NaN. The relative
-// error is 2e-7 for FP32 and, since BF16 has one of 2e-3 itself, 3e-6 there.
+// 2^x for x <= 0, or a little above, written so that the compiler makes vectors of it; the NaN that operations make
+// stays one. The relative error is 2e-7 for FP32 and, since BF16 has one of 2e-3 itself, 3e-6 there.
 template <typename T>
 inline float power_of_two(float x) {
   x = x < -64.0f ? -64.0f : x;            // nothing beside 1, and its products are no denormal numbers, which are slow
@@ -83,6 +83,7 @@ inline void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, co
 
 constexpr int64_t DIM = HEAD_DIM, HALF = DIM / 2;  // compiled anew for each: short loops want constant bounds
 constexpr int64_t VECTOR = 16;
+constexpr int64_t STRIP = 64;  // rows of a task; sums over rows are added up task by task, in order
 // Loops over half a head go on to a whole vector, if what they read and write too much is no further than the next
 // row. Tables of angles have rows of so many.
 constexpr int64_t FILLED = HALF % 8 ? (HALF + VECTOR - 1) / VECTOR * VECTOR : HALF;
@@ -401,17 +402,16 @@ bool run(bool backward, const T* qkv, const float* cos, const float* sin, const 
 
 // ---- layer norm
 
-constexpr int64_t ROWS = 64;  // one task; sums over rows are added up task by task, in order
-
 // With `added`, `sum` = x + added is what is normalized.
 template <typename X, typename Y>
 void layer_norm_rows(const X* x, const Y* added, X* sum, const float* weight, const float* bias, Y* y, float* mean,
                      float* inverse, int64_t rows, int64_t width, float eps) {
   for (int64_t i = 0; i < rows; ++i) {
-    const X* __restrict from = x + i * width;
+    const X* from = x + i * width;
     if (added) {
-      const Y* __restrict more = added + i * width;
-      X* __restrict both = sum + i * width;
+      const Y* more = added + i * width;
+      X* both = sum + i * width;
+#pragma omp simd
       for (int64_t e = 0; e < width; ++e) store(both + e, load(from + e) + load(more + e));
       from = both;
     }
@@ -475,12 +475,12 @@ void layer_norm(bool backward, const X* x, const Y* added, X* sum, const float* 
                 float* mean, float* inverse, const Y* grad, const X* grad_sum, X* grad_x, Y* grad_added, float* sums,
                 int64_t rows, int64_t width, float eps, int64_t num_threads) {
 #pragma omp parallel for num_threads(num_threads)
-  for (int64_t first = 0; first < rows; first += ROWS) {
-    const int64_t count = std::min(ROWS, rows - first), at = first * width;
+  for (int64_t first = 0; first < rows; first += STRIP) {
+    const int64_t count = std::min(STRIP, rows - first), at = first * width;
     const auto part = [at](auto* rows) { return rows ? rows + at : nullptr; };
     if (backward)
       layer_norm_rows_backward(grad + at, part(grad_sum), x + at, weight, mean + first, inverse + first, grad_x + at,
-                               part(grad_added), sums + first / ROWS * 2 * width, count, width);
+                               part(grad_added), sums + first / STRIP * 2 * width, count, width);
     else
       layer_norm_rows(x + at, part(added), part(sum), weight, bias, y + at, mean + first, inverse + first, count,
                       width, eps);
@@ -489,9 +489,7 @@ void layer_norm(bool backward, const X* x, const Y* added, X* sum, const float* 
 
 // ---- between matrix products, in BF16
 
-constexpr int64_t STRIP = 64;  // rows of one task
-
-// [rows, columns] to [columns, stride]; columns are a multiple of VECTOR. Zeros fill up the last STRIP. A product over
+// [rows, columns] to [columns, stride]; columns are a multiple of VECTOR. Zeros fill up the rest. A product over
 // rows, as the gradient of a weight is, runs twice as fast if its left-hand factor lies there transposed.
 bool transpose(const BFloat16* x, BFloat16* transposed, int64_t rows, int64_t columns, int64_t stride,
                int64_t num_threads) {
@@ -517,6 +515,9 @@ bool transpose(const BFloat16* x, BFloat16* transposed, int64_t rows, int64_t co
           auto* __restrict to = reinterpret_cast<uint32_t*>(transposed + c * stride + first) + p;
           for (int64_t q = 0; q < VECTOR; ++q) to[q] = pairs[(p + q) * columns + c];
         }
+    const int64_t end = first + STRIP;
+    for (int64_t c = 0; end >= rows && c < columns; ++c)
+      std::memset(static_cast<void*>(transposed + c * stride + end), 0, (stride - end) * sizeof(BFloat16));
   }
   return done;
 }
@@ -535,7 +536,7 @@ void column_sums(const BFloat16* x, float* sums, int64_t rows, int64_t columns, 
 }
 
 // GELU is x * cdf(x), its derivative cdf(x) + x * density(x) with the normal distribution's; Abramowitz and Stegun
-// 26.2.17, which is off by less than 1e-7.
+// 26.2.17, which is off by less than 1e-7, with a power that is off by 3e-6.
 inline void normal(float x, float& cdf, float& density) {
   density = 0.39894228f * power_of_two<BFloat16>(-0.5f * LOG2_E * x * x);
   const float t = 1.0f / (1.0f + 0.2316419f * std::abs(x));

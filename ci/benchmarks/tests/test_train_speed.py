@@ -194,6 +194,26 @@ def test_sizes_are_those_of_the_recipe():
         assert shape[2:] == (ours["num_hidden_layers"], ours["hidden_size"])
 
 
+def test_settling_does_not_count_and_gives_no_memory_back(monkeypatch):
+    import contestant_process
+
+    from modeling_esm2 import Esm2Config
+
+    told, wants = [], [{"steps": 2, "settling": 1, "profile": False}, None]
+    connection = SimpleNamespace(send=told.append, recv=lambda: wants.pop(0))
+    monkeypatch.setattr(contestant_process, "release_memory", lambda device: told.append("memory"))
+    gate = contestant_process.Gate(connection, "cpu", Esm2Config(**contestant_process.SIZES["esm2_t4_1M"]))
+    batch = SimpleNamespace(num_tokens=10, num_labels=1, num_slots=12, seq_lens=[10])
+    with pytest.raises(contestant_process.Finished):
+        gate.ready()
+        for loss in (1.0, 2.0, 3.0):
+            told.append(loss)
+            gate.count([batch], 0.5)
+            gate.step(loss)
+    assert told[:6] == ["memory", {"memory_before_gib": None}, 1.0, 2.0, 3.0, "memory"]
+    assert told[6]["steps"] == 2 and told[6]["tokens"] == 20 and told[6]["data_wait_s"] == 1.0
+
+
 def test_every_round_has_short_and_long_rows(tmp_path):
     import numpy as np
     from contestant_process import Rows
@@ -205,6 +225,7 @@ def test_every_round_has_short_and_long_rows(tmp_path):
         "seed": 1,
         "warmup": 2,
         "rounds": 3,
+        "settling": 1,
         "steps": 4,
         "passes": 3,
         "micro_rows": 8,
@@ -212,10 +233,10 @@ def test_every_round_has_short_and_long_rows(tmp_path):
     for order in ("length", "random"):
         rows = Rows(SimpleNamespace(**job))
         batches = rows.micro_batches(order)
-        assert len(batches) == (2 + 3 * 4) * 3 and {len(batch) for batch in batches} == {8}
+        assert len(batches) == (2 + 3 * (1 + 4)) * 3 and {len(batch) for batch in batches} == {8}
         places = np.concatenate(batches)
         assert len(set(places.tolist())) == len(places)
-        by_round = lengths[places][2 * 3 * 8 :].reshape(3, -1)
+        by_round = lengths[places][2 * 3 * 8 :].reshape(3, 1 + 4, -1)[:, 1:].reshape(3, -1)  # what counts
         if order == "length":
             assert all(np.ptp(lengths[batch]) < 50 for batch in batches)
             assert np.ptp(by_round.mean(1)) < 0.15 * lengths.mean()

@@ -39,7 +39,7 @@ def attention_and_gradient(kernels, qkv, inputs, grad):
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
-@pytest.mark.parametrize("dim", [2, 10, 16, 24, 32, 64, 128])
+@pytest.mark.parametrize("dim", [2, 10, 12, 16, 20, 24, 32, 64, 128])
 def test_attention(dim, dtype):
     torch.manual_seed(dim)
     inputs, size = attention_inputs(LENGTHS, dim), (sum(LENGTHS), 3)
@@ -109,23 +109,23 @@ def test_layer_norm(dtypes):
         assert error(g, e) < CLOSE[dtypes[1]]
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["the sum goes on", "the sum is used nowhere else"])
+@pytest.mark.parametrize("used", [slice(2), slice(1), slice(1, 2)], ids=["both used", "the sum", "its norm"])
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2])
-def test_sum_and_its_layer_norm(dtypes, last):
+def test_sum_and_its_layer_norm(dtypes, used):
     torch.manual_seed(0)
     x, added = ((3 * torch.randn(130, 75) + 1).to(dtype).requires_grad_() for dtype in dtypes)
     weight, bias = (torch.randn(75).requires_grad_() for _ in range(2))
-    grads = [torch.randn(130, 75).to(dtype) for dtype in dtypes][last:]
-    inputs = (x, added, weight, bias)
+    grads = [torch.randn(130, 75).to(dtype) for dtype in dtypes][used]
+    inputs, zeros = (x, added, weight, bias), {"allow_unused": True, "materialize_grads": True}
     total, y, *_ = layers_cpp.add_layer_norm(*inputs, 1e-5, 16)
-    found = torch.autograd.grad((total, y)[last:], inputs, grads)
+    found = torch.autograd.grad((total, y)[used], inputs, grads, **zeros)
     exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
     exact_total = exact_inputs[0] + exact_inputs[1]
     exact = (exact_total, F.layer_norm(exact_total, (75,), *exact_inputs[2:], 1e-5))
-    expected = torch.autograd.grad(exact[last:], exact_inputs, [grad.double() for grad in grads])
-    assert (total.dtype, y.dtype) == dtypes
+    expected = torch.autograd.grad(exact[used], exact_inputs, [grad.double() for grad in grads], **zeros)
+    assert (total.dtype, y.dtype) == dtypes and [g.dtype for g in found] == [t.dtype for t in inputs]
     for g, e in zip((total, y, *found), (*exact, *expected), strict=True):
-        assert error(g, e) < CLOSE[dtypes[1]]
+        assert (error(g, e) < CLOSE[dtypes[1]]) if e.any() else not g.any()
 
 
 def test_layer_norm_does_not_depend_on_threads():
@@ -230,6 +230,43 @@ def test_whole_models_agree(make_model, make_batches, layout, checkpointing):
         torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-6)
 
 
+WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 160}
+
+
+@pytest.mark.parametrize("way", ["stored", "recomputed", "compiled"])
+@pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
+def test_whole_models_in_bfloat16(make_model, make_batches, layout, way):
+    """As near to FP32 as PyTorch's operations are."""
+    if not layers_cpp.has_bfloat16(16):
+        pytest.skip("this processor has no BF16 products")
+    batch, gradients = make_batches((40, 200, 90))[layout], []
+    for backend, dtype in (("torch", torch.float32), ("torch", torch.bfloat16), ("cpp", torch.bfloat16)):
+        model = make_model(WIDE, layer_backend=backend)
+        if backend == "cpp" and way == "recomputed":
+            model.activation_checkpointing_enable()
+        if backend == "cpp" and way == "compiled":
+            for layer in model.esm.encoder.layer:
+                layer.compile(dynamic=True)
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        gradients.append(torch.cat([x.grad.flatten() for x in model.parameters() if x.grad is not None]).double())
+    exact, plain, compiled = gradients
+    assert 0 < (compiled - exact).norm() < 1.2 * (plain - exact).norm() < 0.1 * exact.norm()
+
+
+def test_all_modules_are_called(make_model, make_batches):
+    """What hangs on a module, as the search for the first that gives no number does, must see it."""
+    called = []
+    for backend in ("torch", "cpp"):
+        model, seen = make_model(WIDE, layer_backend=backend), []
+        for name, module in model.named_modules():
+            module.register_forward_hook(lambda *_, name=name, seen=seen: seen.append(name))
+        model(**make_batches()[1])
+        called.append(seen)
+    assert called[0] == called[1] and "esm.encoder.layer.1.layernorm_mlp" in called[1]
+
+
 def test_denormal_numbers_stay():
     """Loading the kernels must not change how the process computes."""
     layers_cpp.library(16)
@@ -259,8 +296,15 @@ def test_operators_keep_torchs_rules():
                                 torch.tensor([0, 20, 50], dtype=torch.int32))),
         (layers_cpp.layer_norm, (torch.randn(70, 33, requires_grad=True), torch.rand(33, requires_grad=True),
                                  torch.rand(33, requires_grad=True), 1e-5, torch.float32, 16)),
+        (layers_cpp.add_layer_norm, (*(torch.randn(70, 33, requires_grad=True) for _ in range(2)),
+                                     *(torch.rand(33, requires_grad=True) for _ in range(2)), 1e-5, 16)),
     )  # fmt: skip
-    layers_cpp.library(16)
+    if layers_cpp.has_bfloat16(16):
+        cases += (
+            (layers_cpp.linear, (*linear_maps(70, 32, 96)[0], 16)),
+            (layers_cpp.linear, (*linear_maps(70, 96, 32)[0], 16)),
+        )
+        cases += ((layers_cpp.mlp, (*linear_maps(70, 32, 96, 32)[0], 16)),)
     for operator, inputs in cases:
         assert set(torch.library.opcheck(operator, inputs).values()) == {"SUCCESS"}
 
