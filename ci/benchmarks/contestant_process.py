@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from contestants import MAX_SEQ_LENGTH
 from speed_profile import Profile
 
+import cpu_memory
 from collator import MaskedLMCollator
 from modeling_esm2 import SIZES, Esm2Config, resolve_layer_backend, training_flops
 from scheduler import adamw, linear_schedule
@@ -471,6 +472,7 @@ def release_memory(device: str) -> None:
     """Give back what a waiting process does not need: the others run in the same memory."""
     if device == "cuda":
         torch.cuda.empty_cache()
+    cpu_memory.trim()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):  # another C library

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The largest ESM-2 that trains with FSDP2 on this machine's CPUs in so many GiB.
 
-python ci/benchmarks/largest_model.py                    # ten minutes; writes docs: JSON, table of scaling.md
-python ci/benchmarks/largest_model.py --limit-gib 12 --output mine.json
-python ci/benchmarks/largest_model.py --quick --output quick.json        # small models: a minute
+python ci/benchmarks/largest_model.py                    # about ten minutes; writes docs: JSON, table of scaling.md
+python ci/benchmarks/largest_model.py --limit-gib 12 --output mine.json dataset.max_seq_length=256
+python ci/benchmarks/largest_model.py --quick --output quick.json        # small models: a minute or two
 python ci/benchmarks/largest_model.py --from docs/results/largest_model.json --check docs/scaling.md
 
-Models have the width of the 650M one and more or fewer layers. Two depths give a line of memory over layers, the
-line a third depth, and that is trained; if it needs more than the limit, fewer layers are. Every run is
-train_fsdp2.py under torchrun, two ranks with a share of the cores each, with activation checkpointing, BF16
-products over FP32 weights and moments, and two optimizer steps. Memory is the sum of what each process of a run,
-torchrun too, held at most, libraries included. key=value goes to all runs.
+Models have the width of the 650M one and more or fewer layers. Two depths give a line of memory over layers, the line
+says which depth to try next, until one fits and one layer more does not. A run that the system kills for its memory
+does not fit. Every run is train_fsdp2.py under torchrun, two ranks with a share of the cores each, with activation
+checkpointing, BF16 products over FP32 weights and moments, and two optimizer steps, of which the second gives the
+speed. Memory is the sum of what each Python process of a run, torchrun too, held at most, libraries included; the
+kernels are compiled before. key=value goes to all runs.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,108 +28,222 @@ import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
-from scaling_ranks import RECIPE, ROOT, Failed, cpu_name, environment, torchrun, versions, with_table, write_table
-from tqdm import tqdm
+
+def stop(number: int, frame: object) -> None:
+    """Leave as after an error, so that runs are ended, but without a traceback; once."""
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":  # here, because the imports below take seconds
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+from scaling_ranks import (  # noqa: E402  # isort: skip (it says where the recipe's modules are)
+    RECIPE, ROOT, Failed, cpu_name, environment, tokens_per_second, torchrun, versions, with_table, write_table,
+)  # fmt: skip
+from tqdm import tqdm  # noqa: E402
+
+from build_model import model_config  # noqa: E402
+from modeling_esm2 import cpp_available  # noqa: E402
 
 
 OUTPUT, NAME = ROOT / "docs" / "results" / "largest_model.json", "largest_model"
+PROC = Path("/proc")
 NUM_RANKS, STEPS, PACK_TOKENS = 2, 2, 1024
+GRACE_S = 10  # from the request to end to the kill
 FULL = {"model_tag": "esm2_t33_650M_UR50D", "depths": (12, 33)}
 QUICK = {"model_tag": "esm2_t6_8M_UR50D", "depths": (4, 24)}
+# The benchmark sets these itself; a run that differs in them would measure something else.
+TAKEN = (
+    "model_tag", "model_kwargs", "init_from", "num_train_steps", "micro_batches_per_step", "use_sequence_packing",
+    "precision", "use_activation_checkpointing", "dataset.micro_batch_size", "dataset.token_micro_batch_size",
+    "dataset.num_workers", "validation", "checkpoint", "logger",
+)  # fmt: skip
+# What a rank says that gets no memory; one that the system kills says nothing.
+NO_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "there may be no memory left",
+    "MemoryError",
+    "bad_alloc",
+)
+GONE = (OSError, ValueError, IndexError)  # what reading about a process may raise when it ends
 
 
 class Memory(threading.Thread):
-    """Watches a process and its children; `peak_gib` is the sum of what each of them held at most."""
+    """Watches a process and all below it: `seen` are all of them, `peaks` what the Python ones held at most, GiB."""
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
-        self.pid, self.peaks, self.over = pid, {}, threading.Event()
+        # By number and start, as numbers are used again. 0: not Python, but a compiler, say.
+        self.pid, self.seen, self.over = pid, {}, threading.Event()
         self.start()
 
     def run(self) -> None:
         while not self.over.wait(0.2):
-            for pid in family(self.pid):
-                try:
-                    status = Path(f"/proc/{pid}/status").read_text()
-                except OSError:  # it has ended
-                    continue
-                if found := re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE):
-                    self.peaks[pid] = max(self.peaks.get(pid, 0), int(found[1]) / 2**20)
+            self.look()
+
+    def look(self) -> None:
+        """Once at each process."""
+        for pid in family(self.pid):
+            with contextlib.suppress(*GONE):
+                process = (pid, stat(pid)[19])
+                self.seen.setdefault(process, 0.0)
+                found = re.search(r"^VmHWM:\s+(\d+) kB", (PROC / str(pid) / "status").read_text(), re.MULTILINE)
+                is_python = (PROC / str(pid) / "exe").samefile(sys.executable)
+                if found:  # a process that has ended and is not yet gone has none
+                    self.seen[process] = int(found[1]) / 2**20 if is_python else 0.0
 
     @property
-    def peak_gib(self) -> float:
-        return sum(self.peaks.values())
+    def peaks(self) -> list[float]:
+        return [peak for peak in self.seen.values() if peak]
+
+    def end(self, process: subprocess.Popen) -> None:
+        """Stop watching; ask the process to end, wait, and kill what is left of all that were seen."""
+        self.over.set()
+        self.join()
+        self.look()
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+        for pid, started in self.seen:
+            with contextlib.suppress(*GONE):
+                if stat(pid)[19] == started:
+                    os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def stat(pid: int | str) -> list[str]:
+    """A process's state, its parent, and so on: the fields of `/proc/<pid>/stat` from the third."""
+    return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
 
 
 def family(pid: int) -> list[int]:
-    """A process and all below it."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    found = [pid]
+    """A process and all below it: as the kernel lists them, or, where it does not, as their parents tell."""
+    found, parents = [pid], None
     for member in found:
-        found += [child for child, parent in parents.items() if parent == member]
+        with contextlib.suppress(*GONE):
+            lists = list((PROC / str(member) / "task").glob("*/children"))
+            if lists:
+                found += [int(child) for path in lists for child in path.read_text().split()]
+                continue
+        if parents is None:
+            parents = {}
+            for path in PROC.glob("[0-9]*"):
+                with contextlib.suppress(*GONE):
+                    parents[int(path.name)] = int(stat(path.name)[1])
+        found += [child for child, parent in parents.items() if parent == member and child not in found]
     return found
 
 
+def free_gib() -> float:
+    """What processes can take before the system runs out of memory."""
+    return int(re.search(r"^MemAvailable:\s+(\d+) kB", (PROC / "meminfo").read_text(), re.MULTILINE)[1]) / 2**20
+
+
+def out_of_memory(code: int, told: str) -> bool:
+    """Whether torchrun or, of its ranks, the first that failed was killed, or got no memory."""
+    first = re.search(r"Root Cause.*?exitcode\s*: (-?\d+)", told, re.DOTALL)
+    return -signal.SIGKILL in (code, int(first[1]) if first else code) or any(words in told for words in NO_MEMORY)
+
+
 def train(asked: argparse.Namespace, num_layers: int) -> dict:
-    """One run: what it trained, its memory, its speed. Raises Failed."""
+    """One run: what it trained, its memory, its speed; None for these where memory ran out. Raises Failed."""
+    cpp_available(model_config(asked.model_tag, "auto"))  # compiles, which takes more memory than a small model
     overrides = [
         f"model_tag={asked.model_tag}", f"model_kwargs.num_hidden_layers={num_layers}", f"num_train_steps={STEPS}",
         f"micro_batches_per_step={NUM_RANKS}", "dataset.micro_batch_size=null", "dataset.num_workers=0",
-        f"dataset.token_micro_batch_size={PACK_TOKENS}", "use_activation_checkpointing=true", "precision=bf16",
-        "validation.load_dataset_kwargs=null", "logger.frequency=1", *asked.overrides,
+        f"dataset.token_micro_batch_size={PACK_TOKENS}", "use_sequence_packing=true",
+        "use_activation_checkpointing=true", "precision=bf16", "validation.load_dataset_kwargs=null",
+        "logger.frequency=1", *asked.overrides,
     ]  # fmt: skip
     threads = str(max(1, len(os.sched_getaffinity(0)) // NUM_RANKS))
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [*torchrun(NUM_RANKS), "train_fsdp2.py", f"logger.log_dir={scratch}", *overrides]
-        process = subprocess.Popen(
-            command, cwd=RECIPE, env=environment() | {"OMP_NUM_THREADS": threads}, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
+    found = {"num_layers": num_layers} | dict.fromkeys(("num_parameters", "peak_gib", "tokens_per_second", "losses"))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        scratch = Path(name)
+        with (scratch / "stderr").open("w") as stderr:
+            process = subprocess.Popen(
+                [*torchrun(NUM_RANKS), "train_fsdp2.py", f"logger.log_dir={scratch}", *overrides], cwd=RECIPE,
+                env=environment() | {"OMP_NUM_THREADS": threads}, stdout=subprocess.DEVNULL, stderr=stderr,
+            )  # fmt: skip
         memory = Memory(process.pid)
-        told = process.communicate()[1].strip().splitlines()
-        memory.over.set()
-        memory.join()
-        if process.returncode:
-            said = next((line for line in told if line.lower().startswith("error")), "\n".join(told[-15:]))
-            raise Failed(f"{num_layers} layers: exit code {process.returncode}: {said}")
-        lines = [json.loads(line) for line in (Path(scratch) / "metrics.jsonl").read_text().splitlines()]
-        num_parameters = json.loads((Path(scratch) / "run.json").read_text())["num_parameters"]
+        try:
+            code = process.wait(asked.timeout)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"{num_layers} layers took longer than {asked.timeout} s; give a longer --timeout.") from None
+        finally:
+            memory.end(process)
+        told = (scratch / "stderr").read_text(errors="replace").strip()
+        if code and out_of_memory(code, told):
+            return found
+        if code:
+            lines = told.splitlines()
+            said = next((line for line in lines if line.lower().startswith("error")), "\n".join(lines[-15:]))
+            raise Failed(f"{num_layers} layers: exit code {code}: {said}")
+        if len(memory.peaks) < 1 + NUM_RANKS:
+            raise Failed(
+                f"{num_layers} layers: {1 + NUM_RANKS} processes ran, but only {len(memory.peaks)} were seen."
+            )
+        lines = [json.loads(line) for line in (scratch / "metrics.jsonl").read_text().splitlines()]
+        found["num_parameters"] = json.loads((scratch / "run.json").read_text())["num_parameters"]
     steps = [line for line in lines if line["kind"] == "train"]
-    return {
-        "num_layers": num_layers,
-        "num_parameters": num_parameters,
-        "peak_gib": round(memory.peak_gib, 2),
-        "tokens_per_second": round((steps[-1]["num_tokens"] - steps[0]["num_tokens"]) / steps[-1]["step_time_s"], 1),
+    return found | {
+        "peak_gib": sum(memory.peaks),
+        "tokens_per_second": round(tokens_per_second(steps, 1), 1),
         "losses": [line["loss"] for line in steps],
     }
 
 
+def fits(run: dict, limit_gib: float) -> bool:
+    """Whether it ran, and in so much memory."""
+    return run["peak_gib"] is not None and run["peak_gib"] <= limit_gib
+
+
+def gib_a_layer(runs: list[dict]) -> float | None:
+    """The slope from the fewest to the most layers measured; None for less than two. Raises Failed if not positive."""
+    measured = sorted((r["num_layers"], r["peak_gib"]) for r in runs if r["peak_gib"] is not None)
+    if len(measured) < 2:
+        return None
+    (few, little), (many, much) = measured[0], measured[-1]
+    if much <= little:
+        raise Failed(f"{many} layers took {much:.2f} GiB, no more than {few} layers; was the machine busy?")
+    return (much - little) / (many - few)
+
+
+def next_depth(runs: list[dict], limit_gib: float, depths: tuple[int, int]) -> int | None:
+    """What to try next; None once a depth fits and one layer more does not."""
+    low = max((run["num_layers"] for run in runs if fits(run, limit_gib)), default=0)
+    high = min((run["num_layers"] for run in runs if run["num_layers"] > low), default=math.inf)
+    if high == low + 1:
+        return None
+    if high == math.inf and len(runs) < len(depths):
+        return depths[len(runs)]
+    guess = high
+    if a_layer := gib_a_layer(runs):
+        measured = (run for run in runs if run["peak_gib"] is not None)
+        nearest = min(measured, key=lambda run: abs(run["peak_gib"] - limit_gib))
+        guess = nearest["num_layers"] + math.floor((limit_gib - nearest["peak_gib"]) / a_layer)
+    # Where memory ran out sooner than the line says, or there is no line, halve.
+    return max(guess, low + 1) if guess < high else (low + high) // 2
+
+
 def measure(asked: argparse.Namespace) -> dict:
-    """Two depths, then the deepest that fits. Raises Failed."""
+    """All runs, until the largest is found. Raises Failed."""
     runs = []
     with tqdm(unit="run", disable=None, dynamic_ncols=True, file=sys.stderr) as bar:
-
-        def one(num_layers: int) -> dict:
-            bar.set_postfix_str(f"{num_layers} layers")
-            runs.append(train(asked, num_layers))
+        while depth := next_depth(runs, asked.limit_gib, asked.depths):
+            bar.set_postfix_str(f"{depth} layers")
+            runs.append(train(asked, depth))
             bar.update()
-            bar.write(f"{num_layers} layers: {runs[-1]['peak_gib']:.2f} GiB", sys.stderr)
-            return runs[-1]
-
-        few, many = (one(depth) for depth in asked.depths)
-        a_layer = (many["peak_gib"] - few["peak_gib"]) / (many["num_layers"] - few["num_layers"])
-        depth = int(many["num_layers"] + (asked.limit_gib - many["peak_gib"]) / a_layer)
-        tried = set(asked.depths)
-        while depth not in tried and depth >= 1 and (found := one(depth))["peak_gib"] > asked.limit_gib:
-            tried.add(depth)
-            depth -= max(1, round((found["peak_gib"] - asked.limit_gib) / a_layer))
-    if not any(run["peak_gib"] <= asked.limit_gib for run in runs):
-        raise Failed(f"--limit-gib {asked.limit_gib:g}: no depth fits; {runs[0]['peak_gib']:.2f} GiB would do.")
+            peak = runs[-1]["peak_gib"]
+            bar.write(f"{depth} layers: {'out of memory' if peak is None else f'{peak:.2f} GiB'}", sys.stderr)
+    if not any(fits(run, asked.limit_gib) for run in runs):
+        peaks = [run["peak_gib"] for run in runs if run["peak_gib"] is not None]
+        would_do = f"{math.ceil(min(peaks) * 10) / 10:g} would do" if peaks else "one layer runs out of memory"
+        raise Failed(f"--limit-gib {asked.limit_gib:g}: no depth fits; {would_do}.")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": cpu_name(),
@@ -134,26 +252,30 @@ def measure(asked: argparse.Namespace) -> dict:
         "limit_gib": asked.limit_gib,
         "settings": {"model_tag": asked.model_tag, "num_ranks": NUM_RANKS, "steps": STEPS,
                      "pack_tokens": PACK_TOKENS, "overrides": asked.overrides},
-        "gib_a_layer": a_layer,
+        "gib_a_layer": gib_a_layer(runs),
         "runs": runs,
     }  # fmt: skip
 
 
 def table(numbers: dict) -> str:
     """The runs; the largest that fits is bold."""
-    limit, settings = numbers["limit_gib"], numbers["settings"]
-    largest = max((run for run in numbers["runs"] if run["peak_gib"] <= limit), key=lambda run: run["num_layers"])
-    lines = ["| layers | parameters, M | peak memory, GiB | real tokens/s |", "|---|---|---|---|"]
+    limit, settings, a_layer = numbers["limit_gib"], numbers["settings"], numbers["gib_a_layer"]
+    largest = max((run for run in numbers["runs"] if fits(run, limit)), key=lambda run: run["num_layers"])
+    lines = [
+        "| layers | parameters, M | memory, GiB: sum of the processes' peaks | real tokens/s |", "|---|---|---|---|",
+    ]  # fmt: skip
     for run in sorted(numbers["runs"], key=lambda run: run["num_layers"]):
-        cells = [
-            str(run["num_layers"]), f"{run['num_parameters'] / 1e6:,.0f}", f"{run['peak_gib']:.1f}",
-            f"{run['tokens_per_second']:,.0f}",
-        ]  # fmt: skip
+        cells = [str(run["num_layers"]), "–", "ran out", "–"]
+        if run["peak_gib"] is not None:
+            cells[1:] = (
+                f"{run['num_parameters'] / 1e6:,.0f}", f"{run['peak_gib']:.2f}", f"{run['tokens_per_second']:,.0f}",
+            )  # fmt: skip
         lines.append("| " + " | ".join(f"**{cell}**" if run is largest else cell for cell in cells) + " |")
     told = ", ".join(f"{name} {version}" for name, version in numbers["versions"].items())
     facts = [
-        f"Bold: the largest in {limit:g} GiB, {largest['num_parameters'] / 1e6:,.0f}M parameters",
-        f"layers of {settings['model_tag']}, {numbers['gib_a_layer']:.3f} GiB each",
+        f"Bold: the largest in {limit:g} GiB, {largest['num_parameters'] / 1e6:,.0f}M parameters; "
+        "one layer more does not fit",
+        f"layers of {settings['model_tag']}" + (f", {a_layer:.3f} GiB each" if a_layer else ""),
         f"{settings['num_ranks']} ranks, packs of {settings['pack_tokens']:,} tokens",
         f"{numbers['machine']}, {numbers['cores']} cores, {numbers['date']}", told, *settings["overrides"],
     ]  # fmt: skip
@@ -164,6 +286,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     """Of the command line; `key=value` may stand anywhere."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit-gib", type=float, help="default: 20")
+    parser.add_argument("--timeout", type=int, default=1200, help="seconds a run may take; default: 1200")
     parser.add_argument("--quick", action="store_true", help="small models, in 2 GiB")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help=f"default: docs/results/{OUTPUT.name}")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE.json", help="run nothing")
@@ -173,8 +296,14 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     overrides = [argument for argument in arguments if is_override.match(argument)]
     found = parser.parse_args([argument for argument in arguments if not is_override.match(argument)])
     found.overrides = overrides
-    if found.limit_gib is not None and not found.limit_gib > 0:
-        parser.error(f"--limit-gib {found.limit_gib:g} must be more than 0.")
+    for override in overrides:
+        key = override.lstrip("+").partition("=")[0] + "."
+        if any(key.startswith(f"{taken}.") or f"{taken}.".startswith(key) for taken in TAKEN):
+            parser.error(f"{override}: the benchmark sets that itself; see --help.")
+    if found.limit_gib is not None and not 0 < found.limit_gib < math.inf:
+        parser.error(f"--limit-gib {found.limit_gib:g} must be a number of GiB above 0, 20 for instance.")
+    if found.timeout < 1:
+        parser.error(f"--timeout {found.timeout} must be at least 1 second.")
     if found.check and not found.source:
         parser.error("--check needs the numbers: --from FILE.json.")
     if found.source and not found.source.is_file():
@@ -183,11 +312,16 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         parser.error("--from runs nothing; leave it or what belongs to runs out.")
     if found.quick and not found.output:
         parser.error("--quick measures too little for docs; say where with --output FILE.json.")
-    if not found.source and not Path("/proc/self/status").exists():
+    if not found.source and not (PROC / "meminfo").exists():
         parser.error("memory is read from /proc, which only Linux has.")
     found.model_tag, found.depths = (QUICK if found.quick else FULL).values()
     found.limit_gib = found.limit_gib or (2.0 if found.quick else 20.0)
-    if not (found.source or found.output or found.quick):
+    if not found.source and found.limit_gib > (free := free_gib()):
+        parser.error(
+            f"--limit-gib {found.limit_gib:g} is more than the {free:.1f} GiB of memory that are available here; "
+            f"give at most --limit-gib {math.floor(free * 10) / 10:g}, or end other programs."
+        )
+    if not (found.source or found.output):
         found.output, found.table = OUTPUT, found.table or ROOT / "docs" / "scaling.md"
     return found
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process group, what ranks must agree on, and the signals that ask a run to stop."""
 
-import ctypes
 import os
 import signal
 import sys
@@ -17,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+
+from cpu_memory import keep_freed_memory
 
 
 def stop_with(sentence: str, code: int = 2) -> NoReturn:
@@ -165,23 +166,6 @@ def process_group(seed: int, deterministic: bool = False):
         dist.barrier()  # without it gloo can hang in the next call when a rank is already gone
     finally:
         dist.destroy_process_group()
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that tensors on the CPU free, for the next ones.
-
-    glibc gives large blocks back, and the kernel then has to clear each page of the next one: up to a tenth of a step.
-    What the user has set by `MALLOC_...` variables or `GLIBC_TUNABLES` stays.
-    """
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # their numbers in malloc.h
-    libc = ctypes.CDLL(None)
-    set_by_user = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    if set_by_user or not hasattr(libc, "mallopt"):
-        return
-    # Old versions of glibc take no more than 32 MiB.
-    if libc.mallopt(mmap_threshold, 2**30) or libc.mallopt(mmap_threshold, 2**25):
-        libc.mallopt(trim_threshold, -1)
-        libc.mallopt(top_pad, 2**26)
 
 
 def passes_per_step(micro_batches_per_step: int | None, num_ranks: int) -> int:

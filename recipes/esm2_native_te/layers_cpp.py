@@ -43,18 +43,22 @@ def folder() -> Path:
 
 @cache
 def library(head_dim: int) -> ctypes.CDLL:
-    """The kernels for heads of so many channels; compiled once for each torch and kind of processor, in about 3 s.
+    """The kernels for heads of so many channels. Raises RuntimeError as `compiled` does."""
+    return compiled(SOURCE, f"-DHEAD_DIM={head_dim}")
+
+
+def compiled(source: Path, *definitions: str) -> ctypes.CDLL:
+    """A C++ file as a library; compiled once for each torch and kind of processor, in about 4 s.
 
     Raises RuntimeError with the reason where that does not work.
     """
-    compiler = get_cxx_compiler()
-    options = [*FLAGS, f"-DHEAD_DIM={head_dim}"]
+    compiler, options = get_cxx_compiler(), [*FLAGS, *definitions]
     try:
         cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration) as error:
         raise RuntimeError("only Linux on x86 processors is supported") from error
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), options, compiler, torch.__version__, cpu)).encode())
-    path = folder() / f"esm2_layers_{key.hexdigest()[:16]}.so"
+    key = hashlib.sha256(repr((source.read_bytes(), options, compiler, torch.__version__, cpu)).encode())
+    path = folder() / f"esm2_{source.stem}_{key.hexdigest()[:16]}.so"
     if not path.exists():
         if not shutil.which(shlex.split(compiler)[0]):
             raise RuntimeError(f"there is no C++ compiler ({compiler})")
@@ -63,7 +67,7 @@ def library(head_dim: int) -> ctypes.CDLL:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # ranks may compile side by side
                 made = Path(scratch) / path.name
-                command = [*shlex.split(compiler), *options, str(SOURCE), "-o", str(made), "-ltorch_cpu", "-lc10"]
+                command = [*shlex.split(compiler), *options, str(source), "-o", str(made), "-ltorch_cpu", "-lc10"]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     told = done.stderr.strip().splitlines() or ["no reason"]

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of tensors on CPUs: what they free is kept for the next ones, by an allocator in `cpu_memory.cpp`.
+
+glibc gives large blocks back, and the kernel then has to clear each page of the next one, up to a tenth of a step.
+Told to keep them, it fills up with holes. Here a block is used again for what is as large or up to an eighth smaller,
+and no more is held than the most that was ever in use and an eighth.
+"""
+
+from pathlib import Path
+
+from layers_cpp import compiled
+
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+_library = None
+
+
+def keep_freed_memory() -> None:
+    """For all tensors that this process makes from now on. Without a C++ compiler nothing changes."""
+    global _library
+    if _library is None:
+        try:
+            _library = compiled(SOURCE)
+        except RuntimeError:  # the run says so where the layers' kernels are missed
+            return
+        _library.keep_freed_memory()
+
+
+def trim() -> None:
+    """Give back what lies idle, for other processes."""
+    if _library is not None:
+        _library.trim()
