@@ -8,8 +8,6 @@ and no more is held than the most that was ever in use and an eighth.
 
 from pathlib import Path
 
-from layers_cpp import compiled
-
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 _library = None
@@ -17,6 +15,8 @@ _library = None
 
 def keep_freed_memory() -> None:
     """For all tensors that this process makes from now on. Without a C++ compiler nothing changes."""
+    from layers_cpp import compiled
+
     global _library
     if _library is None:
         try:
