@@ -19,6 +19,7 @@ done
 for page in docs/speed.md README.md; do
   (cd ci/benchmarks && python train_speed.py --from ../../docs/results/train_speed.json --check ../../$page)
 done
+(cd ci/benchmarks && python data_speed.py --from ../../docs/results/data_speed.json --check ../../docs/data.md)
 (cd ci/benchmarks && python scaling_model.py --from ../../docs/results/scaling_model.json --check ../../docs/scaling.md)
 
 scratch=$(mktemp -d)
