@@ -21,6 +21,7 @@ for page in docs/speed.md README.md; do
 done
 (cd ci/benchmarks && python data_speed.py --from ../../docs/results/data_speed.json --check ../../docs/data.md)
 (cd ci/benchmarks && python scaling_model.py --from ../../docs/results/scaling_model.json --check ../../docs/scaling.md)
+(cd ci/benchmarks && python scaling_ranks.py --from ../../docs/results/scaling_ranks.json --check ../../docs/scaling.md)
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
