@@ -195,6 +195,7 @@ def test_bf16(make_model, make_batches):
 @pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
 def test_compiled_layers(make_model, make_batches, layout):
     """Each layer compiled by itself, as the recipes do; new lengths must not compile again for ever."""
+    torch._dynamo.reset()  # what other tests have compiled counts
     model, compiled = make_model(), make_model()
     for layer in compiled.esm.encoder.layer:
         layer.compile(dynamic=True, backend="aot_eager")
