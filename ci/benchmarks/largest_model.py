@@ -41,8 +41,16 @@ if __name__ == "__main__":  # here, because the imports below take seconds
     signal.signal(signal.SIGTERM, stop)
 
 from scaling_ranks import (  # noqa: E402  # isort: skip (it says where the recipe's modules are)
-    RECIPE, ROOT, Failed, cpu_name, environment, tokens_per_second, torchrun, versions, with_table, write_table,
+    RECIPE, ROOT, Failed, cpu_name, environment, tokens_per_second, torchrun, versions,
 )  # fmt: skip
+from command_line import (  # noqa: E402
+    add_files,
+    check_files,
+    first_error,
+    give_out,
+    parse_with_overrides,
+    positive,
+)
 from tqdm import tqdm  # noqa: E402
 
 from build_model import model_config  # noqa: E402
@@ -65,7 +73,8 @@ TAKEN = (
 NO_MEMORY = (
     "can't allocate memory",
     "Cannot allocate memory",
-    "there may be no memory left",
+    "not enough memory",
+    "no memory is left",
     "MemoryError",
     "bad_alloc",
 )
@@ -176,13 +185,11 @@ def train(asked: argparse.Namespace, num_layers: int) -> dict:
             raise Failed(f"{num_layers} layers took longer than {asked.timeout} s; give a longer --timeout.") from None
         finally:
             memory.end(process)
-        told = (scratch / "stderr").read_text(errors="replace").strip()
+        told = (scratch / "stderr").read_text(errors="replace")
         if code and out_of_memory(code, told):
             return found
         if code:
-            lines = told.splitlines()
-            said = next((line for line in lines if line.lower().startswith("error")), "\n".join(lines[-15:]))
-            raise Failed(f"{num_layers} layers: exit code {code}: {said}")
+            raise Failed(f"{num_layers} layers: exit code {code}: {first_error(told)}")
         if len(memory.peaks) < 1 + NUM_RANKS:
             raise Failed(
                 f"{num_layers} layers: {1 + NUM_RANKS} processes ran, but only {len(memory.peaks)} were seen."
@@ -286,32 +293,17 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     """Of the command line; `key=value` may stand anywhere."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit-gib", type=float, help="default: 20")
-    parser.add_argument("--timeout", type=int, default=1200, help="seconds a run may take; default: 1200")
+    parser.add_argument("--timeout", type=positive, default=1200, help="seconds a run may take; default: 1200")
     parser.add_argument("--quick", action="store_true", help="small models, in 2 GiB")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help=f"default: docs/results/{OUTPUT.name}")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FILE.json", help="run nothing")
-    parser.add_argument("--table", type=Path, metavar="FILE.md", help="write the table into this page")
-    parser.add_argument("--check", type=Path, metavar="FILE.md", help="exit with 1 if its table is not that of --from")
-    is_override = re.compile(r"\+{0,2}[\w.]+=")
-    overrides = [argument for argument in arguments if is_override.match(argument)]
-    found = parser.parse_args([argument for argument in arguments if not is_override.match(argument)])
-    found.overrides = overrides
-    for override in overrides:
+    add_files(parser, OUTPUT)
+    found = parse_with_overrides(parser, arguments)
+    check_files(parser, found, runs=bool(found.limit_gib))
+    for override in found.overrides:
         key = override.lstrip("+").partition("=")[0] + "."
         if any(key.startswith(f"{taken}.") or f"{taken}.".startswith(key) for taken in TAKEN):
             parser.error(f"{override}: the benchmark sets that itself; see --help.")
     if found.limit_gib is not None and not 0 < found.limit_gib < math.inf:
         parser.error(f"--limit-gib {found.limit_gib:g} must be a number of GiB above 0, 20 for instance.")
-    if found.timeout < 1:
-        parser.error(f"--timeout {found.timeout} must be at least 1 second.")
-    if found.check and not found.source:
-        parser.error("--check needs the numbers: --from FILE.json.")
-    if found.source and not found.source.is_file():
-        parser.error(f"--from {found.source}: no such file.")
-    if found.source and (found.quick or found.output or found.limit_gib or overrides):
-        parser.error("--from runs nothing; leave it or what belongs to runs out.")
-    if found.quick and not found.output:
-        parser.error("--quick measures too little for docs; say where with --output FILE.json.")
     if not found.source and not (PROC / "meminfo").exists():
         parser.error("memory is read from /proc, which only Linux has.")
     found.model_tag, found.depths = (QUICK if found.quick else FULL).values()
@@ -334,21 +326,7 @@ def main(arguments: list[str]) -> int:
     except Failed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
-    text = table(numbers)
-    if asked.output:
-        asked.output.parent.mkdir(parents=True, exist_ok=True)
-        asked.output.write_text(json.dumps(numbers, indent=1) + "\n")
-    if asked.table:
-        write_table(asked.table, NAME, text)
-    if asked.check:
-        if (page := asked.check.read_text()) != with_table(page, NAME, text):
-            print(
-                f"error: {asked.check}: its table is not that of {asked.source}; write it: --table.", file=sys.stderr
-            )
-            return 1
-    else:
-        print(text)
-    return 0
+    return give_out(asked, numbers, NAME, table(numbers))
 
 
 if __name__ == "__main__":

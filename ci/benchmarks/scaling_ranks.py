@@ -13,7 +13,6 @@ micro-batches: their losses and their numbers of tokens are compared. key=value 
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,8 @@ RECIPE = ROOT / "recipes" / "esm2_native_te"
 sys.path.insert(0, str(RECIPE))
 sys.path.insert(0, str(RECIPE / "tests"))
 import quiet  # noqa: E402, F401  # isort: skip
-from running import TRAINERS, environment, torchrun, with_table, write_table  # noqa: E402
+from command_line import add_files, check_files, first_error, give_out, parse_with_overrides, positive  # noqa: E402
+from running import TRAINERS, environment, torchrun  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from perf_logger import cpu_name, versions  # noqa: E402
@@ -79,9 +79,7 @@ def train(trainer: str, num_ranks: int, folder: Path, overrides: list[str], time
             f"{what} took longer than {timeout_s:.0f} s; give fewer --steps, or a longer --timeout."
         ) from None
     if done.returncode:
-        told = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        said = next((line for line in told if line.lower().startswith("error")), "\n".join(told[-15:]))
-        raise Failed(f"{what} failed with exit code {done.returncode}: {said}")
+        raise Failed(f"{what} failed with exit code {done.returncode}: {first_error(done.stderr)}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "train"]
 
@@ -142,12 +140,6 @@ def measure(asked: argparse.Namespace) -> dict:
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
     """Of the command line; `key=value` may stand anywhere."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text} must be a number of at least 1")
-        return int(text)
-
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     parser.add_argument("--model-tag", default="esm2_t6_8M_UR50D")
     parser.add_argument("--data", type=Path, metavar="FILE", help="FASTA or parquet; default: the bundled sample")
@@ -158,26 +150,10 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--pack-tokens", type=positive, default=2048, help="of a micro-batch; default: 2048")
     parser.add_argument("--timeout", type=positive, default=600, help="seconds a run may take; default: 600")
     parser.add_argument("--quick", action="store_true", help="the tiny model, one round, few steps")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE.json", help=f"default: docs/results/{OUTPUT.name}, and the table"
-    )
-    parser.add_argument(
-        "--from", dest="source", type=Path, metavar="FILE.json", help="run nothing, take these numbers"
-    )
-    parser.add_argument("--table", type=Path, metavar="FILE.md", help="write the table into this page")
-    parser.add_argument("--check", type=Path, metavar="FILE.md", help="exit with 1 if its table is not that of --from")
-
-    is_override = re.compile(r"\+{0,2}[\w.]+=")
-    overrides = [argument for argument in arguments if is_override.match(argument)]
-    found = parser.parse_args([argument for argument in arguments if not is_override.match(argument)])
-    found.overrides = overrides
-    if found.check and not found.source:
-        parser.error("--check needs the numbers: --from FILE.json.")
-    if found.source and not found.source.is_file():
-        parser.error(f"--from {found.source}: no such file.")
-    if found.source and (found.quick or found.output or overrides):
-        parser.error("--from runs nothing; leave it or what belongs to runs out.")
-    for override in overrides:
+    add_files(parser, OUTPUT)
+    found = parse_with_overrides(parser, arguments)
+    check_files(parser, found, runs=False)
+    for override in found.overrides:
         key, _, value = override.lstrip("+").partition("=")
         if key.startswith(TAKEN):
             parser.error(f"{override}: the benchmark sets that itself; see --help.")
@@ -187,8 +163,6 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--micro-batches-per-step {found.micro_batches_per_step} must be even, for two ranks.")
     if found.data and not found.data.is_file():
         parser.error(f"--data {found.data}: no such file.")
-    if found.quick and not found.output:
-        parser.error("--quick measures too little for docs; say where with --output FILE.json.")
     if found.quick:
         found.model_tag, found.rounds, found.steps, found.warmup_steps, found.pack_tokens = "esm2_t4_1M", 1, 2, 1, 1024
     elif not found.source and not found.output:
@@ -206,21 +180,7 @@ def main(arguments: list[str]) -> int:
     except Failed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
-    table = ranks_table(numbers)
-    if asked.output:
-        asked.output.parent.mkdir(parents=True, exist_ok=True)
-        asked.output.write_text(json.dumps(numbers, indent=1) + "\n")
-    if asked.table:
-        write_table(asked.table, NAME, table)
-    if asked.check:
-        if (text := asked.check.read_text()) != with_table(text, NAME, table):
-            print(
-                f"error: {asked.check}: its table is not that of {asked.source}; write it: --table.", file=sys.stderr
-            )
-            return 1
-    else:
-        print(table)
-    return 0
+    return give_out(asked, numbers, NAME, ranks_table(numbers))
 
 
 if __name__ == "__main__":

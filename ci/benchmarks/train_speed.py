@@ -28,6 +28,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from command_line import parse_with_overrides, positive
 from contestants import MAX_SEQ_LENGTH, PRODUCTS, SIZES, TAKEN, Contestant, contestants, defaults, held_at_once
 from tqdm import tqdm
 
@@ -352,7 +353,6 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    positive = positive_number(parser)
     parser.add_argument("--sizes", default=None, metavar="A,B", help=f"of {', '.join(SIZES)}; default: 8M")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
@@ -385,10 +385,8 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the bars")
     parser.add_argument("--check", type=Path, metavar="FILE.md", help="fail if its tables are not those of --from")
 
-    is_override = re.compile(r"\+{0,2}[\w.]+=")
-    overrides = [argument for argument in arguments if is_override.match(argument)]
-    found = parser.parse_args([argument for argument in arguments if not is_override.match(argument)])
-    found.overrides = {}
+    found = parse_with_overrides(parser, arguments)
+    overrides, found.overrides = found.overrides, {}
     for override in overrides:
         key, _, value = override.partition("=")
         known = next((k for k in TAKEN if key.lstrip("+") == k or key.lstrip("+").startswith(f"{k}.")), None)
@@ -426,17 +424,6 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         found.output = OUTPUT
     found.command = ["python", "ci/benchmarks/train_speed.py", *(no_path(argument) for argument in arguments)]
     return found
-
-
-def positive_number(parser: argparse.ArgumentParser):
-    """A type for arguments that must be whole numbers above 0."""
-
-    def read(text: str) -> int:
-        if not text.isdigit() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
-        return int(text)
-
-    return read
 
 
 def cores() -> set[int]:

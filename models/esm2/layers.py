@@ -174,10 +174,12 @@ class LayerNormMLP(nn.Module):
 class TransformerLayer(GradientCheckpointingLayer):
     """Pre-norm encoder layer without dropout."""
 
+    mlp_class = LayerNormMLP
+
     def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float):
         super().__init__()
         self.self_attention = SelfAttention(hidden_size, num_heads, eps)
-        self.layernorm_mlp = LayerNormMLP(hidden_size, intermediate_size, eps)
+        self.layernorm_mlp = self.mlp_class(hidden_size, intermediate_size, eps)
 
     def forward(self, x_NE: Tensor, inputs: AttentionInputs) -> Tensor:
         """[N, E] to [N, E]."""

@@ -489,10 +489,51 @@ void layer_norm(bool backward, const X* x, const Y* added, X* sum, const float* 
 
 // ---- between matrix products, in BF16
 
+// GELU is x * cdf(x), its derivative cdf(x) + x * density(x) with the normal distribution's; Abramowitz and Stegun
+// 26.2.17, which is off by less than 1e-7, with a power that is off by 3e-6.
+inline void normal(float x, float& cdf, float& density) {
+  density = 0.39894228f * power_of_two<BFloat16>(-0.5f * LOG2_E * x * x);
+  const float t = 1.0f / (1.0f + 0.2316419f * std::abs(x));
+  float p = 1.330274429f;
+  p = p * t - 1.821255978f;
+  p = p * t + 1.781477937f;
+  p = p * t - 0.356563782f;
+  p = p * t + 0.319381530f;
+  const float tail = density * p * t;
+  cdf = x < 0.0f ? tail : 1.0f - tail;
+}
+
+}  // namespace
+
+// Called from Python by name: what differs between types is the suffix. The result is whether it worked.
+#define ATTENTION(NAME, T)                                                                                           \
+  bool attention_##NAME(bool backward, const T* qkv, const float* cos, const float* sin, const int32_t* cu_seqlens,  \
+                        int64_t num_seqs, int64_t num_heads, T* context, float* lse, const T* grad, T* grad_qkv,     \
+                        int64_t num_threads) {                                                                       \
+    return run(backward, qkv, cos, sin, cu_seqlens, num_seqs, num_heads, context, lse, grad, grad_qkv, num_threads); \
+  }
+#define LAYER_NORM(NAME, X, Y)                                                                                      \
+  bool layer_norm_##NAME(bool backward, const X* x, const Y* added, X* sum, const float* weight, const float* bias, \
+                         Y* y, float* mean, float* inverse, const Y* grad, const X* grad_sum, X* grad_x,            \
+                         Y* grad_added, float* sums, int64_t rows, int64_t width, float eps, int64_t num_threads) { \
+    layer_norm(backward, x, added, sum, weight, bias, y, mean, inverse, grad, grad_sum, grad_x, grad_added, sums,   \
+               rows, width, eps, num_threads);                                                                      \
+    return true;                                                                                                    \
+  }
+
+extern "C" {
+int64_t padded_half() { return WHOLE; }  // columns of the tables of angles
+bool has_bfloat16() { return at::native::cpublas::could_pack(at::kBFloat16); }
+ATTENTION(float32, float)
+ATTENTION(bfloat16, BFloat16)
+LAYER_NORM(float32_float32, float, float)
+LAYER_NORM(float32_bfloat16, float, BFloat16)
+LAYER_NORM(bfloat16_bfloat16, BFloat16, BFloat16)
+
 // [rows, columns] to [columns, stride]; columns are a multiple of VECTOR. Zeros fill up the rest. A product over
 // rows, as the gradient of a weight is, runs twice as fast if its left-hand factor lies there transposed.
-bool transpose(const BFloat16* x, BFloat16* transposed, int64_t rows, int64_t columns, int64_t stride,
-               int64_t num_threads) {
+bool transpose_bfloat16(const BFloat16* x, BFloat16* transposed, int64_t rows, int64_t columns, int64_t stride,
+                        int64_t num_threads) {
   bool done = true;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) reduction(&& : done)
   for (int64_t first = 0; first < rows; first += STRIP) {
@@ -523,7 +564,7 @@ bool transpose(const BFloat16* x, BFloat16* transposed, int64_t rows, int64_t co
 }
 
 // The sums of strips [rows / STRIP, columns].
-void column_sums(const BFloat16* x, float* sums, int64_t rows, int64_t columns, int64_t num_threads) {
+bool column_sums_bfloat16(const BFloat16* x, float* sums, int64_t rows, int64_t columns, int64_t num_threads) {
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t first = 0; first < rows; first += STRIP) {
     float* __restrict sum = sums + first / STRIP * columns;
@@ -533,23 +574,10 @@ void column_sums(const BFloat16* x, float* sums, int64_t rows, int64_t columns, 
       for (int64_t c = 0; c < columns; ++c) sum[c] += load(from + c);
     }
   }
+  return true;
 }
 
-// GELU is x * cdf(x), its derivative cdf(x) + x * density(x) with the normal distribution's; Abramowitz and Stegun
-// 26.2.17, which is off by less than 1e-7, with a power that is off by 3e-6.
-inline void normal(float x, float& cdf, float& density) {
-  density = 0.39894228f * power_of_two<BFloat16>(-0.5f * LOG2_E * x * x);
-  const float t = 1.0f / (1.0f + 0.2316419f * std::abs(x));
-  float p = 1.330274429f;
-  p = p * t - 1.821255978f;
-  p = p * t + 1.781477937f;
-  p = p * t - 0.356563782f;
-  p = p * t + 0.319381530f;
-  const float tail = density * p * t;
-  cdf = x < 0.0f ? tail : 1.0f - tail;
-}
-
-void gelu(const BFloat16* x, BFloat16* y, int64_t rows, int64_t columns, int64_t num_threads) {
+bool gelu_bfloat16(const BFloat16* x, BFloat16* y, int64_t rows, int64_t columns, int64_t num_threads) {
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t i = 0; i < rows; ++i) {
     const BFloat16* __restrict from = x + i * columns;
@@ -560,11 +588,12 @@ void gelu(const BFloat16* x, BFloat16* y, int64_t rows, int64_t columns, int64_t
       store(to + c, load(from + c) * cdf);
     }
   }
+  return true;
 }
 
 // The gradient of `y` = GELU(x) becomes that of x, in place; also y, and the gradient's sums [rows / STRIP, columns].
-void gelu_backward(BFloat16* grad, const BFloat16* x, BFloat16* y, float* sums, int64_t rows, int64_t columns,
-                   int64_t num_threads) {
+bool gelu_backward_bfloat16(BFloat16* grad, const BFloat16* x, BFloat16* y, float* sums, int64_t rows, int64_t columns,
+                            int64_t num_threads) {
 #pragma omp parallel for num_threads(num_threads)
   for (int64_t first = 0; first < rows; first += STRIP) {
     float* __restrict sum = sums + first / STRIP * columns;
@@ -584,49 +613,6 @@ void gelu_backward(BFloat16* grad, const BFloat16* x, BFloat16* y, float* sums, 
       }
     }
   }
-}
-
-}  // namespace
-
-// Called from Python by name: what differs between types is the suffix. The result is whether it worked.
-#define ATTENTION(NAME, T)                                                                                           \
-  bool attention_##NAME(bool backward, const T* qkv, const float* cos, const float* sin, const int32_t* cu_seqlens,  \
-                        int64_t num_seqs, int64_t num_heads, T* context, float* lse, const T* grad, T* grad_qkv,     \
-                        int64_t num_threads) {                                                                       \
-    return run(backward, qkv, cos, sin, cu_seqlens, num_seqs, num_heads, context, lse, grad, grad_qkv, num_threads); \
-  }
-#define LAYER_NORM(NAME, X, Y)                                                                                      \
-  bool layer_norm_##NAME(bool backward, const X* x, const Y* added, X* sum, const float* weight, const float* bias, \
-                         Y* y, float* mean, float* inverse, const Y* grad, const X* grad_sum, X* grad_x,            \
-                         Y* grad_added, float* sums, int64_t rows, int64_t width, float eps, int64_t num_threads) { \
-    layer_norm(backward, x, added, sum, weight, bias, y, mean, inverse, grad, grad_sum, grad_x, grad_added, sums,   \
-               rows, width, eps, num_threads);                                                                      \
-    return true;                                                                                                    \
-  }
-
-extern "C" {
-int64_t padded_half() { return WHOLE; }  // columns of the tables of angles
-bool has_bfloat16() { return at::native::cpublas::could_pack(at::kBFloat16); }
-ATTENTION(float32, float)
-ATTENTION(bfloat16, BFloat16)
-bool gelu_bfloat16(const BFloat16* x, BFloat16* y, int64_t rows, int64_t columns, int64_t num_threads) {
-  gelu(x, y, rows, columns, num_threads);
   return true;
 }
-bool column_sums_bfloat16(const BFloat16* x, float* sums, int64_t rows, int64_t columns, int64_t num_threads) {
-  column_sums(x, sums, rows, columns, num_threads);
-  return true;
-}
-bool gelu_backward_bfloat16(BFloat16* grad, const BFloat16* x, BFloat16* y, float* sums, int64_t rows, int64_t columns,
-                            int64_t num_threads) {
-  gelu_backward(grad, x, y, sums, rows, columns, num_threads);
-  return true;
-}
-bool transpose_bfloat16(const BFloat16* x, BFloat16* transposed, int64_t rows, int64_t columns, int64_t stride,
-                        int64_t num_threads) {
-  return transpose(x, transposed, rows, columns, stride, num_threads);
-}
-LAYER_NORM(float32_float32, float, float)
-LAYER_NORM(float32_bfloat16, float, BFloat16)
-LAYER_NORM(bfloat16_bfloat16, BFloat16, BFloat16)
 }

@@ -464,9 +464,10 @@ class LayerNormMLP(layers.LayerNormMLP):
 class TransformerLayer(layers.TransformerLayer):
     """Pre-norm encoder layer without dropout."""
 
+    mlp_class = LayerNormMLP
+
     def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float):
         super().__init__(hidden_size, intermediate_size, num_heads, eps)
-        self.layernorm_mlp = LayerNormMLP(hidden_size, intermediate_size, eps)
         kernels = Kernels(hidden_size // num_heads)
         for part in (self.self_attention, self.self_attention.layernorm_qkv, self.layernorm_mlp):
             part.kernels = kernels
