@@ -17,6 +17,10 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+# If the first cosine of a process runs on several threads, one of them may be off by 2e-4 (MKL's, with torch 2.13).
+torch.ones(1, device="cpu").cos()
+
+
 class AttentionInputs:
     """What all layers of one forward pass share: rotary angles and the borders of the sequences.
 

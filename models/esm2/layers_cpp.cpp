@@ -12,6 +12,13 @@
 #include <memory>
 #include <type_traits>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#ifdef __AMX_BF16__
+#include <ATen/cpu/Utils.h>
+#endif
+
 namespace {
 
 using at::BFloat16;
@@ -35,25 +42,59 @@ inline uint32_t to_bf16(float x) {
   return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
 
-// 2^x for x <= 0, or a little above, written so that the compiler makes vectors of it; the NaN that operations make
-// stays one. The relative error is 2e-7 for FP32 and, since BF16 has one of 2e-3 itself, 3e-6 there.
-template <typename T>
-inline float power_of_two(float x) {
-  x = x < -64.0f ? -64.0f : x;            // nothing beside 1, and its products are no denormal numbers, which are slow
-  const float shifted = x + 12582912.0f;  // 1.5 x 2^23: rounds to a whole number, which are then the lower bits
-  const float f = x - (shifted - 12582912.0f);
-  float p;  // minimax for |f| <= 1/2
+// Vectors as gcc and clang have them, with operators.
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16;
+#else
+constexpr int64_t LANES = 8;
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+inline Words bits(Floats x) { return reinterpret_cast<Words>(x); }
+inline Floats from_bits(Words u) { return reinterpret_cast<Floats>(u); }
+inline Floats floats(const float* x) {
+  Floats y;
+  std::memcpy(&y, x, sizeof y);
+  return y;
+}
+template <typename V>
+inline void put(void* to, V x) {
+  std::memcpy(to, &x, sizeof x);
+}
+inline Words words(const BFloat16* x) {
+  Halves y;
+  std::memcpy(&y, x, sizeof y);
+  return __builtin_convertvector(y, Words);
+}
+inline Floats floats(const BFloat16* x) { return from_bits(words(x) << 16); }
+inline void put_bf16(BFloat16* to, Floats x) {
+#ifdef __AVX512BF16__
+  put(to, _mm512_cvtneps_pbh((__m512)x));
+#else
+  put(to, __builtin_convertvector((bits(x) + 0x7fff + ((bits(x) >> 16) & 1)) >> 16, Halves));
+#endif
+}
+
+// 2^x for x <= 0, or a little above; the NaN that operations make stays one. V is a number or a vector of them. The
+// relative error is 2e-7 for FP32 and, since BF16 has one of 2e-3 itself, 3e-6 there.
+template <typename T, typename V>
+inline V power_of_two(V x) {
+  const V least = V{} - 64.0f;  // nothing beside 1, and its products are no denormal numbers, which are slow
+  x = x < least ? least : x;
+  const V shifted = x + 12582912.0f;  // 1.5 x 2^23: rounds to a whole number, which are then the lower bits
+  const V f = x - (shifted - 12582912.0f);
+  V p;  // minimax for |f| <= 1/2
   if constexpr (std::is_same_v<T, float>) {
-    p = 1.53458120e-4f;
-    p = p * f + 1.33999312e-3f;
+    p = 1.53458120e-4f * f + 1.33999312e-3f;
     p = p * f + 9.61848896e-3f;
     p = p * f + 5.55032878e-2f;
     p = p * f + 2.40226469e-1f;
     p = p * f + 6.93147206e-1f;
     p = p * f + 1.0f;
   } else {
-    p = 9.57010e-3f;
-    p = p * f + 5.591786e-2f;
+    p = 9.57010e-3f * f + 5.591786e-2f;
     p = p * f + 2.4024745e-1f;
     p = p * f + 6.9312181e-1f;
     p = p * f + 9.9999926e-1f;
@@ -69,17 +110,11 @@ inline float load(const BFloat16* x) {
 inline void store(float* to, float x) { *to = x; }
 inline void store(BFloat16* to, float x) { *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(to_bf16(x)); }
 
-// C [M, N] (+)= A [M, K] B [K, N], C in FP32.
-template <typename T>
-inline void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, float* c, bool add) {
-  brgemm(m, n, k, lda, n, n, add, a, b, c, !std::is_same_v<T, float>);
-}
-
 // ---- attention
 //
 // A task is one head of one sequence; it goes through blocks of BLOCK queries against all keys. Scores are kept
 // transposed, keys x queries: what belongs to a query (maximum, sum) is then a vector over columns, and no operation
-// runs across one. The products are oneDNN's, through PyTorch: AMX or AVX-512 for BF16, AVX-512 or AVX2 for FP32.
+// runs across one.
 
 constexpr int64_t DIM = HEAD_DIM, HALF = DIM / 2;  // compiled anew for each: short loops want constant bounds
 constexpr int64_t VECTOR = 16;
@@ -89,20 +124,144 @@ constexpr int64_t STRIP = 64;  // rows of a task; sums over rows are added up ta
 constexpr int64_t FILLED = HALF % 8 ? (HALF + VECTOR - 1) / VECTOR * VECTOR : HALF;
 constexpr int64_t WHOLE = HALF + FILLED <= 2 * DIM ? FILLED : HALF;
 const float SCALE = 1.0f / std::sqrt(static_cast<float>(DIM)), LOG2_SCALE = SCALE * LOG2_E;
-constexpr int64_t BLOCK = 64;  // queries at once: four AMX tiles
-constexpr int64_t ROUND = 32;  // keys are padded to a multiple of it: few shapes of products, each compiled once
+constexpr int64_t ROUND = 32;  // keys are padded to a multiple of it
 
-// Scratch of one thread, kept from call to call.
+constexpr int64_t rounded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// ---- matrix products: C [M, N] (+)= A [M, K] B [K, N]; C is FP32. B in BF16 has pairs of rows side by side.
+
+#ifdef __AMX_BF16__
+constexpr bool HAS_TILES = true;
+#else
+constexpr bool HAS_TILES = false;
+#endif
 template <typename T>
-T* scratch(int which, int64_t size) {
-  static thread_local std::unique_ptr<char[]> buffers[16];
-  static thread_local int64_t sizes[16] = {};
-  const int64_t bytes = size * static_cast<int64_t>(sizeof(T)) + 64;
-  if (sizes[which] < bytes) {
-    buffers[which].reset(new char[bytes]);
-    sizes[which] = bytes;
+constexpr bool TILED = HAS_TILES && std::is_same_v<T, BFloat16>;
+// A head's channels in scratch, as columns of A or rows of B, and as rows of A or columns of B and C. Zeros fill up.
+template <typename T>
+constexpr int64_t WIDTH = TILED<T> ? rounded(DIM, 32) : DIM;
+template <typename T>
+constexpr int64_t OUT = TILED<T> ? rounded(DIM, 16) : DIM;
+
+// Queries at once; with tiles, as many as leave all that is at hand in the first cache.
+template <typename T>
+constexpr int64_t BLOCK = TILED<T> ? 32 : 64;
+// Keys that are gone through at once.
+template <typename T>
+constexpr int64_t chunk(int64_t padded) {
+  return TILED<T> ? ROUND : padded;
+}
+
+#ifdef __AMX_BF16__
+// AMX: tiles 0 to 3 are 32 x 32 of C, 4 and 5 their rows of A, 6 and 7 their columns of B. M and N are multiples of
+// 16, K of 32. The compiler does not know what tiles read.
+inline __attribute__((always_inline)) void product(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
+                                                   const BFloat16* b, float* c, bool add) {
+  __asm__ volatile("" ::: "memory");
+  for (int64_t i = 0; i < m; i += 32) {
+    for (int64_t j = 0; j < n; j += 32) {
+      const bool below = i + 16 < m, beside = j + 16 < n;
+      float *upper = c + i * n + j, *lower = upper + 16 * n;
+      if (add) {
+        _tile_loadd(0, upper, 4 * n);
+        if (beside) _tile_loadd(1, upper + 16, 4 * n);
+        if (below) _tile_loadd(2, lower, 4 * n);
+        if (below && beside) _tile_loadd(3, lower + 16, 4 * n);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (int64_t l = 0; l < k; l += 32) {
+        const BFloat16 *rows = a + i * lda + l, *columns = b + l * n + 2 * j;
+        _tile_loadd(4, rows, 2 * lda);
+        _tile_loadd(6, columns, 4 * n);
+        if (below) _tile_loadd(5, rows + 16 * lda, 2 * lda);
+        if (beside) _tile_loadd(7, columns + 32, 4 * n);
+        _tile_dpbf16ps(0, 4, 6);
+        if (beside) _tile_dpbf16ps(1, 4, 7);
+        if (below) _tile_dpbf16ps(2, 5, 6);
+        if (below && beside) _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, upper, 4 * n);
+      if (beside) _tile_stored(1, upper + 16, 4 * n);
+      if (below) _tile_stored(2, lower, 4 * n);
+      if (below && beside) _tile_stored(3, lower + 16, 4 * n);
+    }
   }
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(buffers[which].get()) + 63) / 64 * 64);
+  __asm__ volatile("" ::: "memory");
+}
+#else
+inline void product(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b, float* c,
+                    bool add) {
+  brgemm(m, n, k, lda, n, n, add, a, b, c, true);
+}
+#endif
+inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, float* c, bool add) {
+  brgemm(m, n, k, lda, n, n, add, a, b, c, false);
+}
+
+// What a thread does before its products in T, and after them. False if tiles are not to be had.
+template <typename T>
+bool begin_products() {
+#ifdef __AMX_BF16__
+  if constexpr (TILED<T>) {
+    static const bool allowed = at::cpu::init_amx();
+    struct alignas(64) Configuration {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+    static const Configuration configuration;
+    if (allowed) _tile_loadconfig(&configuration);
+    return allowed;
+  }
+#endif
+  return true;
+}
+template <typename T>
+void end_products() {
+#ifdef __AMX_BF16__
+  if constexpr (TILED<T>) return _tile_release();
+#endif
+  at::native::cpublas::brgemm_release(!std::is_same_v<T, float>);
+}
+
+// Scratch of one thread, kept from call to call: pieces one behind the other, which share the first cache best.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    static thread_local std::unique_ptr<char[]> kept;
+    static thread_local int64_t size = 0;
+    bytes += 64;
+    if (size < bytes) {
+      size = 0;
+      kept.reset(new char[bytes]);
+      size = bytes;
+    }
+    next_ = kept.get() + (64 - reinterpret_cast<uintptr_t>(kept.get()) % 64);
+    end_ = kept.get() + size;
+  }
+
+  template <typename U>
+  U* take(int64_t count) {
+    U* piece = reinterpret_cast<U*>(next_);
+    next_ += rounded(count * static_cast<int64_t>(sizeof(U)), 64);
+    if (next_ > end_) throw std::bad_alloc();
+    return piece;
+  }
+
+ private:
+  char *next_, *end_;
+};
+
+// ---- rows of a head
+
+// Enough for a head, forward or backward.
+template <typename T>
+constexpr int64_t head_bytes(int64_t padded) {
+  return 4 * ((8 * padded + 5 * BLOCK<T>)*WIDTH<T> + 5 * padded * BLOCK<T>)+4096;
 }
 
 // No exception may leave a parallel region: most likely there is no memory. Returns whether there was none.
@@ -128,14 +287,25 @@ inline void prefetch(const T* row) {
   __builtin_prefetch(row + DIM - 1);
 }
 
-// One head's rows [length, D], `stride` elements apart, side by side; with zeros behind the last.
+// Zeros behind the channels of a row in scratch, and behind a head's rows.
+template <typename T>
+inline void clear_behind(T* row) {
+  std::memset(static_cast<void*>(row + DIM), 0, (WIDTH<T> - DIM) * sizeof(T));
+}
+template <typename T>
+void clear_rows(const Head& h, T* rows) {
+  std::memset(static_cast<void*>(rows + h.length * WIDTH<T>), 0, (h.padded - h.length) * WIDTH<T> * sizeof(T));
+}
+
+// One head's rows [length, D], `stride` elements apart, side by side [padded, WIDTH].
 template <typename T>
 void gather(const T* from, int64_t stride, const Head& h, T* to) {
   for (int64_t i = 0; i < h.length; ++i) {
     prefetch(from + (i + AHEAD) * stride);
-    std::memcpy(to + i * DIM, from + i * stride, DIM * sizeof(T));
+    std::memcpy(to + i * WIDTH<T>, from + i * stride, DIM * sizeof(T));
+    clear_behind(to + i * WIDTH<T>);
   }
-  std::memset(static_cast<void*>(to + h.length * DIM), 0, (h.padded - h.length) * DIM * sizeof(T));
+  clear_rows(h, to);
 }
 
 // The same, turned by the rotary angles; for queries and keys, behind which there is another row in memory.
@@ -144,7 +314,7 @@ void gather_turned(const T* from, int64_t stride, const Head& h, T* to) {
   for (int64_t i = 0; i < h.length; ++i) {
     prefetch(from + (i + AHEAD) * stride);
     const T *x = from + i * stride, *z = x + HALF;
-    T *y = to + i * DIM, *w = y + HALF;
+    T *y = to + i * WIDTH<T>, *w = y + HALF;
     const float *c = h.cos + i * WHOLE, *s = h.sin + i * WHOLE;
     float first[WHOLE], second[WHOLE];
     for (int64_t d = 0; d < WHOLE; ++d) {
@@ -153,15 +323,16 @@ void gather_turned(const T* from, int64_t stride, const Head& h, T* to) {
     }
     for (int64_t d = 0; d < WHOLE; ++d) store(y + d, first[d]);
     for (int64_t d = 0; d < WHOLE; ++d) store(w + d, second[d]);
+    clear_behind(y);
   }
-  std::memset(static_cast<void*>(to + h.length * DIM), 0, (h.padded - h.length) * DIM * sizeof(T));
+  clear_rows(h, to);
 }
 
-// Gradients of one head's rows, side by side, to rows `stride` elements apart.
+// Gradients of one head's rows [length, OUT] to rows that are further apart.
 template <typename T>
 void scatter(const float* rows, const Head& h, T* to) {
   for (int64_t i = 0; i < h.length; ++i) {
-    const float* __restrict g = rows + i * DIM;
+    const float* __restrict g = rows + i * OUT<T>;
     T* __restrict x = to + i * h.row;
     for (int64_t d = 0; d < DIM; ++d) store(x + d, g[d]);
   }
@@ -172,7 +343,7 @@ void scatter(const float* rows, const Head& h, T* to) {
 template <typename T>
 void scatter_turned(const float* rows, const Head& h, T* to) {
   for (int64_t i = 0; i < h.length; ++i) {
-    const float *g = rows + i * DIM, *e = g + HALF;
+    const float *g = rows + i * OUT<T>, *e = g + HALF;
     T *x = to + i * h.row, *z = x + HALF;
     const float *c = h.cos + i * WHOLE, *s = h.sin + i * WHOLE;
     float first[WHOLE], second[WHOLE];
@@ -185,189 +356,231 @@ void scatter_turned(const float* rows, const Head& h, T* to) {
   }
 }
 
-// [padded, D] to the left-hand factor [D, padded].
-template <typename T>
-void transpose(const T* rows, const Head& h, T* to) {
+// [padded, WIDTH] to the left-hand factor [OUT, padded].
+void transpose(const float* rows, const Head& h, float* to) {
   for (int64_t i = 0; i < h.padded; ++i)
     for (int64_t d = 0; d < DIM; ++d) to[d * h.padded + i] = rows[i * DIM + d];
 }
+void transpose(const BFloat16* rows, const Head& h, BFloat16* to) {
+  constexpr int64_t width = WIDTH<BFloat16>, out = OUT<BFloat16>;
+  auto* words = reinterpret_cast<uint32_t*>(to);
+  for (int64_t i = 0; i < h.padded; i += 2) {  // two rows as one: half as many numbers to move singly
+    const auto* row = reinterpret_cast<const uint16_t*>(rows + i * width);
+    uint32_t pairs[out];
+    for (int64_t d = 0; d < out; ++d) pairs[d] = row[d] | (static_cast<uint32_t>(row[width + d]) << 16);
+    for (int64_t d = 0; d < out; ++d) words[(d * h.padded + i) / 2] = pairs[d];
+  }
+}
 
-// A block of rows, transposed, as a right-hand factor [D, BLOCK]. A word of 32 bits is an FP32 or a pair of BF16.
+// A block of rows, transposed, as a right-hand factor [WIDTH, BLOCK]. A word of 32 bits is an FP32 or a pair of BF16.
 template <typename T>
 void right_transposed(const T* rows, int64_t count, T* to) {
-  const int64_t words = DIM * static_cast<int64_t>(sizeof(T)) / 4;
+  const int64_t words = WIDTH<T> * static_cast<int64_t>(sizeof(T)) / 4;
   const auto* from = reinterpret_cast<const uint32_t*>(rows);
   auto* words_to = reinterpret_cast<uint32_t*>(to);
-  if (count < BLOCK) std::memset(static_cast<void*>(to), 0, BLOCK * DIM * sizeof(T));
+  if (count < BLOCK<T>) std::memset(static_cast<void*>(to), 0, BLOCK<T> * WIDTH<T> * sizeof(T));
   for (int64_t c = 0; c < count; ++c)
-    for (int64_t w = 0; w < words; ++w) words_to[w * BLOCK + c] = from[c * words + w];
+    for (int64_t w = 0; w < words; ++w) words_to[w * BLOCK<T> + c] = from[c * words + w];
 }
 
-// A block of rows as a right-hand factor [BLOCK, D].
+// A block of rows as a right-hand factor [BLOCK, OUT].
 void right_rows(const float* rows, int64_t count, float* to) {
   std::memcpy(to, rows, count * DIM * sizeof(float));
-  std::memset(to + count * DIM, 0, (BLOCK - count) * DIM * sizeof(float));
+  std::memset(to + count * DIM, 0, (BLOCK<float> - count) * DIM * sizeof(float));
 }
 void right_rows(const BFloat16* rows, int64_t count, BFloat16* to) {
-  if (count < BLOCK) std::memset(static_cast<void*>(to), 0, BLOCK * DIM * sizeof(BFloat16));
+  constexpr int64_t block = BLOCK<BFloat16>, width = WIDTH<BFloat16>, out = OUT<BFloat16>;
+  if (count < block) std::memset(static_cast<void*>(to), 0, block * out * sizeof(BFloat16));
   for (int64_t i = 0; i < count; i += 2) {
-    const auto* __restrict a = reinterpret_cast<const uint16_t*>(rows + i * DIM);
-    auto* __restrict pairs = reinterpret_cast<uint32_t*>(to + i * DIM);
+    const auto* __restrict a = reinterpret_cast<const uint16_t*>(rows + i * width);
+    auto* __restrict pairs = reinterpret_cast<uint32_t*>(to + i * out);
     if (i + 1 < count) {
-      for (int64_t d = 0; d < DIM; ++d) pairs[d] = a[d] | (static_cast<uint32_t>(a[DIM + d]) << 16);
+      for (int64_t d = 0; d < out; ++d) pairs[d] = a[d] | (static_cast<uint32_t>(a[width + d]) << 16);
     } else {
-      for (int64_t d = 0; d < DIM; ++d) pairs[d] = a[d];
+      for (int64_t d = 0; d < out; ++d) pairs[d] = a[d];
     }
   }
 }
 
-// To the nearest BF16, ties away from zero, in the upper half: for factors that live no longer than their product.
-inline uint32_t upper_bf16(float x) { return bits(x) + 0x8000; }
-inline void store_fast(float* to, float x) { *to = x; }
-inline void store_fast(BFloat16* to, float x) {
-  *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(upper_bf16(x) >> 16);
+// What follows takes a vector each from the same columns of two rows of a matrix [keys, BLOCK]: a from row j, which is
+// even, and b from the next.
+#ifdef __AVX512BF16__
+inline __m512i both(Floats a, Floats b) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+#else
+inline Words rounded(Floats x) { return bits(x) + 0x7fff + ((bits(x) >> 16) & 1); }
+#endif
+
+// As they are.
+inline void store_rows(float* to, Floats a, Floats b) {
+  put(to, a);
+  put(to + BLOCK<float>, b);
+}
+inline void store_rows(BFloat16* to, Floats a, Floats b) {
+#ifdef __AVX512BF16__
+  const __m512i rows = both(a, b);
+  put(to, _mm512_castsi512_si256(rows));
+  put(to + BLOCK<BFloat16>, _mm512_extracti64x4_epi64(rows, 1));
+#else
+  for (int64_t c = 0; c < LANES; ++c) {
+    store(to + c, a[c]);
+    store(to + BLOCK<BFloat16> + c, b[c]);
+  }
+#endif
 }
 
-// Two rows of a [keys, BLOCK] matrix as two rows of a right-hand factor.
-inline void store_pair(float* to, int64_t row, const float* a, const float* b) {
-  std::memcpy(to + row * BLOCK, a, BLOCK * sizeof(float));
-  std::memcpy(to + (row + 1) * BLOCK, b, BLOCK * sizeof(float));
-}
-inline void store_pair(BFloat16* to, int64_t row, const float* a, const float* b) {
-  auto* pairs = reinterpret_cast<uint32_t*>(to + row * BLOCK);
-  for (int64_t c = 0; c < BLOCK; ++c) pairs[c] = (upper_bf16(a[c]) >> 16) | (upper_bf16(b[c]) & 0xffff0000);
-}
-
-// Keys that are padding get no weight. The pair of which one key is real is written by `store_pair`.
-template <typename T>
-void clear_padding(const Head& h, T* matrix) {
-  std::memset(static_cast<void*>(matrix + h.length * BLOCK), 0, (h.padded - h.length) * BLOCK * sizeof(T));
+// As a right-hand factor has them.
+inline void store_pairs(float* rows, int64_t column, Floats a, Floats b) { store_rows(rows + column, a, b); }
+inline void store_pairs(BFloat16* rows, int64_t column, Floats a, Floats b) {
+#ifdef __AVX512BF16__
+  alignas(64) static constexpr uint16_t in_turn[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  put(rows + 2 * column, _mm512_permutexvar_epi16(_mm512_load_si512(in_turn), both(a, b)));
+#else
+  put(rows + 2 * column, rounded(a) >> 16 | (rounded(b) & 0xffff0000));
+#endif
 }
 
 template <typename T>
 void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, float* lse, int64_t lse_row) {
-  const int64_t n = h.length, padded = h.padded;
-  T* queries = scratch<T>(0, padded * DIM + VECTOR);
-  T* keys = scratch<T>(1, padded * DIM + VECTOR);
-  T* values = scratch<T>(2, padded * DIM);
-  T* values_transposed = scratch<T>(3, padded * DIM);
-  T* query = scratch<T>(4, BLOCK * DIM);
-  float* scores = scratch<float>(5, padded * BLOCK);
-  T* weights = scratch<T>(6, padded * BLOCK);
-  float* out = scratch<float>(7, DIM * BLOCK);
+  constexpr int64_t B = BLOCK<T>, W = WIDTH<T>, O = OUT<T>;
+  const int64_t n = h.length, padded = h.padded, step = chunk<T>(padded);
+  Scratch scratch(head_bytes<T>(padded));
+  auto* query = scratch.take<T>(B * W);
+  auto* weights = scratch.take<T>(step * B);
+  auto* out = scratch.take<float>(O * B);
+  auto* values_transposed = scratch.take<T>(padded * O);
+  auto* keys = scratch.take<T>(padded * W + VECTOR);
+  auto* values = scratch.take<T>(padded * W);
+  auto* queries = scratch.take<T>(padded * W + VECTOR);
+  auto* scores = scratch.take<float>(padded * B);
   gather_turned(qkv, h.row, h, queries);
   gather_turned(qkv + DIM, h.row, h, keys);
   gather(qkv + 2 * DIM, h.row, h, values);
   transpose(values, h, values_transposed);
-  clear_padding(h, weights);
 
-  for (int64_t first = 0; first < n; first += BLOCK) {
-    const int64_t count = std::min(BLOCK, n - first);
-    right_transposed(queries + first * DIM, count, query);
-    product(padded, BLOCK, DIM, keys, DIM, query, scores, false);
-    float largest[BLOCK], shift[BLOCK], sum[BLOCK] = {}, pair[2][BLOCK];
-    std::copy(scores, scores + BLOCK, largest);
-    for (int64_t j = 1; j < n; ++j) {
-      const float* s = scores + j * BLOCK;
-#pragma omp simd
-      for (int64_t c = 0; c < BLOCK; ++c) largest[c] = s[c] > largest[c] ? s[c] : largest[c];
-    }
-    for (int64_t c = 0; c < BLOCK; ++c) shift[c] = -LOG2_SCALE * largest[c];
-    for (int64_t j = 0; j < n; j += 2) {
-      for (int64_t r = 0; r < 2; ++r) {
-        if (j + r == n) {
-          std::fill(pair[r], pair[r] + BLOCK, 0.0f);
-          break;
+  for (int64_t first = 0; first < n; first += B) {
+    const int64_t count = std::min(B, n - first);
+    right_transposed(queries + first * W, count, query);
+    float largest[B], shift[B], sum[B] = {};
+    std::fill(largest, largest + B, -INFINITY);
+    for (int64_t at = 0; at < n; at += step) {
+      product(step, B, W, keys + at * W, W, query, scores + at * B, false);
+      for (int64_t c = 0; c < B; c += LANES) {
+        Floats most = floats(largest + c);
+        for (int64_t j = at; j < std::min(at + step, n); ++j) {
+          const Floats s = floats(scores + j * B + c);
+          most = s > most ? s : most;
         }
-        const float* s = scores + (j + r) * BLOCK;
-        for (int64_t c = 0; c < BLOCK; ++c) {
-          pair[r][c] = power_of_two<T>(LOG2_SCALE * s[c] + shift[c]);
-          sum[c] += pair[r][c];
-        }
+        put(largest + c, most);
       }
-      store_pair(weights, j, pair[0], pair[1]);
     }
-    product(DIM, BLOCK, padded, values_transposed, padded, weights, out, false);
+    for (int64_t c = 0; c < B; ++c) shift[c] = -LOG2_SCALE * largest[c];
+    for (int64_t at = 0; at < n; at += step) {
+      const int64_t real = std::min(step, n - at);
+      for (int64_t c = 0; c < B; c += LANES) {
+        const Floats shifts = floats(shift + c);
+        Floats total = floats(sum + c);
+        const auto weight = [&](int64_t j) {
+          const Floats p = power_of_two<T>(LOG2_SCALE * floats(scores + (at + j) * B + c) + shifts);
+          total += p;
+          return p;
+        };
+        int64_t j = 0;
+        for (; j + 1 < real; j += 2) {
+          const Floats p = weight(j);
+          store_pairs(weights + j * B, c, p, weight(j + 1));
+        }
+        for (; j < step; j += 2) store_pairs(weights + j * B, c, j < real ? weight(j) : Floats{}, Floats{});
+        put(sum + c, total);
+      }
+      product(O, B, step, values_transposed + at, padded, weights, out, at > 0);
+    }
     for (int64_t c = 0; c < count; ++c) lse[(first + c) * lse_row] = std::log2(sum[c]) - shift[c];
-    for (int64_t c = 0; c < BLOCK; ++c) sum[c] = 1.0f / sum[c];
+    for (int64_t c = 0; c < B; ++c) sum[c] = 1.0f / sum[c];
     T* normalized = query;  // its room, once more
     for (int64_t d = 0; d < DIM; ++d)
-      for (int64_t c = 0; c < BLOCK; ++c) store(normalized + d * BLOCK + c, out[d * BLOCK + c] * sum[c]);
+      for (int64_t c = 0; c < B; ++c) store(normalized + d * B + c, out[d * B + c] * sum[c]);
     for (int64_t c = 0; c < count; ++c)
-      for (int64_t d = 0; d < DIM; ++d) context[(first + c) * context_row + d] = normalized[d * BLOCK + c];
+      for (int64_t d = 0; d < DIM; ++d) context[(first + c) * context_row + d] = normalized[d * B + c];
   }
 }
 
 template <typename T>
 void backward_head(const Head& h, const T* qkv, const T* context, const T* grad, int64_t context_row, const float* lse,
                    int64_t lse_row, T* grad_qkv) {
-  const int64_t n = h.length, padded = h.padded;
-  T* queries = scratch<T>(0, padded * DIM + VECTOR);
-  T* keys = scratch<T>(1, padded * DIM + VECTOR);
-  T* values = scratch<T>(2, padded * DIM);
-  T* keys_transposed = scratch<T>(3, padded * DIM);
-  T* factor = scratch<T>(4, BLOCK * DIM);
-  float* scores = scratch<float>(5, padded * BLOCK);
-  T* weights = scratch<T>(6, padded * BLOCK);
-  float* out = scratch<float>(7, DIM * BLOCK);
-  T* grads = scratch<T>(8, padded * DIM);
-  float* grad_scores = scratch<float>(9, padded * BLOCK);
-  T* grad_weights = scratch<T>(10, padded * BLOCK);
-  T* grad_pairs = scratch<T>(11, padded * BLOCK);
-  float* grad_queries = scratch<float>(12, n * DIM + VECTOR);
-  float* grad_keys = scratch<float>(13, padded * DIM + VECTOR);
-  float* grad_values = scratch<float>(14, padded * DIM);
+  constexpr int64_t B = BLOCK<T>, W = WIDTH<T>, O = OUT<T>;
+  const int64_t n = h.length, padded = h.padded, step = chunk<T>(padded);
+  Scratch scratch(head_bytes<T>(padded));
+  auto* query_columns = scratch.take<T>(B * W);
+  auto* grad_columns = scratch.take<T>(B * W);
+  auto* query_rows = scratch.take<T>(B * O);
+  auto* grad_rows = scratch.take<T>(B * O);
+  auto* scores = scratch.take<float>(step * B);
+  auto* grad_scores = scratch.take<float>(step * B);
+  auto* weights = scratch.take<T>(step * B);
+  auto* grad_weights = scratch.take<T>(step * B);
+  auto* grad_pairs = scratch.take<T>(step * B);
+  auto* out = scratch.take<float>(O * B);
+  auto* keys = scratch.take<T>(padded * W + VECTOR);
+  auto* values = scratch.take<T>(padded * W);
+  auto* keys_transposed = scratch.take<T>(padded * O);
+  auto* grad_keys = scratch.take<float>(padded * O + VECTOR);
+  auto* grad_values = scratch.take<float>(padded * O);
+  auto* queries = scratch.take<T>(padded * W + VECTOR);
+  auto* grads = scratch.take<T>(padded * W);
+  auto* grad_queries = scratch.take<float>(n * O + VECTOR);
   gather_turned(qkv, h.row, h, queries);
   gather_turned(qkv + DIM, h.row, h, keys);
   gather(qkv + 2 * DIM, h.row, h, values);
   gather(grad, context_row, h, grads);
   transpose(keys, h, keys_transposed);
-  clear_padding(h, weights);
-  clear_padding(h, grad_weights);
-  clear_padding(h, grad_pairs);
 
-  for (int64_t first = 0; first < n; first += BLOCK) {
-    const int64_t count = std::min(BLOCK, n - first);
-    const T *query = queries + first * DIM, *g = grads + first * DIM;
-    float log_sum[BLOCK] = {}, delta[BLOCK] = {}, pair[2][BLOCK];
+  for (int64_t first = 0; first < n; first += B) {
+    const int64_t count = std::min(B, n - first);
+    const T *query = queries + first * W, *g = grads + first * W;
+    float log_sum[B] = {}, delta[B] = {};
     for (int64_t c = 0; c < count; ++c) {
       const T* o = context + (first + c) * context_row;
       prefetch(o + AHEAD * context_row);
       float dot = 0.0f;
 #pragma omp simd reduction(+ : dot)
-      for (int64_t d = 0; d < DIM; ++d) dot += load(g + c * DIM + d) * load(o + d);
+      for (int64_t d = 0; d < DIM; ++d) dot += load(g + c * W + d) * load(o + d);
       delta[c] = dot;
       log_sum[c] = lse[(first + c) * lse_row];
     }
-    right_transposed(query, count, factor);
-    product(padded, BLOCK, DIM, keys, DIM, factor, scores, false);
-    right_transposed(g, count, factor);
-    product(padded, BLOCK, DIM, values, DIM, factor, grad_scores, false);
-    for (int64_t j = 0; j < n; j += 2) {
-      for (int64_t r = 0; r < 2; ++r) {
-        if (j + r == n) {
-          std::fill(pair[r], pair[r] + BLOCK, 0.0f);
-          break;
+    right_transposed(query, count, query_columns);
+    right_transposed(g, count, grad_columns);
+    right_rows(query, count, query_rows);
+    right_rows(g, count, grad_rows);
+    for (int64_t at = 0; at < n; at += step) {
+      product(step, B, W, keys + at * W, W, query_columns, scores, false);
+      product(step, B, W, values + at * W, W, grad_columns, grad_scores, false);
+      const int64_t real = std::min(step, n - at);
+      for (int64_t c = 0; c < B; c += LANES) {
+        const Floats log_sums = floats(log_sum + c), deltas = floats(delta + c);
+        const auto store_two = [&](int64_t j, Floats pa, Floats qa, Floats pb, Floats qb) {
+          store_rows(weights + j * B + c, pa, pb);
+          store_rows(grad_weights + j * B + c, qa, qb);
+          store_pairs(grad_pairs + j * B, c, qa, qb);
+        };
+        const auto p = [&](int64_t j) { return power_of_two<T>(LOG2_SCALE * floats(scores + j * B + c) - log_sums); };
+        const auto q = [&](int64_t j, Floats p) { return p * (floats(grad_scores + j * B + c) - deltas); };
+        int64_t j = 0;
+        for (; j + 1 < real; j += 2) {
+          const Floats pa = p(j), pb = p(j + 1);
+          store_two(j, pa, q(j, pa), pb, q(j + 1, pb));
         }
-        const float *s = scores + (j + r) * BLOCK, *gs = grad_scores + (j + r) * BLOCK;
-        T *w = weights + (j + r) * BLOCK, *gw = grad_weights + (j + r) * BLOCK;
-        for (int64_t c = 0; c < BLOCK; ++c) {
-          const float p = power_of_two<T>(LOG2_SCALE * s[c] - log_sum[c]);
-          const float q = p * (gs[c] - delta[c]);
-          store_fast(w + c, p);
-          store_fast(gw + c, q);
-          pair[r][c] = q;
+        for (; j < step; j += 2) {  // padding has no weight
+          const Floats pa = j < real ? p(j) : Floats{};
+          store_two(j, pa, j < real ? q(j, pa) : Floats{}, Floats{}, Floats{});
         }
       }
-      store_pair(grad_pairs, j, pair[0], pair[1]);
+      product(step, O, B, weights, B, grad_rows, grad_values + at * O, first > 0);
+      product(step, O, B, grad_weights, B, query_rows, grad_keys + at * O, first > 0);
+      product(O, B, step, keys_transposed + at, padded, grad_pairs, out, at > 0);
     }
-    right_rows(g, count, factor);
-    product(padded, DIM, BLOCK, weights, BLOCK, factor, grad_values, first > 0);
-    right_rows(query, count, factor);
-    product(padded, DIM, BLOCK, grad_weights, BLOCK, factor, grad_keys, first > 0);
-    product(DIM, BLOCK, padded, keys_transposed, padded, grad_pairs, out, false);
     for (int64_t c = 0; c < count; ++c)
-      for (int64_t d = 0; d < DIM; ++d) grad_queries[(first + c) * DIM + d] = out[d * BLOCK + c];
+      for (int64_t d = 0; d < DIM; ++d) grad_queries[(first + c) * O + d] = out[d * B + c];
   }
   scatter_turned(grad_queries, h, grad_qkv);
   scatter_turned(grad_keys, h, grad_qkv + DIM);
@@ -380,12 +593,13 @@ bool run(bool backward, const T* qkv, const float* cos, const float* sin, const 
   bool done = true;
 #pragma omp parallel num_threads(num_threads) reduction(&& : done)
   {
+    done = begin_products<T>();
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < num_seqs * num_heads; ++task) {
       const int64_t start = cu_seqlens[task / num_heads], head = task % num_heads;
       const int64_t length = cu_seqlens[task / num_heads + 1] - start, row = 3 * num_heads * DIM;
       if (length == 0 || !done) continue;
-      const Head h{length, (length + ROUND - 1) / ROUND * ROUND, row, cos, sin};
+      const Head h{length, rounded(length, ROUND), row, cos, sin};
       const int64_t at = start * row + head * 3 * DIM, to = (start * num_heads + head) * DIM;
       float* sums = lse + start * num_heads + head;
       done = succeeds([&] {
@@ -395,7 +609,7 @@ bool run(bool backward, const T* qkv, const float* cos, const float* sin, const 
           forward_head(h, qkv + at, context + to, num_heads * DIM, sums, num_heads);
       });
     }
-    at::native::cpublas::brgemm_release(!std::is_same_v<T, float>);
+    end_products<T>();
   }
   return done;
 }
@@ -491,17 +705,57 @@ void layer_norm(bool backward, const X* x, const Y* added, X* sum, const float* 
 
 // GELU is x * cdf(x), its derivative cdf(x) + x * density(x) with the normal distribution's; Abramowitz and Stegun
 // 26.2.17, which is off by less than 1e-7, with a power that is off by 3e-6.
-inline void normal(float x, float& cdf, float& density) {
+inline void normal(Floats x, Floats& cdf, Floats& density) {
   density = 0.39894228f * power_of_two<BFloat16>(-0.5f * LOG2_E * x * x);
-  const float t = 1.0f / (1.0f + 0.2316419f * std::abs(x));
-  float p = 1.330274429f;
-  p = p * t - 1.821255978f;
+  const Floats size = from_bits(bits(x) & 0x7fffffff), denominator = 1.0f + 0.2316419f * size;
+#ifdef __AVX512F__
+  const Floats guess = (Floats)_mm512_rcp14_ps((__m512)denominator);
+  const Floats t = guess * (2.0f - denominator * guess);  // a division would take longer than all else here
+#else
+  const Floats t = 1.0f / denominator;
+#endif
+  Floats p = 1.330274429f * t - 1.821255978f;
   p = p * t + 1.781477937f;
   p = p * t - 0.356563782f;
   p = p * t + 0.319381530f;
-  const float tail = density * p * t;
+  const Floats tail = density * p * t;
   cdf = x < 0.0f ? tail : 1.0f - tail;
 }
+
+// A square of VECTOR x VECTOR words, rows `stride` apart, transposed to rows `to_stride` apart.
+#ifdef __AVX512F__
+template <int BIT>
+inline void exchange(__m512i (&rows)[VECTOR]) {  // of the numbers of rows and columns
+  const __m512i column = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 set = _mm512_test_epi32_mask(column, _mm512_set1_epi32(BIT));
+  const __m512i other = _mm512_xor_epi32(column, _mm512_set1_epi32(BIT | VECTOR));  // of the second operand
+  const __m512i upper = _mm512_mask_mov_epi32(column, set, other);
+  const __m512i lower = _mm512_mask_mov_epi32(_mm512_xor_epi32(column, _mm512_set1_epi32(BIT)), set,
+                                              _mm512_xor_epi32(column, _mm512_set1_epi32(VECTOR)));
+  for (int i = 0; i < VECTOR; ++i) {
+    if (i & BIT) continue;
+    const __m512i a = rows[i], b = rows[i + BIT];
+    rows[i] = _mm512_permutex2var_epi32(a, upper, b);
+    rows[i + BIT] = _mm512_permutex2var_epi32(a, lower, b);
+  }
+}
+inline void transpose_square(const uint32_t* from, int64_t stride, BFloat16* to, int64_t to_stride) {
+  __m512i rows[VECTOR];
+  for (int i = 0; i < VECTOR; ++i) rows[i] = _mm512_loadu_si512(from + i * stride);
+  exchange<1>(rows);
+  exchange<2>(rows);
+  exchange<4>(rows);
+  exchange<8>(rows);
+  for (int i = 0; i < VECTOR; ++i) _mm512_storeu_si512(to + i * to_stride, rows[i]);
+}
+#else
+inline void transpose_square(const uint32_t* from, int64_t stride, BFloat16* to, int64_t to_stride) {
+  for (int64_t i = 0; i < VECTOR; ++i) {
+    auto* __restrict row = reinterpret_cast<uint32_t*>(to + i * to_stride);
+    for (int64_t j = 0; j < VECTOR; ++j) row[j] = from[j * stride + i];
+  }
+}
+#endif
 
 }  // namespace
 
@@ -538,24 +792,19 @@ bool transpose_bfloat16(const BFloat16* x, BFloat16* transposed, int64_t rows, i
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) reduction(&& : done)
   for (int64_t first = 0; first < rows; first += STRIP) {
     uint32_t* pairs = nullptr;  // two rows as one: half as many numbers to move singly
-    done = done && succeeds([&] { pairs = scratch<uint32_t>(0, STRIP / 2 * columns); });
+    done = done && succeeds([&] { pairs = Scratch(STRIP / 2 * columns * 4).take<uint32_t>(STRIP / 2 * columns); });
     if (!done) continue;
     const int64_t count = std::min(STRIP, rows - first);
-    if (count < STRIP) std::fill(pairs, pairs + STRIP / 2 * columns, 0);
-    for (int64_t i = 0; i < count; ++i) {
-      uint32_t* __restrict pair = pairs + i / 2 * columns;
-      const BFloat16* __restrict from = x + (first + i) * columns;
-      if (i % 2 == 0)
-        for (int64_t c = 0; c < columns; ++c) pair[c] = bits(load(from + c)) >> 16;
-      else
-        for (int64_t c = 0; c < columns; ++c) pair[c] |= bits(load(from + c));
+    for (int64_t i = 0; i < STRIP; i += 2) {
+      const BFloat16* from = x + (first + i) * columns;
+      for (int64_t c = 0; c < columns; c += LANES) {
+        const Words even = i < count ? words(from + c) : Words{};
+        put(pairs + i / 2 * columns + c, i + 1 < count ? even | words(from + columns + c) << 16 : even);
+      }
     }
     for (int64_t column = 0; column < columns; column += VECTOR)
       for (int64_t p = 0; p < STRIP / 2; p += VECTOR)
-        for (int64_t c = column; c < column + VECTOR; ++c) {
-          auto* __restrict to = reinterpret_cast<uint32_t*>(transposed + c * stride + first) + p;
-          for (int64_t q = 0; q < VECTOR; ++q) to[q] = pairs[(p + q) * columns + c];
-        }
+        transpose_square(pairs + p * columns + column, columns, transposed + column * stride + first + 2 * p, stride);
     const int64_t end = first + STRIP;
     for (int64_t c = 0; end >= rows && c < columns; ++c)
       std::memset(static_cast<void*>(transposed + c * stride + end), 0, (stride - end) * sizeof(BFloat16));
@@ -582,10 +831,11 @@ bool gelu_bfloat16(const BFloat16* x, BFloat16* y, int64_t rows, int64_t columns
   for (int64_t i = 0; i < rows; ++i) {
     const BFloat16* __restrict from = x + i * columns;
     BFloat16* __restrict to = y + i * columns;
-    for (int64_t c = 0; c < columns; ++c) {
-      float cdf, density;
-      normal(load(from + c), cdf, density);
-      store(to + c, load(from + c) * cdf);
+    for (int64_t c = 0; c < columns; c += LANES) {
+      const Floats value = floats(from + c);
+      Floats cdf, density;
+      normal(value, cdf, density);
+      put_bf16(to + c, value * cdf);
     }
   }
   return true;
@@ -602,14 +852,14 @@ bool gelu_backward_bfloat16(BFloat16* grad, const BFloat16* x, BFloat16* y, floa
       const BFloat16* __restrict from = x + i * columns;
       BFloat16* __restrict to = y + i * columns;
       BFloat16* __restrict g = grad + i * columns;
-      for (int64_t c = 0; c < columns; ++c) {
-        const float value = load(from + c);
-        float cdf, density;
+      for (int64_t c = 0; c < columns; c += LANES) {
+        const Floats value = floats(from + c);
+        Floats cdf, density;
         normal(value, cdf, density);
-        const float gradient = load(g + c) * (cdf + value * density);
-        store(to + c, value * cdf);
-        store(g + c, gradient);
-        sum[c] += gradient;
+        const Floats gradient = floats(g + c) * (cdf + value * density);
+        put_bf16(to + c, value * cdf);
+        put_bf16(g + c, gradient);
+        put(sum + c, floats(sum + c) + gradient);
       }
     }
   }

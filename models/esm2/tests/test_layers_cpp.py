@@ -192,6 +192,27 @@ def test_gelu_everywhere():
         assert ((found.double() - exact).abs() <= exact.abs() / 2**8 + 1e-6).all()
 
 
+@pytest.mark.parametrize(
+    "lacking", [["-mno-amx-bf16"], ["-mno-amx-bf16", "-mno-avx512bf16"], ["-mno-amx-bf16", "-mno-avx512f"]], ids=str
+)
+def test_processors_that_can_do_less(lacking, monkeypatch):
+    """Of what this one can do, the kernels are compiled without some."""
+    caches = layers_cpp.library, layers_cpp.has_bfloat16
+    monkeypatch.setattr(layers_cpp, "FLAGS", (*layers_cpp.FLAGS, *lacking))
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        for dtype in CLOSE:
+            test_attention(24, dtype)
+            test_attention(64, dtype)
+        test_gelu_everywhere()
+        test_linear_maps((96, 32), 131)
+        test_layer_norm((torch.float32, torch.bfloat16))
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
 def test_not_a_number_comes_through():
     """Only where it belongs, and in every kernel: q reaches its own token, k and v the sequence, each in one head."""
     for dtype in CLOSE:
