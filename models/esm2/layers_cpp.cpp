@@ -1,28 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 // Kernels of `layers_cpp.py`: attention of packed sequences with rotary positions, and layer norm, in FP32 and BF16;
 // what lies between the feed-forward part's matrix products in BF16. Forward and backward. Sums are FP32. Results
-// depend neither on the number of threads nor, for attention, on what else is in the batch.
+// depend neither on the number of threads nor, for attention, on what else is in the batch. What is in BF16 needs AMX,
+// but for layer norm.
 
+#include <ATen/cpu/Utils.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <type_traits>
 
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define HAS_TILES
+#endif
 #ifdef __AVX512F__
 #include <immintrin.h>
-#endif
-#ifdef __AMX_BF16__
-#include <ATen/cpu/Utils.h>
 #endif
 
 namespace {
 
 using at::BFloat16;
-using at::native::cpublas::brgemm;
 
 inline uint32_t bits(float x) {
   uint32_t u;
@@ -42,7 +44,7 @@ inline uint32_t to_bf16(float x) {
   return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
 
-// Vectors as gcc and clang have them, with operators.
+// Vectors as gcc and clang have them, with operators. LANES is what one operation takes.
 #ifdef __AVX512F__
 constexpr int64_t LANES = 16;
 #else
@@ -50,7 +52,6 @@ constexpr int64_t LANES = 8;
 #endif
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 inline Words bits(Floats x) { return reinterpret_cast<Words>(x); }
 inline Floats from_bits(Words u) { return reinterpret_cast<Floats>(u); }
@@ -63,29 +64,16 @@ template <typename V>
 inline void put(void* to, V x) {
   std::memcpy(to, &x, sizeof x);
 }
-inline Words words(const BFloat16* x) {
-  Halves y;
-  std::memcpy(&y, x, sizeof y);
-  return __builtin_convertvector(y, Words);
-}
-inline Floats floats(const BFloat16* x) { return from_bits(words(x) << 16); }
-inline void put_bf16(BFloat16* to, Floats x) {
-#ifdef __AVX512BF16__
-  put(to, _mm512_cvtneps_pbh((__m512)x));
-#else
-  put(to, __builtin_convertvector((bits(x) + 0x7fff + ((bits(x) >> 16) & 1)) >> 16, Halves));
-#endif
-}
 
-// 2^x for x <= 0, or a little above; the NaN that operations make stays one. V is a number or a vector of them. The
-// relative error is 2e-7 for FP32 and, since BF16 has one of 2e-3 itself, 3e-6 there.
-template <typename T, typename V>
-inline V power_of_two(V x) {
-  const V least = V{} - 64.0f;  // nothing beside 1, and its products are no denormal numbers, which are slow
+// 2^x for x <= 0, or a little above; the NaN that operations make stays one. The relative error is 2e-7 for FP32 and,
+// since BF16 has one of 2e-3 itself, 3e-6 there.
+template <typename T>
+inline Floats power_of_two(Floats x) {
+  const Floats least = Floats{} - 64.0f;  // nothing beside 1, and its products are no denormal numbers, which are slow
   x = x < least ? least : x;
-  const V shifted = x + 12582912.0f;  // 1.5 x 2^23: rounds to a whole number, which are then the lower bits
-  const V f = x - (shifted - 12582912.0f);
-  V p;  // minimax for |f| <= 1/2
+  const Floats shifted = x + 12582912.0f;  // 1.5 x 2^23: rounds to a whole number, which are then the lower bits
+  const Floats f = x - (shifted - 12582912.0f);
+  Floats p;  // minimax for |f| <= 1/2
   if constexpr (std::is_same_v<T, float>) {
     p = 1.53458120e-4f * f + 1.33999312e-3f;
     p = p * f + 9.61848896e-3f;
@@ -116,48 +104,48 @@ inline void store(BFloat16* to, float x) { *reinterpret_cast<uint16_t*>(to) = st
 // transposed, keys x queries: what belongs to a query (maximum, sum) is then a vector over columns, and no operation
 // runs across one.
 
+constexpr int64_t rounded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
 constexpr int64_t DIM = HEAD_DIM, HALF = DIM / 2;  // compiled anew for each: short loops want constant bounds
-constexpr int64_t VECTOR = 16;
+constexpr int64_t VECTOR = 16;                     // what widths are padded to
 constexpr int64_t STRIP = 64;  // rows of a task; sums over rows are added up task by task, in order
 // Loops over half a head go on to a whole vector, if what they read and write too much is no further than the next
 // row. Tables of angles have rows of so many.
-constexpr int64_t FILLED = HALF % 8 ? (HALF + VECTOR - 1) / VECTOR * VECTOR : HALF;
+constexpr int64_t FILLED = HALF % 8 ? rounded(HALF, VECTOR) : HALF;
 constexpr int64_t WHOLE = HALF + FILLED <= 2 * DIM ? FILLED : HALF;
 const float SCALE = 1.0f / std::sqrt(static_cast<float>(DIM)), LOG2_SCALE = SCALE * LOG2_E;
 constexpr int64_t ROUND = 32;  // keys are padded to a multiple of it
 
-constexpr int64_t rounded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+// ---- matrix products: C [M, N] (+)= A [M, K] B [K, N]; C is FP32. In BF16 they are AMX's, and B has pairs of rows
+// side by side. In FP32 they are oneDNN's, through PyTorch.
 
-// ---- matrix products: C [M, N] (+)= A [M, K] B [K, N]; C is FP32. B in BF16 has pairs of rows side by side.
-
-#ifdef __AMX_BF16__
-constexpr bool HAS_TILES = true;
-#else
-constexpr bool HAS_TILES = false;
-#endif
 template <typename T>
-constexpr bool TILED = HAS_TILES && std::is_same_v<T, BFloat16>;
-// A head's channels in scratch, as columns of A or rows of B, and as rows of A or columns of B and C. Zeros fill up.
+constexpr bool TILED = std::is_same_v<T, BFloat16>;
+// A head's channels in scratch, filled up with zeros: as columns of A or rows of B,
 template <typename T>
 constexpr int64_t WIDTH = TILED<T> ? rounded(DIM, 32) : DIM;
+// and as rows of A or C, or columns of B or C.
 template <typename T>
 constexpr int64_t OUT = TILED<T> ? rounded(DIM, 16) : DIM;
 
 // Queries at once; with tiles, as many as leave all that is at hand in the first cache.
 template <typename T>
 constexpr int64_t BLOCK = TILED<T> ? 32 : 64;
-// Keys that are gone through at once.
+// Keys at once.
 template <typename T>
 constexpr int64_t chunk(int64_t padded) {
   return TILED<T> ? ROUND : padded;
 }
 
-#ifdef __AMX_BF16__
-// AMX: tiles 0 to 3 are 32 x 32 of C, 4 and 5 their rows of A, 6 and 7 their columns of B. M and N are multiples of
-// 16, K of 32. The compiler does not know what tiles read.
+inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, float* c, bool add) {
+  at::native::cpublas::brgemm(m, n, k, lda, n, n, add, a, b, c, false);
+}
+#ifdef HAS_TILES
+// Tiles 0 to 3 are 32 x 32 of C, 4 and 5 their rows of A, 6 and 7 their columns of B. M and N are multiples of 16, K
+// of 32.
 inline __attribute__((always_inline)) void product(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
                                                    const BFloat16* b, float* c, bool add) {
-  __asm__ volatile("" ::: "memory");
+  __asm__ volatile("" ::: "memory");  // the compiler does not know what tiles read
   for (int64_t i = 0; i < m; i += 32) {
     for (int64_t j = 0; j < n; j += 32) {
       const bool below = i + 16 < m, beside = j + 16 < n;
@@ -192,76 +180,29 @@ inline __attribute__((always_inline)) void product(int64_t m, int64_t n, int64_t
   }
   __asm__ volatile("" ::: "memory");
 }
-#else
-inline void product(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b, float* c,
-                    bool add) {
-  brgemm(m, n, k, lda, n, n, add, a, b, c, true);
-}
 #endif
-inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, float* c, bool add) {
-  brgemm(m, n, k, lda, n, n, add, a, b, c, false);
-}
 
-// What a thread does before its products in T, and after them. False if tiles are not to be had.
+// What a thread does before its products in T, and after them.
 template <typename T>
-bool begin_products() {
-#ifdef __AMX_BF16__
+void begin_products() {
+#ifdef HAS_TILES
   if constexpr (TILED<T>) {
-    static const bool allowed = at::cpu::init_amx();
     struct alignas(64) Configuration {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     };
     static const Configuration configuration;
-    if (allowed) _tile_loadconfig(&configuration);
-    return allowed;
+    _tile_loadconfig(&configuration);
   }
 #endif
-  return true;
 }
 template <typename T>
 void end_products() {
-#ifdef __AMX_BF16__
-  if constexpr (TILED<T>) return _tile_release();
+#ifdef HAS_TILES
+  if constexpr (TILED<T>) _tile_release();
 #endif
-  at::native::cpublas::brgemm_release(!std::is_same_v<T, float>);
-}
-
-// Scratch of one thread, kept from call to call: pieces one behind the other, which share the first cache best.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) {
-    static thread_local std::unique_ptr<char[]> kept;
-    static thread_local int64_t size = 0;
-    bytes += 64;
-    if (size < bytes) {
-      size = 0;
-      kept.reset(new char[bytes]);
-      size = bytes;
-    }
-    next_ = kept.get() + (64 - reinterpret_cast<uintptr_t>(kept.get()) % 64);
-    end_ = kept.get() + size;
-  }
-
-  template <typename U>
-  U* take(int64_t count) {
-    U* piece = reinterpret_cast<U*>(next_);
-    next_ += rounded(count * static_cast<int64_t>(sizeof(U)), 64);
-    if (next_ > end_) throw std::bad_alloc();
-    return piece;
-  }
-
- private:
-  char *next_, *end_;
-};
-
-// ---- rows of a head
-
-// Enough for a head, forward or backward.
-template <typename T>
-constexpr int64_t head_bytes(int64_t padded) {
-  return 4 * ((8 * padded + 5 * BLOCK<T>)*WIDTH<T> + 5 * padded * BLOCK<T>)+4096;
+  if constexpr (!TILED<T>) at::native::cpublas::brgemm_release(false);
 }
 
 // No exception may leave a parallel region: most likely there is no memory. Returns whether there was none.
@@ -274,6 +215,38 @@ bool succeeds(F&& work) noexcept {
     return false;
   }
 }
+
+// Scratch of one thread, kept from call to call: pieces one behind the other, which share the first cache best. A
+// thread has one at a time, because all have the same memory.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    static thread_local std::unique_ptr<char[]> kept;
+    static thread_local int64_t size = 0;
+    bytes += 64;
+    if (size < bytes) {
+      size = 0;
+      kept.reset();
+      kept.reset(new char[bytes]);
+      size = bytes;
+    }
+    next_ = kept.get() + (64 - reinterpret_cast<uintptr_t>(kept.get()) % 64);
+    end_ = kept.get() + size;
+  }
+
+  template <typename U>
+  U* take(int64_t count) {
+    U* piece = reinterpret_cast<U*>(next_);
+    next_ += rounded(count * static_cast<int64_t>(sizeof(U)), 64);
+    assert(next_ <= end_);
+    return piece;
+  }
+
+ private:
+  char *next_, *end_;
+};
+
+// ---- rows of a head
 
 struct Head {
   int64_t length, padded, row;  // tokens, tokens rounded up, elements from one token to the next in qkv
@@ -403,41 +376,34 @@ void right_rows(const BFloat16* rows, int64_t count, BFloat16* to) {
 }
 
 // What follows takes a vector each from the same columns of two rows of a matrix [keys, BLOCK]: a from row j, which is
-// even, and b from the next.
-#ifdef __AVX512BF16__
-inline __m512i both(Floats a, Floats b) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
-#else
-inline Words rounded(Floats x) { return bits(x) + 0x7fff + ((bits(x) >> 16) & 1); }
-#endif
-
-// As they are.
+// even, and b from the next. `store_rows` puts them into two rows, at `to` and below it; `store_pairs` into two rows
+// of a right-hand factor, of which the first begins at `rows`.
 inline void store_rows(float* to, Floats a, Floats b) {
   put(to, a);
   put(to + BLOCK<float>, b);
 }
+inline void store_pairs(float* rows, int64_t column, Floats a, Floats b) { store_rows(rows + column, a, b); }
+#ifdef HAS_TILES
+inline __m512i two_rows(Floats a, Floats b) {  // in BF16, a and behind it b
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+}
 inline void store_rows(BFloat16* to, Floats a, Floats b) {
-#ifdef __AVX512BF16__
-  const __m512i rows = both(a, b);
+  const __m512i rows = two_rows(a, b);
   put(to, _mm512_castsi512_si256(rows));
   put(to + BLOCK<BFloat16>, _mm512_extracti64x4_epi64(rows, 1));
-#else
-  for (int64_t c = 0; c < LANES; ++c) {
-    store(to + c, a[c]);
-    store(to + BLOCK<BFloat16> + c, b[c]);
-  }
-#endif
 }
-
-// As a right-hand factor has them.
-inline void store_pairs(float* rows, int64_t column, Floats a, Floats b) { store_rows(rows + column, a, b); }
 inline void store_pairs(BFloat16* rows, int64_t column, Floats a, Floats b) {
-#ifdef __AVX512BF16__
   alignas(64) static constexpr uint16_t in_turn[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  put(rows + 2 * column, _mm512_permutexvar_epi16(_mm512_load_si512(in_turn), both(a, b)));
-#else
-  put(rows + 2 * column, rounded(a) >> 16 | (rounded(b) & 0xffff0000));
+  put(rows + 2 * column, _mm512_permutexvar_epi16(_mm512_load_si512(in_turn), two_rows(a, b)));
+}
 #endif
+
+// Bound of what a head takes below, forward or backward, each number as large as FP32; 4,096 for rounding and VECTOR.
+template <typename T>
+constexpr int64_t head_bytes(int64_t padded) {
+  constexpr int64_t B = BLOCK<T>, W = WIDTH<T>;
+  return 4 * ((8 * padded + 5 * B) * W + 5 * padded * B) + 4096;
 }
 
 template <typename T>
@@ -563,16 +529,18 @@ void backward_head(const Head& h, const T* qkv, const T* context, const T* grad,
           store_rows(grad_weights + j * B + c, qa, qb);
           store_pairs(grad_pairs + j * B, c, qa, qb);
         };
-        const auto p = [&](int64_t j) { return power_of_two<T>(LOG2_SCALE * floats(scores + j * B + c) - log_sums); };
-        const auto q = [&](int64_t j, Floats p) { return p * (floats(grad_scores + j * B + c) - deltas); };
+        const auto weight_at = [&](int64_t j) {
+          return power_of_two<T>(LOG2_SCALE * floats(scores + j * B + c) - log_sums);
+        };
+        const auto grad_at = [&](int64_t j, Floats p) { return p * (floats(grad_scores + j * B + c) - deltas); };
         int64_t j = 0;
         for (; j + 1 < real; j += 2) {
-          const Floats pa = p(j), pb = p(j + 1);
-          store_two(j, pa, q(j, pa), pb, q(j + 1, pb));
+          const Floats pa = weight_at(j), pb = weight_at(j + 1);
+          store_two(j, pa, grad_at(j, pa), pb, grad_at(j + 1, pb));
         }
         for (; j < step; j += 2) {  // padding has no weight
-          const Floats pa = j < real ? p(j) : Floats{};
-          store_two(j, pa, j < real ? q(j, pa) : Floats{}, Floats{}, Floats{});
+          const Floats pa = j < real ? weight_at(j) : Floats{};
+          store_two(j, pa, j < real ? grad_at(j, pa) : Floats{}, Floats{}, Floats{});
         }
       }
       product(step, O, B, weights, B, grad_rows, grad_values + at * O, first > 0);
@@ -593,7 +561,7 @@ bool run(bool backward, const T* qkv, const float* cos, const float* sin, const 
   bool done = true;
 #pragma omp parallel num_threads(num_threads) reduction(&& : done)
   {
-    done = begin_products<T>();
+    begin_products<T>();
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < num_seqs * num_heads; ++task) {
       const int64_t start = cu_seqlens[task / num_heads], head = task % num_heads;
@@ -702,18 +670,24 @@ void layer_norm(bool backward, const X* x, const Y* added, X* sum, const float* 
 }
 
 // ---- between matrix products, in BF16
+#ifdef HAS_TILES
+
+const bool ALLOWED = at::native::cpublas::could_pack(at::kBFloat16) && at::cpu::init_amx();
+
+inline Words words(const BFloat16* x) {
+  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+inline Floats floats(const BFloat16* x) { return from_bits(words(x) << 16); }
+inline void put_bf16(BFloat16* to, Floats x) { put(to, _mm512_cvtneps_pbh((__m512)x)); }
 
 // GELU is x * cdf(x), its derivative cdf(x) + x * density(x) with the normal distribution's; Abramowitz and Stegun
 // 26.2.17, which is off by less than 1e-7, with a power that is off by 3e-6.
 inline void normal(Floats x, Floats& cdf, Floats& density) {
   density = 0.39894228f * power_of_two<BFloat16>(-0.5f * LOG2_E * x * x);
-  const Floats size = from_bits(bits(x) & 0x7fffffff), denominator = 1.0f + 0.2316419f * size;
-#ifdef __AVX512F__
+  const Floats size = from_bits(bits(x) & 0x7fffffff), most = Floats{} + 1e37f;  // nothing here may be infinite
+  const Floats denominator = 1.0f + 0.2316419f * (size > most ? most : size);
   const Floats guess = (Floats)_mm512_rcp14_ps((__m512)denominator);
   const Floats t = guess * (2.0f - denominator * guess);  // a division would take longer than all else here
-#else
-  const Floats t = 1.0f / denominator;
-#endif
   Floats p = 1.330274429f * t - 1.821255978f;
   p = p * t + 1.781477937f;
   p = p * t - 0.356563782f;
@@ -722,16 +696,15 @@ inline void normal(Floats x, Floats& cdf, Floats& density) {
   cdf = x < 0.0f ? tail : 1.0f - tail;
 }
 
-// A square of VECTOR x VECTOR words, rows `stride` apart, transposed to rows `to_stride` apart.
-#ifdef __AVX512F__
+// One step of a transposition: for i and j without BIT, the words (i + BIT, j) and (i, j + BIT) trade places. Indices
+// from VECTOR on are those of the second of two operands.
 template <int BIT>
-inline void exchange(__m512i (&rows)[VECTOR]) {  // of the numbers of rows and columns
+inline void exchange(__m512i (&rows)[VECTOR]) {
   const __m512i column = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __mmask16 set = _mm512_test_epi32_mask(column, _mm512_set1_epi32(BIT));
-  const __m512i other = _mm512_xor_epi32(column, _mm512_set1_epi32(BIT | VECTOR));  // of the second operand
-  const __m512i upper = _mm512_mask_mov_epi32(column, set, other);
-  const __m512i lower = _mm512_mask_mov_epi32(_mm512_xor_epi32(column, _mm512_set1_epi32(BIT)), set,
-                                              _mm512_xor_epi32(column, _mm512_set1_epi32(VECTOR)));
+  const __m512i other = _mm512_xor_epi32(column, _mm512_set1_epi32(BIT));
+  const __m512i upper = _mm512_mask_add_epi32(column, set, other, _mm512_set1_epi32(VECTOR));
+  const __m512i lower = _mm512_mask_add_epi32(other, set, column, _mm512_set1_epi32(VECTOR));
   for (int i = 0; i < VECTOR; ++i) {
     if (i & BIT) continue;
     const __m512i a = rows[i], b = rows[i + BIT];
@@ -739,6 +712,8 @@ inline void exchange(__m512i (&rows)[VECTOR]) {  // of the numbers of rows and c
     rows[i + BIT] = _mm512_permutex2var_epi32(a, lower, b);
   }
 }
+
+// A square of VECTOR x VECTOR words, rows `stride` words apart, transposed to rows `to_stride` BF16 apart.
 inline void transpose_square(const uint32_t* from, int64_t stride, BFloat16* to, int64_t to_stride) {
   __m512i rows[VECTOR];
   for (int i = 0; i < VECTOR; ++i) rows[i] = _mm512_loadu_si512(from + i * stride);
@@ -747,13 +722,6 @@ inline void transpose_square(const uint32_t* from, int64_t stride, BFloat16* to,
   exchange<4>(rows);
   exchange<8>(rows);
   for (int i = 0; i < VECTOR; ++i) _mm512_storeu_si512(to + i * to_stride, rows[i]);
-}
-#else
-inline void transpose_square(const uint32_t* from, int64_t stride, BFloat16* to, int64_t to_stride) {
-  for (int64_t i = 0; i < VECTOR; ++i) {
-    auto* __restrict row = reinterpret_cast<uint32_t*>(to + i * to_stride);
-    for (int64_t j = 0; j < VECTOR; ++j) row[j] = from[j * stride + i];
-  }
 }
 #endif
 
@@ -777,22 +745,29 @@ inline void transpose_square(const uint32_t* from, int64_t stride, BFloat16* to,
 
 extern "C" {
 int64_t padded_half() { return WHOLE; }  // columns of the tables of angles
-bool has_bfloat16() { return at::native::cpublas::could_pack(at::kBFloat16); }
 ATTENTION(float32, float)
-ATTENTION(bfloat16, BFloat16)
 LAYER_NORM(float32_float32, float, float)
 LAYER_NORM(float32_bfloat16, float, BFloat16)
 LAYER_NORM(bfloat16_bfloat16, BFloat16, BFloat16)
 
-// [rows, columns] to [columns, stride]; columns are a multiple of VECTOR. Zeros fill up the rest. A product over
-// rows, as the gradient of a weight is, runs twice as fast if its left-hand factor lies there transposed.
+#ifndef HAS_TILES
+bool has_bfloat16() { return false; }
+#else
+bool has_bfloat16() { return ALLOWED; }
+ATTENTION(bfloat16, BFloat16)
+
+// What follows takes columns that are a multiple of VECTOR.
+
+// [rows, columns] to [columns, stride]; zeros fill up the rest. A product over rows, as the gradient of a weight is,
+// runs twice as fast if its left-hand factor lies there transposed.
 bool transpose_bfloat16(const BFloat16* x, BFloat16* transposed, int64_t rows, int64_t columns, int64_t stride,
                         int64_t num_threads) {
   bool done = true;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) reduction(&& : done)
   for (int64_t first = 0; first < rows; first += STRIP) {
-    uint32_t* pairs = nullptr;  // two rows as one: half as many numbers to move singly
-    done = done && succeeds([&] { pairs = Scratch(STRIP / 2 * columns * 4).take<uint32_t>(STRIP / 2 * columns); });
+    uint32_t* pairs = nullptr;  // two rows as one, for `transpose_square`
+    const int64_t size = STRIP / 2 * columns;
+    done = done && succeeds([&pairs, size] { pairs = Scratch(4 * size).take<uint32_t>(size); });
     if (!done) continue;
     const int64_t count = std::min(STRIP, rows - first);
     for (int64_t i = 0; i < STRIP; i += 2) {
@@ -865,4 +840,5 @@ bool gelu_backward_bfloat16(BFloat16* grad, const BFloat16* x, BFloat16* y, floa
   }
   return true;
 }
+#endif
 }

@@ -83,7 +83,7 @@ def compiled(source: Path, *definitions: str) -> ctypes.CDLL:
 
 @cache
 def has_bfloat16(head_dim: int) -> bool:
-    """Whether this processor has the products in BF16 without which nothing here is done in BF16."""
+    """Whether processor and compiler have AMX, without which only layer norm is done in BF16 here."""
     return bool(_function(head_dim, "has_bfloat16", ctypes.c_bool)())
 
 
@@ -392,6 +392,7 @@ def mlp(
     x_TE: Tensor, weight_FE: Tensor, bias_F: Tensor, weight_EF: Tensor, bias_E: Tensor, head_dim: int
 ) -> tuple[Tensor, Tensor]:
     """Linear map, erf-GELU, linear map, in BF16: the output, and for the backward pass GELU's input [T, F]."""
+    assert len(bias_F) % VECTOR == 0, bias_F.shape
     pre_TF = _linear(x_TE, weight_FE, bias_F)
     x_TF = torch.empty_like(pre_TF)
     _call(head_dim, "gelu_bfloat16", pre_TF, x_TF, *pre_TF.shape)
