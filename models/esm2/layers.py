@@ -17,15 +17,16 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-# If the first cosine of a process runs on several threads, one of them may be off by 2e-4 (MKL's, with torch 2.13).
-torch.ones(1, device="cpu").cos()
+# If the first cosine of a process runs on several threads, one of them may be off by 1.5e-4 (MKL's, with torch 2.13).
+torch.ones(1, dtype=torch.float32, device="cpu").cos()
 
 
 class AttentionInputs:
     """What all layers of one forward pass share: rotary angles and the borders of the sequences.
 
     `angles_SD` are FP32, for positions 0 ... longest sequence - 1, the D/2 frequencies twice. `mask_B11S` is True for
-    real tokens, None where there is no padding. Packed input has `cu_seqlens` (int32, from 0 to T) instead.
+    real tokens, None where there is no padding. Packed input has `cu_seqlens` (int32, from 0 to T) instead; with
+    `context_parallel` (context_parallel.py) a rank has T / ranks tokens of it, and all of some heads in attention.
     """
 
     # Not a dataclass: FSDP2 casts the float tensors in those to BF16 on the way into a layer, and an angle of 1,000
@@ -38,7 +39,9 @@ class AttentionInputs:
         cu_seqlens: Tensor | None = None,
         positions_T: Tensor | None = None,
         max_seqlen: int | None = None,
+        context_parallel=None,
     ):
+        self.context_parallel = context_parallel
         self.angles_SD, self.mask_B11S, self.cu_seqlens, self.max_seqlen = angles_SD, mask_B11S, cu_seqlens, max_seqlen
         cos_SD, sin_SD = angles_SD.cos(), angles_SD.sin()
         num_angles = angles_SD.shape[1] // 2
@@ -148,7 +151,13 @@ class SelfAttention(nn.Module):
         """[N, E] to [N, E], the residual not added."""
         # TransformerEngine's order of rows: q, k and v of the first head, then those of the second, ...
         qkv_NHC = self.layernorm_qkv(x_NE).unflatten(-1, (self.num_heads, -1))
-        return self.proj(self.kernels.attention(qkv_NHC, inputs).flatten(-2))
+        context_parallel = inputs.context_parallel
+        if context_parallel is not None:
+            qkv_NHC = context_parallel.tokens_to_heads(qkv_NHC)
+        context_NHD = self.kernels.attention(qkv_NHC, inputs)
+        if context_parallel is not None:
+            context_NHD = context_parallel.heads_to_tokens(context_NHD, self.num_heads)
+        return self.proj(context_NHD.flatten(-2))
 
 
 class LayerNormMLP(nn.Module):

@@ -11,7 +11,7 @@ import transformer_engine.pytorch as te
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from layers import AttentionInputs
+from layers import AttentionInputs, rotate
 
 
 # FP8 state has to be put back before a layer is recomputed; only TransformerEngine's own function does that.
@@ -35,10 +35,38 @@ class TransformerLayer(GradientCheckpointingLayer, te.TransformerLayer):
             # A string: TransformerEngine compares it with "meta". It ignores `with torch.device(...)` by itself.
             device=torch.get_default_device().type,
         )
+        self.inputs: AttentionInputs | None = None
+        core = self.self_attention.core_attention
+        core.register_forward_pre_hook(self._tokens_to_heads, with_kwargs=True)
+        core.register_forward_hook(self._heads_to_tokens)
+
+    def _tokens_to_heads(self, core, args, kwargs):
+        """With context parallelism, between the projection and attention; as `layers.SelfAttention` does."""
+        context_parallel = self.inputs.context_parallel
+        if context_parallel is None:
+            return None
+        packed = kwargs.pop("qkv_layer", None)  # q, k, v in one tensor, or apart
+        if packed is None:
+            qkv_PHC = torch.cat(args[:3], dim=-1)
+        else:
+            qkv_PHC = packed.movedim(kwargs.pop("qkv_interleave_dim"), -2).flatten(-2)
+        q_TKD, k_TKD, v_TKD = context_parallel.tokens_to_heads(qkv_PHC).chunk(3, dim=-1)
+        core.num_gqa_groups_per_partition = q_TKD.shape[1]  # it compares
+        turned = (rotate(q_TKD, self.inputs).contiguous(), rotate(k_TKD, self.inputs).contiguous())
+        return (*turned, v_TKD.contiguous(), *args[3:]), kwargs
+
+    def _heads_to_tokens(self, core, args, output):
+        """[T, K D] to [P, E]."""
+        context_parallel = self.inputs.context_parallel
+        if context_parallel is None:
+            return None
+        context_TKD = output.unflatten(-1, (core.num_gqa_groups_per_partition, -1))
+        return context_parallel.heads_to_tokens(context_TKD, self.self_attention.num_attention_heads).flatten(-2)
 
     def forward(self, x_NE: Tensor, inputs: AttentionInputs) -> Tensor:
         """[N, E] to [N, E]."""
-        angles_S11D = inputs.angles_SD[:, None, None]
+        self.inputs = inputs
+        angles_S11D = None if inputs.context_parallel else inputs.angles_SD[:, None, None]
         if inputs.cu_seqlens is not None:
             self.self_attention.qkv_format = "thd"
             return super().forward(

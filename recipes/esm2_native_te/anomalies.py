@@ -135,10 +135,12 @@ class Anomalies:
     def _report(self, kind: str, **more) -> None:
         step, loss, grad_norm, batches, losses = self.this
         mine = [(batch.name, batch.num_labels, part.item()) for batch, part in zip(batches, losses, strict=True)]
-        # Rank r has numbers r, r + R, ... of the step.
-        by_number = [
-            (rank, *one) for row in zip(*self.distributed.gather(mine), strict=True) for rank, one in enumerate(row)
-        ]
+        # Data rank r has numbers r, r + R, ... of the step; ranks that share one have a part of its loss each.
+        by_number, cp_size = [], self.distributed.cp_size
+        for row in zip(*self.distributed.gather(mine), strict=True):
+            for rank in range(0, len(row), cp_size):
+                name, num_labels, _ = row[rank]
+                by_number.append((rank, name, num_labels, sum(part for _, _, part in row[rank : rank + cp_size])))
         all_labels = sum(num_labels for _, _, num_labels, _ in by_number)
         micro_batches = [
             {"name": list(name), "rank": rank, "num_labels": n, "loss": finite(part * all_labels / n) if n else None}

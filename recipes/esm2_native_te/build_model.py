@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import EsmConfig, EsmForMaskedLM
 from transformers.modeling_outputs import MaskedLMOutput
 
+from context_parallel import ContextParallel
 from convert import DECODER, hf_config, hf_to_native, local_folder, native_config, native_to_hf, open_weights
 from modeling_esm2 import SIZES, Esm2Config, Esm2ForMaskedLM, copy_parameters, init_parameters, named_tensors
 
@@ -80,10 +81,23 @@ def is_reference(model_tag: str) -> bool:
     return model_tag.startswith("facebook/")
 
 
-def build_model(model_tag: str, config: Esm2Config) -> Esm2ForMaskedLM | ReferenceEsmForMaskedLM:
-    """The model without storage; `fill_model` gives it its numbers once it is split over the ranks."""
+def build_model(
+    model_tag: str, config: Esm2Config, context_parallel: ContextParallel | None = None
+) -> Esm2ForMaskedLM | ReferenceEsmForMaskedLM:
+    """The model without storage; `fill_model` gives it its numbers once it is split over the ranks.
+
+    Raises ValueError if the ranks that share a micro-batch are more than its heads.
+    """
+    if context_parallel and context_parallel.size > config.num_attention_heads:
+        raise ValueError(
+            f"cp_size={context_parallel.size} must be at most the number of heads, {config.num_attention_heads}."
+        )
     with torch.device("meta"):
-        return ReferenceEsmForMaskedLM(hf_config(config)) if is_reference(model_tag) else Esm2ForMaskedLM(config)
+        if is_reference(model_tag):
+            return ReferenceEsmForMaskedLM(hf_config(config))
+        model = Esm2ForMaskedLM(config)
+    model.esm.context_parallel = context_parallel
+    return model
 
 
 def model_type(folder: Path) -> str:

@@ -41,7 +41,7 @@ from step_folder import (
 HARMLESS = (
     "checkpoint.", "logger.", "wandb_init_args.", "validation.", "num_train_steps", "use_sequence_packing",
     "use_torch_compile", "use_activation_checkpointing", "layer_backend", "precision", "deterministic",
-    "dataset.num_workers", "anomalies.",
+    "dataset.num_workers", "anomalies.", "cp_size",
 )  # fmt: skip
 
 SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")

@@ -45,6 +45,7 @@ def top_level(
     use_sequence_packing: bool = False,
     use_torch_compile: bool = False,
     use_activation_checkpointing: bool = False,
+    cp_size: PositiveInt = 1,
     max_grad_norm: PositiveFloat = 1.0,
     seed: NonNegativeInt = 42,
     deterministic: bool = False,
@@ -83,10 +84,17 @@ def check_config(config: DictConfig) -> None:
         check_section("", values, top_level)
         for name, callable_ in SECTIONS.items():
             check_section(name, sections[name], callable_)
-        if is_reference(config.model_tag) and (config.fp8_config.enabled or config.layer_backend in ("te", "cpp")):
-            wrong = "fp8_config.enabled=true" if config.fp8_config.enabled else f"layer_backend={config.layer_backend}"
+        lacks = {
+            "fp8_config.enabled=true": config.fp8_config.enabled,
+            f"layer_backend={config.layer_backend}": config.layer_backend in ("te", "cpp"),
+            f"cp_size={config.cp_size}": config.cp_size > 1,
+        }
+        if is_reference(config.model_tag) and any(lacks.values()):
+            wrong = next(key for key, asked in lacks.items() if asked)
             own = config.model_tag.removeprefix("facebook/")
             raise ValueError(f"{wrong} is nothing that Hugging Face's model_tag={config.model_tag} has; {own} has it.")
+        if config.cp_size > 1 and not config.use_sequence_packing:
+            raise ValueError(f"cp_size={config.cp_size} needs use_sequence_packing=true.")
         # Once on a parameter that nobody trains: what these two refuse shows now.
         linear_schedule(
             adamw([torch.nn.Parameter(torch.zeros(1))], **sections["adamw_kwargs"]), **sections["lr_scheduler_kwargs"]

@@ -347,7 +347,7 @@ def share_of(
 
     Raises ValueError if there are none for one of them: it would look for a row for ever.
     """
-    rank, num_ranks = distributed.rank, distributed.num_ranks
+    rank, num_ranks = distributed.data_rank, distributed.num_data_ranks
     stream = stream.select_columns([column]).cast(datasets.Features({column: datasets.Value("large_binary")}))
     share = split_dataset_by_node(stream, rank, num_ranks)
     num_workers = min(num_workers, share.num_shards)
@@ -450,11 +450,11 @@ class TrainLoader:
             with distributed.main_first():
                 stream, self.num_workers = share_of(section, stream, sequence_column, distributed, num_workers)
             data = StreamedMicroBatches(
-                stream, sequence_column, grouping, max_seq_length, window_rows, seed, distributed.rank
+                stream, sequence_column, grouping, max_seq_length, window_rows, seed, distributed.data_rank
             )
         else:
             self.plan = EpochPlan(source, grouping, seed, window_rows)
-            self.sampler = RankSampler(self.plan, distributed.rank, distributed.num_ranks)
+            self.sampler = RankSampler(self.plan, distributed.data_rank, distributed.num_data_ranks)
             data = PlannedMicroBatches(self.sampler)
         self.loader = StatefulDataLoader(
             data,
@@ -473,7 +473,7 @@ class TrainLoader:
             batches = iter(self.loader)
         for batch in batches:
             self.last_name = batch.name
-            yield batch
+            yield self.distributed.counted_once(batch)
 
     def state_dict(self) -> dict:
         """What is left to read, the same on every rank; JSON."""
@@ -482,7 +482,7 @@ class TrainLoader:
             return {"position": list(position), "num_rows": self.plan.num_rows}
         states = [None] * self.distributed.num_ranks
         torch.distributed.all_gather_object(states, self.loader.state_dict())
-        return {"layout": self._layout(), "ranks": states}
+        return {"layout": self._layout(), "ranks": states[:: self.distributed.cp_size]}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from a saved state. Raises ValueError for other data, or a stream that was saved on another layout."""
@@ -506,10 +506,10 @@ class TrainLoader:
                 "dataset.load_dataset_kwargs.streaming=false if it is to resume on any."
             )
         else:
-            self.loader.load_state_dict(state["ranks"][self.distributed.rank])
+            self.loader.load_state_dict(state["ranks"][self.distributed.data_rank])
 
     def _layout(self) -> dict:
-        return {"num_ranks": self.distributed.num_ranks, "num_workers": self.num_workers}
+        return {"num_ranks": self.distributed.num_data_ranks, "num_workers": self.num_workers}
 
 
 def open_source(

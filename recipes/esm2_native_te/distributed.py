@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NoReturn
 
@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from collator import Batch
+from context_parallel import ContextParallel
 from cpu_memory import keep_freed_memory
 
 
@@ -37,12 +39,45 @@ class Agreed(ValueError):
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process's place among the others; `device` is what it trains on."""
+    """This process's place among the others; `device` is what it trains on.
+
+    Ranks that share a micro-batch (`context_parallel`) are neighbours; a group of them is one data rank.
+    """
 
     rank: int
     local_rank: int
     num_ranks: int
     device: torch.device
+    context_parallel: ContextParallel | None = None
+
+    @property
+    def cp_size(self) -> int:
+        return self.context_parallel.size if self.context_parallel else 1
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.cp_size
+
+    @property
+    def num_data_ranks(self) -> int:
+        return self.num_ranks // self.cp_size
+
+    def with_context_parallel(self, cp_size: int) -> "Distributed":
+        """The same in groups of `cp_size`; all ranks call it. Raises ValueError if that does not divide them."""
+        if self.num_ranks % cp_size:
+            works = [n for n in range(1, self.num_ranks + 1) if self.num_ranks % n == 0]
+            raise ValueError(
+                f"cp_size={cp_size} does not divide the {self.num_ranks} ranks; {', '.join(map(str, works))} would."
+            )
+        if cp_size == 1:
+            return self
+        groups = [dist.new_group(range(n, n + cp_size)) for n in range(0, self.num_ranks, cp_size)]
+        return replace(self, context_parallel=ContextParallel(groups[self.rank // cp_size]))
+
+    def counted_once(self, batch: Batch) -> Batch:
+        """Of the ranks that share a micro-batch, the first counts it."""
+        shared = self.context_parallel and self.context_parallel.rank > 0
+        return replace(batch, seq_lens=[], num_labels=0, num_slots=0) if shared else batch
 
     @property
     def is_main(self) -> bool:

@@ -136,11 +136,14 @@ class Embeddings(nn.Module):
         self.token_dropout = config.token_dropout
         self.mask_token_id = config.mask_token_id
 
-    def forward(self, input_ids_N: Tensor, mask_BS: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """Tokens [N] to [N, E], 0 where `mask_BS` is False."""
-        x_NE = self.word_embeddings(input_ids_N)
+    def forward(
+        self, input_ids_N: Tensor, mask_BS: Tensor | None, cu_seqlens: Tensor | None, context_parallel=None
+    ) -> Tensor:
+        """Tokens [N] to [N, E], 0 where `mask_BS` is False; with `context_parallel` this rank's part of them only."""
+        part = context_parallel.part if context_parallel else lambda x_N: x_N
+        x_NE = self.word_embeddings(part(input_ids_N))
         if self.token_dropout:
-            is_mask_N = input_ids_N == self.mask_token_id
+            is_mask_N = input_ids_N == self.mask_token_id  # of whole sequences: it is their share of masks that counts
             if cu_seqlens is None:
                 lengths_B = input_ids_N.shape[1] if mask_BS is None else mask_BS.sum(-1).clamp(min=1)
                 scale_B = token_dropout_scale(is_mask_N.sum(-1), lengths_B)
@@ -149,8 +152,8 @@ class Embeddings(nn.Module):
                 num_masks_before = F.pad(is_mask_N.cumsum(0), (1, 0))[cu_seqlens]
                 scale_B = token_dropout_scale(num_masks_before.diff(), cu_seqlens.diff().clamp(min=1))
                 scale_N = scale_B[sequence_index(cu_seqlens, len(input_ids_N))]
-            x_NE = x_NE.masked_fill(is_mask_N.unsqueeze(-1), 0.0)
-            x_NE = (x_NE * scale_N.unsqueeze(-1)).to(x_NE.dtype)
+            x_NE = x_NE.masked_fill(part(is_mask_N).unsqueeze(-1), 0.0)
+            x_NE = (x_NE * part(scale_N).unsqueeze(-1)).to(x_NE.dtype)
         return x_NE if mask_BS is None else x_NE * mask_BS.unsqueeze(-1)
 
 
@@ -235,6 +238,8 @@ class Esm2PreTrainedModel(PreTrainedModel):
 class Esm2Model(Esm2PreTrainedModel):
     """The encoder: tokens in, one vector of width E per token out."""
 
+    context_parallel = None  # context_parallel.ContextParallel: each rank goes on with its part of the packed tokens
+
     def __init__(self, config: Esm2Config):
         super().__init__(config)
         self.embeddings = Embeddings(config)
@@ -260,7 +265,9 @@ class Esm2Model(Esm2PreTrainedModel):
                 "cu_seqlens is neither a padded batch [B, S] nor a packed one [T] with cu_seqlens."
             )
         mask_BS = None if attention_mask is None else attention_mask.bool()
-        x_NE = self.embeddings(input_ids, mask_BS, cu_seqlens)
+        if self.context_parallel and cu_seqlens is None:
+            raise ValueError("Context parallelism takes packed batches only: [T], with cu_seqlens.")
+        x_NE = self.embeddings(input_ids, mask_BS, cu_seqlens, self.context_parallel)
         x_NE = self.encoder(x_NE, self.attention_inputs(input_ids, mask_BS, cu_seqlens, max_seqlen))
         return BaseModelOutput(last_hidden_state=x_NE)
 
@@ -280,7 +287,7 @@ class Esm2Model(Esm2PreTrainedModel):
             positions_T = torch.arange(len(input_ids), device=input_ids.device) - starts_T
         inv_freq = rope_inv_freq(self.config, self.config.rope_inv_freq_dtype, input_ids.device).repeat(2)
         angles_SD = torch.arange(max_seqlen, device=input_ids.device)[:, None] * inv_freq
-        return AttentionInputs(angles_SD, mask_B11S, cu_seqlens, positions_T, max_seqlen)
+        return AttentionInputs(angles_SD, mask_B11S, cu_seqlens, positions_T, max_seqlen, self.context_parallel)
 
 
 class Esm2ForMaskedLM(Esm2PreTrainedModel):
@@ -305,7 +312,8 @@ class Esm2ForMaskedLM(Esm2PreTrainedModel):
 
         Without labels: logits [N, V]. With labels: logits [L, V] of the labelled tokens only, and their cross-entropy
         in nats, summed in FP32 and divided by `num_items_in_batch` (None: by L). No label at all gives a loss of 0
-        that still reaches every parameter, because ranks must agree on what they reduce.
+        that still reaches every parameter, because ranks must agree on what they reduce. With `context_parallel` both
+        are of this rank's tokens alone.
         """
         x_NE = self.esm(input_ids, attention_mask, cu_seqlens, max_seqlen).last_hidden_state
         # Not a second Parameter but the same one, used in the forward pass of the module that owns both (FSDP2: the
@@ -313,6 +321,8 @@ class Esm2ForMaskedLM(Esm2PreTrainedModel):
         embedding_PE = self.esm.embeddings.word_embeddings.weight
         if labels is None:
             return MaskedLMOutput(logits=self.lm_head(x_NE, embedding_PE))
+        if self.esm.context_parallel:
+            labels = self.esm.context_parallel.part(labels)
         is_labelled_N = labels != -100
         labels_L = labels[is_labelled_N]
         logits_LV = self.lm_head(x_NE[is_labelled_N], embedding_PE)

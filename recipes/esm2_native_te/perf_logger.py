@@ -160,7 +160,8 @@ class PerfLogger:
         self.run = {
             "model_tag": config.model_tag, "num_parameters": num_parameters,
             "strategy": Path(script).stem.removeprefix("train_"),
-            "num_ranks": distributed.num_ranks, "device": name, "threads_per_rank": torch.get_num_threads(),
+            "num_ranks": distributed.num_ranks, "cp_size": distributed.cp_size, "device": name,
+            "threads_per_rank": torch.get_num_threads(),
             "precision": "bf16" if precision.dtype else "fp32", "fp8": precision.fp8,
             "peak_tflops_per_rank": peak_tflops, "peak_source": source, "code_sha256": code_hash(),
             "git": git_commit(), "versions": versions(), "command": sys.argv,

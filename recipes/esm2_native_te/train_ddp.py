@@ -39,14 +39,15 @@ def main(config: DictConfig) -> None:
 def train(config: DictConfig, distributed: Distributed) -> None:
     """The whole run."""
     with distributed.one_voice():  # a user's mistake shows here, on all ranks, before anything is built
-        passes = passes_per_step(config.micro_batches_per_step, distributed.num_ranks)
-        config.micro_batches_per_step = passes * distributed.num_ranks  # where it was null: a resume must know
+        distributed = distributed.with_context_parallel(config.cp_size)
+        passes = passes_per_step(config.micro_batches_per_step, distributed.num_data_ranks)
+        config.micro_batches_per_step = passes * distributed.num_data_ranks  # where it was null: a resume must know
         shape = model_config(config.model_tag, config.layer_backend, **config.model_kwargs)
         precision = Precision(distributed.device, config.precision, shape, **config.fp8_config)
-        layout = {"packed": config.use_sequence_packing, "pad_to_multiple_of": precision.multiple}
+        layout = {"packed": config.use_sequence_packing, "pad_to_multiple_of": precision.multiple * config.cp_size}
         loader = TrainLoader(distributed, config.seed, **layout, **config.dataset)
         validator = Validator(distributed, **layout, **config.validation)
-        model = build_model(config.model_tag, shape)  # on the meta device: no storage yet
+        model = build_model(config.model_tag, shape, distributed.context_parallel)  # on the meta device
         num_parameters = model.num_parameters()
         checkpointer = Checkpointer(distributed, config, num_parameters, shape, **config.checkpoint)
         fresh = checkpointer.resume_step is None

@@ -72,7 +72,7 @@ class Validator:
     @torch.no_grad()
     def run(self, model: torch.nn.Module, forward_context) -> dict:
         """`loss` (nats a masked residue), `perplexity`, `accuracy`, `num_labels`."""
-        rank, num_ranks = self.distributed.rank, self.distributed.num_ranks
+        rank, num_ranks = self.distributed.data_rank, self.distributed.num_data_ranks
         model.eval()
         loss, correct, num_labels = 0.0, 0.0, 0
         micro_batches = self.plan.epoch(0)
@@ -80,10 +80,12 @@ class Validator:
             batch = self.collate(self.plan.source.sample(group[min(rank, len(group) - 1)]))
             if rank >= len(group):  # sharded models need every rank in every forward pass
                 batch = batch.without_labels()
-            batch = batch.to(self.distributed.device)
+            batch = self.distributed.counted_once(batch).to(self.distributed.device)
             with forward_context():
                 output = model(**batch.inputs, num_items_in_batch=1)
             labels = batch.inputs["labels"]
+            if self.distributed.context_parallel:
+                labels = self.distributed.context_parallel.part(labels)
             loss += output.loss.double().item()
             correct += (output.logits.argmax(-1) == labels[labels != IGNORED]).sum().item()
             num_labels += batch.num_labels

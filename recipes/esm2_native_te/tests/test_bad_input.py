@@ -23,6 +23,7 @@ from precision import Precision
 
 REFERENCE = "model_tag=facebook/esm2_t6_8M_UR50D"
 FP8 = "fp8_config.enabled=true"
+PACKED = "use_sequence_packing=true"
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -175,6 +176,9 @@ def test_types_and_ranges(refused, override, wanted):
         ([FP8, "model_kwargs.hidden_size=40"], ["fp8_config.enabled=true", "divide by 16", "hidden_size=40"]),
         ([FP8, REFERENCE], ["fp8_config.enabled=true", "facebook/esm2_t6_8M_UR50D", "; esm2_t6_8M_UR50D has"]),
         (["layer_backend=te", REFERENCE], ["layer_backend=te", "; esm2_t6_8M_UR50D has"]),
+        (["cp_size=2", PACKED, REFERENCE], ["cp_size=2", "; esm2_t6_8M_UR50D has"]),
+        (["cp_size=2"], ["cp_size=2 needs use_sequence_packing=true"]),
+        (["cp_size=3", PACKED], ["cp_size=3 does not divide the 1 ranks; 1 would"]),
     ],
 )
 def test_combinations(refused, overrides, parts):
@@ -505,13 +509,17 @@ def test_a_compiler_that_is_missing(monkeypatch, tmp_path, capsys):
     ("overrides", "parts"),
     [
         (["micro_batches_per_step=3"], ["micro_batches_per_step=3 does not divide by the 2 ranks; 2 or 4 would"]),
+        (
+            ["cp_size=2", PACKED, "model_kwargs.num_attention_heads=1"],
+            ["cp_size=2 must be at most the number of heads, 1"],
+        ),
         (["sed=1"], ["Unknown key sed"]),
         (
             ["dataset.load_dataset_kwargs.data_files='${oc.env:TEST_FOLDER}/${oc.env:RANK}.parquet'"],
             ["1.parquet: no such file"],
         ),
     ],
-    ids=["all ranks", "before they meet", "one rank"],
+    ids=["all ranks", "too few heads", "before they meet", "one rank"],
 )
 def test_two_ranks_say_it_once_and_all_stop(tmp_path, overrides, parts):
     shutil.copy(RECIPE / "data" / "train.parquet", tmp_path / "0.parquet")

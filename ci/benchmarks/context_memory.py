@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory and speed of one long sequence shared by 1, 2 and 4 ranks (cp_size), with FSDP2.
+
+python ci/benchmarks/context_memory.py                   # ten minutes; writes docs: JSON, table of scaling.md
+python ci/benchmarks/context_memory.py --length 65536 --output longer.json model_tag=esm2_t4_1M
+python ci/benchmarks/context_memory.py --quick --output quick.json       # a tiny model and 2,048 residues: a minute
+python ci/benchmarks/context_memory.py --from docs/results/context_memory.json --check docs/scaling.md
+
+Every run is train_fsdp2.py under torchrun, as a user starts it, on one made-up protein, with a thread for each rank as
+far as cores go. All must come to the same loss. key=value goes to all runs.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+from scaling_ranks import ROOT, TOLERANCE, Failed, cpu_name, train, versions  # isort: skip (it finds the recipe)
+from command_line import add_files, check_files, give_out, parse_with_overrides, positive
+from tqdm import tqdm
+
+
+OUTPUT, NAME = ROOT / "docs" / "results" / "context_memory.json", "context_memory"
+TAKEN = ("num_train_steps", "micro_batches_per_step", "cp_size", "logger.", "checkpoint.", "validation.", "dataset.")
+RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
+
+
+def measure(asked: argparse.Namespace) -> dict:
+    """All runs. Raises Failed."""
+    overrides = [
+        f"model_tag={asked.model_tag}", f"num_train_steps={asked.steps}", "use_sequence_packing=true",
+        "dataset.micro_batch_size=null", f"dataset.token_micro_batch_size={asked.length}",
+        f"dataset.max_seq_length={asked.length}", "dataset.num_workers=0", "dataset.load_dataset_kwargs.path=fasta",
+        "validation.load_dataset_kwargs=null", "logger.frequency=1", "precision=bf16", *asked.overrides,
+    ]  # fmt: skip
+    precision = next(o.partition("=")[2] for o in reversed(overrides) if o.startswith("precision="))
+    runs = []
+    with tempfile.TemporaryDirectory() as scratch:
+        protein = Path(scratch) / "protein.fasta"
+        protein.write_text(">made_up\n" + "".join(random.Random(0).choices(RESIDUES, k=asked.length - 2)) + "\n")
+        for cp_size in tqdm(asked.cp_sizes, unit="run", disable=None, dynamic_ncols=True, file=sys.stderr):
+            given = [*overrides, f"cp_size={cp_size}", f"dataset.load_dataset_kwargs.data_files={protein}"]
+            lines = train("train_fsdp2", cp_size, Path(scratch) / f"cp_{cp_size}", given, asked.timeout)
+            losses = [line["loss"] for line in lines]
+            for loss, first in zip(losses, runs[0]["losses"] if runs else losses, strict=True):
+                if not abs(loss - first) <= TOLERANCE[precision] * abs(first):
+                    raise Failed(f"cp_size={cp_size} has the loss {loss}, and cp_size={asked.cp_sizes[0]} {first}.")
+            # The first step also compiles and takes memory for the first time.
+            seconds = [line["step_time_s"] for line in lines[1:]]
+            memory = lines[-1]["peak_memory_gib"]
+            runs.append({"cp_size": cp_size, "peak_memory_gib_per_rank": round(memory, 3), "losses": losses,
+                         "step_time_s": round(sum(seconds) / len(seconds), 2)})  # fmt: skip
+            tqdm.write(f"cp_size={cp_size}: {memory:.2f} GiB a rank, loss {losses[-1]:.4f}", sys.stderr)
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": cpu_name(),
+        "versions": versions(),
+        "settings": {name: getattr(asked, name) for name in ("model_tag", "length", "steps", "overrides")}
+        | {"precision": precision},
+        "runs": runs,
+    }
+
+
+def table(numbers: dict) -> str:
+    """Rows by `cp_size`, and what was measured."""
+    asked, first = numbers["settings"], numbers["runs"][0]
+    lines = ["| `cp_size` | GiB a rank, at most | of that of one | s a step | last loss |", "|---|---|---|---|---|"]
+    for run in numbers["runs"]:
+        memory = run["peak_memory_gib_per_rank"]
+        share = memory / first["peak_memory_gib_per_rank"]
+        lines.append(
+            f"| {run['cp_size']} | {memory:.2f} | {share:.0%} | {run['step_time_s']:.1f} | {run['losses'][-1]:.5f} |"
+        )
+    overrides = "".join(f" {override}" for override in asked["overrides"])
+    lines += [
+        "",
+        f"{asked['model_tag']}, one sequence of {asked['length']:,} tokens, FSDP2, {asked['precision']}{overrides}; "
+        f"resident memory with Python and libraries. {numbers['machine']}, {numbers['date']}, torch "
+        f"{numbers['versions']['torch']}.",
+    ]
+    return "\n".join(lines)
+
+
+def read_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Of the command line; `key=value` may stand anywhere."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-tag", default="esm2_t6_8M_UR50D")
+    parser.add_argument("--length", type=positive, default=32768, help="tokens of the sequence; default: 32768")
+    parser.add_argument("--cp-sizes", type=positive, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--steps", type=positive, default=2, help="the first does not count for time; default: 2")
+    parser.add_argument("--timeout", type=positive, default=1800, help="seconds a run may take; default: 1800")
+    parser.add_argument("--quick", action="store_true", help="the tiny model, 2,048 tokens, 1 and 2 ranks")
+    add_files(parser, OUTPUT)
+    found = parse_with_overrides(parser, arguments)
+    check_files(parser, found, runs=False)
+    for override in found.overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if key.startswith(TAKEN):
+            parser.error(f"{override}: the benchmark sets that itself; see --help.")
+        if key == "precision" and value not in TOLERANCE:
+            parser.error(f"{override}: fp32 or bf16, so that runs do not choose differently.")
+    if found.steps < 2:
+        parser.error(f"--steps {found.steps} must be at least 2: the first does not count for time.")
+    if found.quick:
+        found.model_tag, found.length, found.cp_sizes = "esm2_t4_1M", 2048, [1, 2]
+    elif not found.source and not found.output:
+        found.output, found.table = OUTPUT, found.table or ROOT / "docs" / "scaling.md"
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Run or read, then print, write or check."""
+    asked = read_arguments(arguments)
+    try:
+        numbers = json.loads(asked.source.read_text()) if asked.source else measure(asked)
+    except Failed as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
+    return give_out(asked, numbers, NAME, table(numbers))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
