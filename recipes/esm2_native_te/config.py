@@ -26,7 +26,8 @@ from checkpoint import Checkpointer
 from dataset import TrainLoader
 from distributed import stop_with
 from perf_logger import PerfLogger, start_wandb
-from precision import Precision
+from precision import FP4, FP8
+from quant_stats import QuantStats
 from scheduler import adamw, linear_schedule
 from validation import Validator
 
@@ -45,6 +46,8 @@ def top_level(
     use_sequence_packing: bool = False,
     use_torch_compile: bool = False,
     use_activation_checkpointing: bool = False,
+    fp8_layers: list[int | str] | str | int | None = None,
+    fp4_layers: list[int | str] | str | int | None = None,
     cp_size: PositiveInt = 1,
     max_grad_norm: PositiveFloat = 1.0,
     seed: NonNegativeInt = 42,
@@ -55,7 +58,9 @@ def top_level(
 
 SECTIONS = {
     "model_kwargs": model_config,
-    "fp8_config": Precision,
+    "fp8_config": FP8,
+    "fp4_config": FP4,
+    "quant_stats_config": QuantStats,
     "dataset": TrainLoader,
     "validation": Validator,
     "adamw_kwargs": adamw,
@@ -86,6 +91,7 @@ def check_config(config: DictConfig) -> None:
             check_section(name, sections[name], callable_)
         lacks = {
             "fp8_config.enabled=true": config.fp8_config.enabled,
+            "fp4_config.enabled=true": config.fp4_config.enabled,
             f"layer_backend={config.layer_backend}": config.layer_backend in ("te", "cpp"),
             f"cp_size={config.cp_size}": config.cp_size > 1,
         }
@@ -148,7 +154,8 @@ def _wanted(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(map(_wanted, get_args(hint)))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null",
-             dict: "a section of keys", list[float]: "a list of numbers"}  # fmt: skip
+             dict: "a section of keys", list[float]: "a list of numbers",
+             list[int | str]: "a list of layers"}  # fmt: skip
     return names[hint]
 
 

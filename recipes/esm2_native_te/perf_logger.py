@@ -156,13 +156,13 @@ class PerfLogger:
         if peak_tflops is None and device.type == "cpu":
             peak_tflops = measured_tflops(precision.dtype or torch.float32)
         source = source if peak_tflops else "unknown"
-        self.peak_tflops, self.notes = peak_tflops, precision.notes
+        self.peak_tflops, self.notes, self.quant_stats = peak_tflops, precision.notes, precision.stats
         self.run = {
             "model_tag": config.model_tag, "num_parameters": num_parameters,
             "strategy": Path(script).stem.removeprefix("train_"),
             "num_ranks": distributed.num_ranks, "cp_size": distributed.cp_size, "device": name,
             "threads_per_rank": torch.get_num_threads(),
-            "precision": "bf16" if precision.dtype else "fp32", "fp8": precision.fp8,
+            "precision": "bf16" if precision.dtype else "fp32", "low_precision": precision.layers,
             "peak_tflops_per_rank": peak_tflops, "peak_source": source, "code_sha256": code_hash(),
             "git": git_commit(), "versions": versions(), "command": sys.argv,
         }  # fmt: skip
@@ -178,6 +178,7 @@ class PerfLogger:
         self.num_tokens = progress.get("num_tokens", 0)
         self.validation = progress.get("validation", {})
         self._reset_window()
+        self.quant_stats.begin(progress["step"] + 1)
         if not self.distributed.is_main:
             return
         if self.folder:
@@ -239,6 +240,9 @@ class PerfLogger:
         """Report, if this step is one to report; all ranks call it, with the whole step's `loss` and `grad_norm`."""
         if self.bar is not None:
             self.bar.update()
+        if rounding := self.quant_stats.take():
+            self._write({"kind": "quantization", "step": step, "tensors": rounding})
+        self.quant_stats.begin(step + 1)
         if step % self.frequency and step != self.num_steps:
             return
         seconds, window, num_ranks = time.perf_counter() - self.start_time, self.window, self.distributed.num_ranks
@@ -295,9 +299,8 @@ class PerfLogger:
                 self.distributed.say(f"{path} cannot be written: {error}. Training goes on without it.")
             self.is_full = error is not None
         if self.wandb is not None:
-            self.wandb.log(
-                {f"{line['kind']}/{k}": v for k, v in line.items() if k not in ("kind", "step")}, step=line["step"]
-            )
+            values = {f"{line['kind']}/{k}": v for k, v in line.items() if k not in ("kind", "step")}
+            self.wandb.log(values, step=line["step"])
 
     def progress(self) -> dict:
         """What a checkpoint keeps of the counts."""

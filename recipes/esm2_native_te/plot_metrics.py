@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw loss, throughput, learning rate and gradient norm of one or more runs as a PNG.
 
+Of a single run with quant_stats_config also what rounding to few bits does to each layer: quantization.png.
+
 python plot_metrics.py outputs/my_run
 python plot_metrics.py outputs/ddp outputs/fsdp2 --out compare.png --reference-loss 2.87
 """
@@ -63,7 +65,7 @@ def read_metrics(path: Path) -> Metrics:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder of a run or its metrics.jsonl.")
-    by_step = {"train": {}, "validation": {}}
+    by_step = {"train": {}, "validation": {}, "quantization": {}}
     for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
@@ -198,6 +200,44 @@ def plot_metrics(
         figure.savefig(out)
 
 
+TENSORS = ("input", "weight", "gradient")
+HEAT = (
+    ("underflow", "becomes 0, share", lambda x: x),
+    ("saturation", "largest number, share", lambda x: x),
+    ("mse", "error / square, log10", lambda x: math.log10(x) if x else math.nan),
+    ("scale", "scale, log2", lambda x: math.log2(x) if x else math.nan),
+)
+
+
+def plot_quantization(entries: list[dict], title: str, out: Path) -> None:
+    """Draw heat maps, products of all layers (four each) by steps; a column for each kind of tensor."""
+    steps = column(entries, "step")
+    products = list(dict.fromkeys(name.rpartition(".")[0] for name in entries[-1]["tensors"]))
+    products.sort(key=lambda name: int(name.partition(".")[0]))  # as they are computed, layer by layer
+    firsts = [i for i, name in enumerate(products) if i == 0 or name.split(".")[0] != products[i - 1].split(".")[0]]
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(11, 2 + len(HEAT) * max(1.6, 0.11 * len(products))), dpi=150, layout="constrained")
+        figure.suptitle(title, x=0.015, ha="left", fontsize=12.5)
+        axes = figure.subplots(len(HEAT), len(TENSORS), sharex=True, sharey=True, squeeze=False)
+        for row, (key, label, scaled) in zip(axes, HEAT, strict=True):
+            for ax, tensor in zip(row, TENSORS, strict=True):
+                values = [
+                    [scaled(entry["tensors"].get(f"{name}.{tensor}", {}).get(key) or 0.0) for entry in entries]
+                    for name in products
+                ]
+                image = ax.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis")
+                ax.set(yticks=firsts, yticklabels=[products[i].partition(".")[0] for i in firsts])
+                shown = range(0, len(steps), max(1, len(steps) // 5))
+                ax.set(xticks=list(shown), xticklabels=[f"{steps[i]:g}" for i in shown])
+                figure.colorbar(image, ax=ax)
+            row[0].set_ylabel(f"{label}\nlayer")
+        for ax, tensor in zip(axes[0], TENSORS, strict=True):
+            ax.set_title(f"{tensor}s")
+        for ax in axes[-1]:
+            ax.set_xlabel("Step")
+        figure.savefig(out)
+
+
 def main() -> None:
     """Read the command line and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -214,6 +254,10 @@ def main() -> None:
     out = args.out or metrics_path(args.runs[0]).with_name("metrics.png")
     try:
         plot_metrics(args.runs, out, args.reference_loss, args.reference_label, args.smooth)
+        path = metrics_path(args.runs[0])
+        if len(args.runs) == 1 and (entries := read_metrics(path)["quantization"]):
+            plot_quantization(entries, "  ·  ".join(read_facts(path)), path.with_name("quantization.png"))
+            print(path.with_name("quantization.png"))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -26,7 +26,8 @@ from distributed import Distributed, StopSignal, clip_grad_norm_, passes_per_ste
 from megatron_fsdp_cpu import stand_in_for_cuda
 from megatron_fsdp_exact import compute_in, make_exact
 from perf_logger import PerfLogger
-from precision import Precision
+from precision import FP4, FP8, Precision
+from quant_stats import QuantStats
 from scheduler import adamw, linear_schedule
 from validation import Validator
 
@@ -46,7 +47,10 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         passes = passes_per_step(config.micro_batches_per_step, distributed.num_data_ranks)
         config.micro_batches_per_step = passes * distributed.num_data_ranks  # where it was null: a resume must know
         shape = model_config(config.model_tag, config.layer_backend, **config.model_kwargs)
-        precision = Precision(distributed.device, config.precision, shape, **config.fp8_config)
+        precision = Precision(
+            distributed.device, config.precision, shape, FP8(**config.fp8_config), FP4(**config.fp4_config),
+            config.fp8_layers, config.fp4_layers, QuantStats(**config.quant_stats_config),
+        )  # fmt: skip
         layout = {"packed": config.use_sequence_packing, "pad_to_multiple_of": precision.multiple * config.cp_size}
         loader = TrainLoader(distributed, config.seed, **layout, **config.dataset)
         validator = Validator(distributed, **layout, **config.validation)

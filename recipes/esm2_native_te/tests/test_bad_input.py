@@ -18,12 +18,15 @@ import layers_cpp
 import precision
 import train_fsdp2
 from modeling_esm2 import Esm2Config, resolve_layer_backend
+from precision import FP8 as FP8Section
 from precision import Precision
 
 
 REFERENCE = "model_tag=facebook/esm2_t6_8M_UR50D"
 FP8 = "fp8_config.enabled=true"
+FP4 = "fp4_config.enabled=true"
 PACKED = "use_sequence_packing=true"
+WIDE = ["model_kwargs.hidden_size=64", "model_kwargs.intermediate_size=96"]
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -168,12 +171,30 @@ def test_types_and_ranges(refused, override, wanted):
         ([FP8, "fp8_config.fp8_recipe=FP4"], ["fp8_config.fp8_recipe=FP4 must be one of DelayedScaling,"]),
         (
             [FP8, "fp8_config.fp8_recipe=MXFP8BlockScaling"],
-            ["fp8_recipe=MXFP8BlockScaling", "needs TransformerEngine"],
+            ["fp8_recipe=MXFP8BlockScaling", "divide by 32", "hidden_size=48"],
         ),
-        ([FP8, "fp8_config.fp8_recipe=DelayedScaling"], ["DelayedScaling", "only Float8CurrentScaling"]),
+        (
+            [FP8, "fp8_config.fp8_recipe=DelayedScaling"],
+            ["DelayedScaling", "without it there are Float8CurrentScaling (HYBRID), MXFP8BlockScaling (E4M3)"],
+        ),
+        ([FP4, *WIDE], ["fp4_config.fp4_recipe=NVFP4BlockScaling", "needs TransformerEngine"]),
+        ([FP4, FP8, *WIDE], ["both enabled", "fp8_layers or fp4_layers"]),
+        ([FP8, "fp8_layers=[0]", "fp4_layers=[0-1]"], ["fp4_layers=0-1 needs fp4_config.enabled=true"]),
+        ([FP8, FP4, "fp8_layers=[0]", "fp4_layers=[0-1]", *WIDE], ["both name layer 0"]),
+        (["fp8_layers=[0]"], ["fp8_layers=0 needs fp8_config.enabled=true"]),
+        ([FP8, "fp8_layers=[2]"], ["fp8_layers=[2]: there is no layer 2; they go from 0 to 1"]),
+        ([FP8, "fp8_layers=0-x"], ["fp8_layers=0-x", "0-x is neither a layer nor a range"]),
+        ([FP8, "fp8_layers=[1-0]"], ["1-0 is neither a layer nor a range"]),
+        ([FP8, "fp8_layers=1.5"], ["fp8_layers=1.5 must be a list of layers or text or a whole number or null"]),
+        (
+            [FP8, "+fp8_config.quantized_model_init_kwargs.enabled=true"],
+            ["fp8_config.quantized_model_init_kwargs", "weights are FP32 here always"],
+        ),
+        (["quant_stats_config.enabled=true"], ["quant_stats_config.enabled=true needs fp8_config.enabled=true"]),
+        (["quant_stats_config.every_n_steps=0"], ["quant_stats_config.every_n_steps=0"]),
         ([FP8, "fp8_config.fp8_format=E4M3"], ["fp8_format=E4M3", "needs TransformerEngine", "HYBRID"]),
         ([FP8, "+fp8_config.fp8_recipe_kwargs.margin=1"], ["'margin': 1", "needs TransformerEngine"]),
-        ([FP8, "model_kwargs.hidden_size=40"], ["fp8_config.enabled=true", "divide by 16", "hidden_size=40"]),
+        ([FP8, "model_kwargs.hidden_size=40"], ["fp8_recipe=Float8CurrentScaling", "divide by 16", "hidden_size=40"]),
         ([FP8, REFERENCE], ["fp8_config.enabled=true", "facebook/esm2_t6_8M_UR50D", "; esm2_t6_8M_UR50D has"]),
         (["layer_backend=te", REFERENCE], ["layer_backend=te", "; esm2_t6_8M_UR50D has"]),
         (["cp_size=2", PACKED, REFERENCE], ["cp_size=2", "; esm2_t6_8M_UR50D has"]),
@@ -409,7 +430,7 @@ def machine(monkeypatch):
     def be(capability: tuple[int, int], backend: str) -> None:
         scaling = types.SimpleNamespace(
             Format={"HYBRID": "hybrid", "E4M3": "e4m3"},
-            **{name: lambda fp8_format, margin=0: (fp8_format, margin) for name in precision.RECIPES},
+            **{name: lambda fp8_format=None, margin=0: (fp8_format, margin) for name in precision.RECIPES},
         )
         for name, module in (
             ("transformer_engine", types.SimpleNamespace()),
@@ -429,11 +450,12 @@ def machine(monkeypatch):
     return be
 
 
-A100, L4, H100, B200 = (8, 0), (8, 9), (9, 0), (10, 0)
+A100, L4, H100, B200, RTX_5090 = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 
 
 def on_gpu(recipe: str, **options) -> Precision:
-    return Precision(torch.device("cuda", 0), "auto", Esm2Config(), enabled=True, fp8_recipe=recipe, **options)
+    config = Esm2Config(hidden_size=640, intermediate_size=2560)
+    return Precision(torch.device("cuda", 0), "auto", config, FP8Section(enabled=True, fp8_recipe=recipe, **options))
 
 
 @pytest.mark.parametrize(
@@ -442,8 +464,9 @@ def on_gpu(recipe: str, **options) -> Precision:
         ("DelayedScaling", A100, "an Ada, Hopper or Blackwell GPU"),
         ("Float8CurrentScaling", A100, "an Ada, Hopper or Blackwell GPU"),
         ("Float8BlockScaling", L4, "a Hopper or Blackwell GPU"),
-        ("MXFP8BlockScaling", A100, "a Blackwell GPU"),
-        ("MXFP8BlockScaling", H100, "a Blackwell GPU"),
+        ("MXFP8BlockScaling", A100, "a Blackwell GPU of a data centre"),
+        ("MXFP8BlockScaling", H100, "a Blackwell GPU of a data centre"),
+        ("MXFP8BlockScaling", RTX_5090, "a Blackwell GPU of a data centre"),
         ("DelayedScaling", L4, None),
         ("Float8CurrentScaling", H100, None),
         ("Float8BlockScaling", H100, None),
@@ -453,7 +476,7 @@ def on_gpu(recipe: str, **options) -> Precision:
 def test_recipes_need_their_gpu(machine, recipe, capability, needs):
     machine(capability, "te")
     if needs is None:
-        assert on_gpu(recipe, fp8_format="E4M3", fp8_recipe_kwargs={"margin": 2}).scaling == ("e4m3", 2)
+        assert on_gpu(recipe, fp8_format="E4M3", fp8_recipe_kwargs={"margin": 2}).scalings == {recipe: ("e4m3", 2)}
         return
     with pytest.raises(ValueError) as error:
         on_gpu(recipe)
@@ -472,8 +495,9 @@ def test_without_transformer_engine_a_gpu_takes_torchao(machine, capability, emu
     machine(capability, "torch")
     chosen = on_gpu("Float8CurrentScaling")
     assert chosen.emulated is emulated and ("emulated" in chosen.notes[0]) is emulated
-    with pytest.raises(ValueError, match=r"MXFP8BlockScaling.* needs TransformerEngine"):
-        on_gpu("MXFP8BlockScaling")
+    assert on_gpu("MXFP8BlockScaling").emulated
+    with pytest.raises(ValueError, match=r"DelayedScaling.* needs TransformerEngine"):
+        on_gpu("DelayedScaling")
 
 
 def test_transformer_engine_that_is_missing(monkeypatch):

@@ -192,7 +192,12 @@ def test_run_json(run):
     assert facts["code_sha256"] == digest.hexdigest()[:16]
     assert facts["versions"]["python"] == platform.python_version()
     assert facts["versions"]["torch"] == version("torch") and facts["versions"]["datasets"] == version("datasets")
-    assert (facts["strategy"], facts["num_ranks"], facts["precision"], facts["fp8"]) == ("fsdp2", 1, "fp32", False)
+    assert (facts["strategy"], facts["num_ranks"], facts["precision"], facts["low_precision"]) == (
+        "fsdp2",
+        1,
+        "fp32",
+        {},
+    )
     assert facts["model_tag"] == "esm2_t4_1M" and facts["threads_per_rank"] == torch.get_num_threads()
     assert facts["device"] and "num_train_steps=5" in facts["command"]
     if not torch.cuda.is_available():

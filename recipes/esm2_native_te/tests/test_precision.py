@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `precision: auto` resolves to on CPUs."""
+"""What `precision: auto` resolves to on CPUs, and what few bits do to which layers."""
 
 import pytest
 import torch
 
 import precision
-from modeling_esm2 import SIZES, Esm2Config
-from precision import Precision
+from modeling_esm2 import SIZES, Esm2Config, Esm2ForMaskedLM
+from precision import FP8, Precision
+
+
+EMULATED = [name for name, needs in precision.RECIPES.items() if needs.torchao]
 
 
 @pytest.mark.parametrize(
@@ -30,3 +33,79 @@ def test_auto_takes_what_is_faster_on_such_a_cpu(monkeypatch, size, amx, avx512_
 
 def test_rates_are_measured():
     assert 1e-3 < precision.measured_tflops(torch.float32) < 100
+
+
+# ---- layer by layer
+
+
+@pytest.mark.parametrize(
+    ("asked", "layers"),
+    [
+        (None, None), ([], set()), ([0, 2], {0, 2}), (["1-3", 5], {1, 2, 3, 5}), ("0-1,4", {0, 1, 4}), ("3", {3}),
+        (0, {0}), (["2-2"], {2}),
+    ],
+)  # fmt: skip
+def test_layers_as_a_user_writes_them(asked, layers):
+    assert precision.chosen_layers("fp8_layers", asked, 6) == layers
+
+
+def test_layers_as_they_are_told():
+    assert precision.ranges({0, 1, 2, 4, 6, 7}) == "0-2, 4, 6-7"
+    assert precision.ranges(set()) == ""
+
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 4}
+
+
+def in_few_bits(recipe: str, **options) -> tuple[Precision, Esm2ForMaskedLM]:
+    torch.manual_seed(0)
+    config = Esm2Config(**SHAPE, layer_backend="torch")
+    chosen = Precision(torch.device("cpu"), "fp32", config, FP8(enabled=True, fp8_recipe=recipe), **options)
+    model = Esm2ForMaskedLM(config)
+    chosen.prepare(model)
+    return chosen, model
+
+
+@pytest.mark.parametrize("recipe", EMULATED)
+def test_only_the_chosen_layers_change(recipe):
+    chosen, model = in_few_bits(recipe, fp8_layers=["1-2"])
+    assert chosen.recipes == [None, recipe, recipe, None]
+    assert chosen.layers == {recipe: "1-2"} and "layers 1-2" in chosen.notes[0]
+    _, plain = in_few_bits(recipe, fp8_layers=[])
+    inputs = {"input_ids": torch.randint(4, 24, (1, 64))}
+    states = [[], []]
+    for one, seen in zip((model, plain), states, strict=True):
+        for layer in one.esm.encoder.layer:
+            layer.register_forward_hook(lambda *call, seen=seen: seen.append(call[-1].detach()))
+        one(**inputs)
+    same = [torch.equal(a, b) for a, b in zip(*states, strict=True)]
+    assert same == [True, False, False, False]
+
+
+@pytest.mark.parametrize("recipe", EMULATED)
+def test_products_and_gradients_are_near(recipe):
+    """Two formats' rounding: 2^-4 for E4M3, 2^-3 for the gradients' E5M2, averaged over long sums."""
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(64, 96), torch.randn(32, 96), torch.randn(64, 32)
+    results = []
+    for linear in (torch.nn.functional.linear, precision.linear_by(precision.RECIPES[recipe].torchao(True).product)):
+        inputs = [t.clone().requires_grad_() for t in (x, weight)]
+        y = linear(*inputs)
+        results.append([y.detach(), *torch.autograd.grad(y, inputs, grad)])
+    for exact, found in zip(*results, strict=True):
+        error = (found - exact).norm() / exact.norm()
+        assert 1e-3 < error < 0.1
+
+
+@pytest.mark.parametrize("recipe", EMULATED)
+def test_what_is_told_of_rounding_is_so(recipe):
+    round_trip = precision.RECIPES[recipe].torchao(True).round_trip
+    x = torch.randn(64, 64)
+    rounded, scale, largest = round_trip(x, False)
+    assert ((rounded - x).abs() <= x.abs() / 16 + 1e-3).all()
+    assert (scale > 0).all() and 0 < largest.float().mean() < 0.2
+    tiny = torch.full((64, 64), 1e-9)
+    tiny[0, 0] = 1.0
+    rounded, _, _ = round_trip(tiny, False)
+    assert (rounded[0, 1:32] == 0).all() and rounded[0, 0] == 1
+    assert (rounded[32:] == 0).all() == (recipe == "Float8CurrentScaling")  # blocks have scales of their own

@@ -99,13 +99,43 @@ def test_bf16_stays_near_fp32(trainer, layout, reference_curve, tmp_path):
     assert losses != reference_curve[: len(losses)]
 
 
+WIDE = ("model_kwargs.hidden_size=64", "model_kwargs.intermediate_size=96")  # what MXFP8 needs
+LOW = {
+    "FP8": ("fp8_config.enabled=true",),
+    "MXFP8": ("fp8_config.enabled=true", "fp8_config.fp8_recipe=MXFP8BlockScaling"),
+    "one layer": ("fp8_config.enabled=true", "fp8_layers=[1]"),
+}
+
+
+@pytest.fixture(scope="module")
+def wide_losses(tmp_path_factory):
+    return metrics(run_here("train_ddp", tmp_path_factory.mktemp("wide"), *WIDE), "train", "loss")
+
+
 @pytest.mark.parametrize("layout", [[], [PACKED]], ids=["padded", "packed"])
+@pytest.mark.parametrize("options", LOW.values(), ids=LOW)
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_fp8_stays_near_fp32_and_says_that_it_is_emulated(trainer, layout, reference_curve, tmp_path, capsys):
-    losses = metrics(run_here(trainer, tmp_path, "fp8_config.enabled=true", *layout), "train", "loss")
-    assert losses == pytest.approx(reference_curve[: len(losses)], rel=2e-2)
-    assert losses != pytest.approx(reference_curve[: len(losses)], rel=1e-6)
-    assert "emulated" in capsys.readouterr().err
+def test_few_bits_stay_near_fp32_and_say_that_they_are_emulated(
+    trainer, options, layout, wide_losses, tmp_path, capsys
+):
+    losses = metrics(run_here(trainer, tmp_path, *WIDE, *options, *layout), "train", "loss")
+    assert losses == pytest.approx(wide_losses, rel=2e-2)
+    assert losses != pytest.approx(wide_losses, rel=1e-6)
+    told = capsys.readouterr().err
+    assert "emulated" in told and ("in layers 1 by" if options == LOW["one layer"] else "in all layers") in told
+
+
+@pytest.mark.parametrize("options", LOW.values(), ids=LOW)
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_few_bits_stopped_and_gone_on_with_are_the_same_to_the_bit(trainer, options, tmp_path):
+    steps = "lr_scheduler_kwargs.num_training_steps=6"
+    whole = run_here(trainer, tmp_path / "whole", *saved(tmp_path / "whole", *WIDE, *options, steps))
+    for last in (4, 6):
+        run_here(
+            trainer, tmp_path / "cut", *saved(tmp_path / "cut", *WIDE, *options, steps, f"num_train_steps={last}")
+        )
+    assert curve(tmp_path / "cut")[:6] == curve(whole)[:6]
+    assert weights_of(tmp_path / "cut") == weights_of(whole)
 
 
 @pytest.mark.slow
