@@ -120,7 +120,7 @@ def test_keys(refused, override, parts):
         ("model_kwargs.num_attention_heads=0", "a whole number above 0 or null"),
         ("precision=fp16", "one of auto, bf16, fp32"),
         ("layer_backend=jax", "one of auto, te, cpp, torch"),
-        ("fp8_config.fp8_format=E5M2", "one of HYBRID, E4M3"),
+        ("fp8_config.fp8_format=E5M2", "one of HYBRID, E4M3 or null"),
         ("adamw_kwargs.lr=0", "a number above 0"),
         ("adamw_kwargs.lr=null", "a number above 0"),
         ("adamw_kwargs.betas=0.9", "a list of numbers"),

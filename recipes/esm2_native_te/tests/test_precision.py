@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `precision: auto` resolves to on CPUs, and what few bits do to which layers."""
 
+import numpy as np
 import pytest
 import torch
 
 import precision
+from collator import MaskedLMCollator
 from modeling_esm2 import SIZES, Esm2Config, Esm2ForMaskedLM
 from precision import FP8, Precision
 
@@ -109,3 +111,21 @@ def test_what_is_told_of_rounding_is_so(recipe):
     rounded, _, _ = round_trip(tiny, False)
     assert (rounded[0, 1:32] == 0).all() and rounded[0, 0] == 1
     assert (rounded[32:] == 0).all() == (recipe == "Float8CurrentScaling")  # blocks have scales of their own
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("multiple", [16, 32, 128])
+def test_padding_for_a_format_changes_neither_loss_nor_gradients(multiple, backend):
+    random = np.random.default_rng(0)
+    sample = {"tokens": [random.integers(4, 24, n) for n in (30, 7, 44, 1)], "name": (0, 0, 0)}  # 82 tokens
+    results = []
+    for each in (1, multiple):
+        torch.manual_seed(0)
+        model = Esm2ForMaskedLM(Esm2Config(**SHAPE, layer_backend=backend))
+        batch = MaskedLMCollator(True, 0, 0.3, each)(sample)
+        assert len(batch.inputs["input_ids"]) % each == 0
+        loss = model(**batch.inputs, num_items_in_batch=batch.num_labels).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for plain, padded in zip(*results, strict=True):
+        assert (plain - padded).abs().max() <= 1e-6 * plain.abs().max() + 1e-9
