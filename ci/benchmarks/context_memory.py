@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory and speed of one long sequence shared by 1, 2 and 4 ranks (cp_size), with FSDP2.
 
-python ci/benchmarks/context_memory.py                   # ten minutes; writes docs: JSON, table of scaling.md
+python ci/benchmarks/context_memory.py                   # 20 minutes; writes docs: JSON, table of scaling.md
 python ci/benchmarks/context_memory.py --length 65536 --output longer.json model_tag=esm2_t4_1M
 python ci/benchmarks/context_memory.py --quick --output quick.json       # a tiny model and 2,048 residues: a minute
 python ci/benchmarks/context_memory.py --from docs/results/context_memory.json --check docs/scaling.md
 
-Every run is train_fsdp2.py under torchrun, as a user starts it, on one made-up protein, with a thread for each rank as
-far as cores go. All must come to the same loss. key=value goes to all runs.
+Every run is train_fsdp2.py under torchrun, as a user starts it, on one made-up protein, with one thread a rank. All must
+come to the same loss. key=value goes to all runs.
 """
 
 import argparse
