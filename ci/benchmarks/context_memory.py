@@ -6,8 +6,8 @@ python ci/benchmarks/context_memory.py --length 65536 --output longer.json model
 python ci/benchmarks/context_memory.py --quick --output quick.json       # a tiny model and 2,048 residues: a minute
 python ci/benchmarks/context_memory.py --from docs/results/context_memory.json --check docs/scaling.md
 
-Every run is train_fsdp2.py under torchrun, as a user starts it, on one made-up protein, with one thread a rank. All must
-come to the same loss. key=value goes to all runs.
+Every run is train_fsdp2.py under torchrun, as a user starts it, on one made-up protein, with one thread a rank. All
+must come to the same loss. key=value goes to all runs.
 """
 
 import argparse
