@@ -5,7 +5,12 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+
+class Failed(Exception):
+    """A run that ended with an error, or one that cannot be compared; the text says why."""
 
 
 OVERRIDE = re.compile(r"\+{0,2}[\w.]+=")
@@ -64,6 +69,16 @@ def give_out(asked: argparse.Namespace, numbers: dict, name: str, table: str) ->
         print(f"error: {asked.check}: its table is not that of {asked.source}; write it: --table.", file=sys.stderr)
         return 1
     return 0
+
+
+def run_or_read(asked: argparse.Namespace, measure: Callable, name: str, table: Callable) -> int:
+    """Measure, or take the numbers of `--from`, then write, check or print their table; the exit code."""
+    try:
+        numbers = json.loads(asked.source.read_text()) if asked.source else measure(asked)
+    except Failed as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
+    return give_out(asked, numbers, name, table(numbers))
 
 
 def first_error(told: str) -> str:

@@ -11,7 +11,6 @@ must come to the same loss. key=value goes to all runs.
 """
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 
 
 from scaling_ranks import ROOT, TOLERANCE, Failed, cpu_name, train, versions  # isort: skip (it finds the recipe)
-from command_line import add_files, check_files, give_out, parse_with_overrides, positive
+from command_line import add_files, check_files, parse_with_overrides, positive, run_or_read
 from tqdm import tqdm
 
 
@@ -115,12 +114,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Run or read, then print, write or check."""
     asked = read_arguments(arguments)
-    try:
-        numbers = json.loads(asked.source.read_text()) if asked.source else measure(asked)
-    except Failed as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 1
-    return give_out(asked, numbers, NAME, table(numbers))
+    return run_or_read(asked, measure, NAME, table)
 
 
 if __name__ == "__main__":

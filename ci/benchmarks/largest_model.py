@@ -47,9 +47,9 @@ from command_line import (  # noqa: E402
     add_files,
     check_files,
     first_error,
-    give_out,
     parse_with_overrides,
     positive,
+    run_or_read,
 )
 from tqdm import tqdm  # noqa: E402
 
@@ -321,12 +321,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Run or read, then print, write or check."""
     asked = read_arguments(arguments)
-    try:
-        numbers = json.loads(asked.source.read_text()) if asked.source else measure(asked)
-    except Failed as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 1
-    return give_out(asked, numbers, NAME, table(numbers))
+    return run_or_read(asked, measure, NAME, table)
 
 
 if __name__ == "__main__":

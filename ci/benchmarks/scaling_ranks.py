@@ -25,7 +25,7 @@ RECIPE = ROOT / "recipes" / "esm2_native_te"
 sys.path.insert(0, str(RECIPE))
 sys.path.insert(0, str(RECIPE / "tests"))
 import quiet  # noqa: E402, F401  # isort: skip
-from command_line import add_files, check_files, first_error, give_out, parse_with_overrides, positive  # noqa: E402
+from command_line import Failed, add_files, check_files, first_error, parse_with_overrides, positive, run_or_read  # noqa: E402
 from running import TRAINERS, environment, torchrun  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -44,10 +44,6 @@ TAKEN = (
     "validation.",
     "dataset.load_dataset_kwargs",
 )
-
-
-class Failed(Exception):
-    """A run that ended with an error, or one that cannot be compared; the text says why."""
 
 
 def arguments_of(asked: argparse.Namespace) -> list[str]:
@@ -175,12 +171,7 @@ def main(arguments: list[str]) -> int:
     from scaling_report import ranks_table
 
     asked = read_arguments(arguments)
-    try:
-        numbers = json.loads(asked.source.read_text()) if asked.source else measure(asked)
-    except Failed as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 1
-    return give_out(asked, numbers, NAME, ranks_table(numbers))
+    return run_or_read(asked, measure, NAME, ranks_table)
 
 
 if __name__ == "__main__":

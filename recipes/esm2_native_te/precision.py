@@ -63,9 +63,9 @@ def torchao_mxfp8(emulated: bool) -> Arithmetic:
     from torchao.prototype.mx_formats.mx_tensor import MXTensor
     from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
-    e4m3, casts = torch.float8_e4m3fn, (MXFP8Dim0CastKernelChoice, MXFP8Dim1CastKernelChoice)
+    e4m3, dim0, dim1 = torch.float8_e4m3fn, MXFP8Dim0CastKernelChoice, MXFP8Dim1CastKernelChoice
     kernels = KernelPreference.EMULATED if emulated else KernelPreference.AUTO
-    casts = (casts[0].TORCH, casts[1].TORCH) if emulated else (casts[0].TRITON, casts[1].CUDA)
+    casts = (dim0.TORCH, dim1.TORCH) if emulated else (dim0.TRITON, dim1.CUDA)
     options = (e4m3, e4m3, e4m3, 32, kernels, *casts, ScaleCalculationMode.RCEIL, False)
 
     def round_trip(x: Tensor, is_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
