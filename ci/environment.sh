@@ -7,7 +7,7 @@ python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
   echo "error: $("$python" --version) is too old; Python 3.11 or newer is needed: PYTHON=python3.12 bash $0" >&2; exit 2; }
 # A torch that is in the environment already is kept: CPU-only and older builds do.
-stamp=$(cat "$@" | cksum)
+stamp=$("$python" --version; cat "$@" | cksum)
 if [ "$(cat ".venv/$name/stamp" 2>/dev/null)" != "$stamp" ]; then
   echo "Installing into .venv/$name ..."
   "$python" -m venv ".venv/$name"

@@ -54,6 +54,13 @@ def check_files(parser: argparse.ArgumentParser, found: argparse.Namespace, runs
         parser.error("--quick measures too little for docs; say where with --output FILE.json.")
 
 
+def refuse(parser: argparse.ArgumentParser, overrides: list[str], taken: tuple[str, ...]) -> None:
+    """Refuse overrides of keys that begin with one of `taken`, because the benchmark sets them."""
+    for override in overrides:
+        if override.lstrip("+").startswith(taken):
+            parser.error(f"{override}: the benchmark sets that itself; see --help.")
+
+
 def give_out(asked: argparse.Namespace, numbers: dict, name: str, table: str) -> int:
     """Write, check or print what `add_files` asks for; the exit code."""
     from running import with_table, write_table  # where it lies, the benchmark has said

@@ -192,6 +192,7 @@ def machine_facts(job: SimpleNamespace) -> dict:
             "simd": [flag for flag in SIMD if flag in flags],
         },
         "memory_gib": torch.cuda.mem_get_info()[0] / 2**30 if cuda else available_gib(),
+        "bf16_speed": None if cuda else bf16_speed(),
         "capability": torch.cuda.get_device_capability() if cuda else None,
         "te": te_available()[0],
         "layer_backend": resolve_layer_backend(Esm2Config(**SIZES[job.model_tag])),
@@ -200,6 +201,20 @@ def machine_facts(job: SimpleNamespace) -> dict:
         "versions": found,
         "git": git_commit(),
     }
+
+
+def bf16_speed() -> float:
+    """How fast this processor's products are in BF16, as a share of FP32's."""
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        product = square_product(512, dtype, torch.device("cpu"))
+        rates[dtype] = tera_per_second(*product(128), "cpu", least_s=0.05)
+    return rates[torch.bfloat16] / rates[torch.float32]
+
+
+def spread(places: np.ndarray, number: int, offset: float) -> np.ndarray:
+    """So many indices into `places`, evenly apart; `offset` is that of the first, a share of the distance."""
+    return ((np.arange(number) + offset) * len(places) / number).astype(int)
 
 
 class Rows:
@@ -220,14 +235,19 @@ class Rows:
         return self.collate({"name": (self.number,), "tokens": [self.tokens[place] for place in places]})
 
     def micro_batches(self, order: str) -> list[np.ndarray]:
-        """The rows of each micro-batch, in order; in each round the proteins of ours (`random`), or all lengths."""
+        """The rows of each micro-batch, in order; each step (`random`) or round (`length`) has all lengths."""
         job, size = self.job, self.job.micro_rows
         if order == "length":  # a batch has like lengths; ties are broken at random
             places = np.lexsort((self.random.random(len(self.lengths)), self.lengths)).reshape(-1, size)
             return list(places[self.dealt(self.lengths[places].sum(1), job.passes)])
-        blocks = np.cumsum([job.warmup] + [job.settling, job.steps] * job.rounds) * job.passes * size
-        places = [self.random.permutation(block) for block in np.split(np.arange(blocks[-1]), blocks[:-1])]
-        return list(np.concatenate(places).reshape(-1, size))
+        # Of as many strata of like lengths as a step has rows, each step has one row, and batches have any of them.
+        # Not our recipe's order: its packs have like lengths, as no random order has.
+        per_step = job.passes * size
+        num_steps = job.warmup + job.rounds * (job.settling + job.steps)
+        places = np.argsort(self.lengths, kind="stable")
+        places = places[spread(places, num_steps * per_step, 0)]
+        steps = self.random.permuted(places.reshape(per_step, num_steps), axis=1).T
+        return list(self.random.permuted(steps, axis=1).reshape(-1, size))
 
     def dealt(self, weights: np.ndarray, per_step: int) -> np.ndarray:
         """Places, `per_step` a step: what counts in every round, and what does not, have light and heavy ones alike.
@@ -235,9 +255,6 @@ class Rows:
         Otherwise a round's rate would be that of the lengths it happened to have.
         """
         job, places = self.job, np.argsort(weights, kind="stable")
-
-        def spread(places: np.ndarray, number: int, offset: float) -> np.ndarray:
-            return ((np.arange(number) + offset) * len(places) / number).astype(int)
 
         uncounted = (job.warmup + job.rounds * job.settling) * per_step
         first = np.append(spread(places[:-1], uncounted - 1, 0), len(places) - 1)  # and the heaviest
@@ -419,11 +436,29 @@ def multiply(job: SimpleNamespace, gate: Gate) -> None:
     least_s = 0.2 if job.quick else 1.0
     width, wide = gate.shape.hidden_size, gate.shape.intermediate_size
     shapes = ((width, 3 * width), (width, width), (width, wide), (wide, width))
-    device, num_tokens = torch.device(job.device), job.pack_tokens
+    device, dtypes = torch.device(job.device), {"fp32": torch.float32, "bf16": torch.bfloat16}
+    rates = {
+        fmt: {
+            "layer": products(layer_products(shapes, dtype, device), job.pack_tokens, job.device),
+            "square_2048": products(square_product(2048, dtype, device), 2048, job.device),
+        }
+        for fmt, dtype in dtypes.items()
+    }
+    report = {}
+    while True:
+        gate.wait(report)
+        report = {
+            fmt: {name: tera_per_second(*product, job.device, least_s) for name, product in of.items()}
+            for fmt, of in rates.items()
+        }
 
-    def layer(dtype: torch.dtype):
+
+def layer_products(shapes: tuple, dtype: torch.dtype, device: torch.device):
+    """Forward and backward products of a layer; a function from a number of tokens to what computes them."""
+
+    def of(num_tokens: int) -> tuple:
         made = [
-            [torch.randn(*of, dtype=dtype, device=device) for of in ((num_tokens, i), (o, i), (num_tokens, o))]
+            [torch.randn(*size, dtype=dtype, device=device) for size in ((num_tokens, i), (o, i), (num_tokens, o))]
             for i, o in shapes
         ]
 
@@ -435,19 +470,29 @@ def multiply(job: SimpleNamespace, gate: Gate) -> None:
 
         return run_once, sum(3 * 2 * num_tokens * i * o for i, o in shapes)
 
-    def square(dtype: torch.dtype):
-        a, b = torch.randn(2, 2048, 2048, dtype=dtype, device=device)
-        return lambda: a.mm(b), 2 * 2048**3
+    return of
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    made = {fmt: {"layer": layer(dtype), "square_2048": square(dtype)} for fmt, dtype in dtypes.items()}
-    report = {}
+
+def square_product(size: int, dtype: torch.dtype, device: torch.device):
+    """So many rows of a square product, likewise."""
+
+    def of(rows: int) -> tuple:
+        a, b = (torch.randn(n, size, dtype=dtype, device=device) for n in (rows, size))
+        return lambda: a.mm(b), 2 * rows * size**2
+
+    return of
+
+
+def products(of, most: int, device: str, limit_s: float = 1.0) -> tuple:
+    """Of `most` rows, or as many as take about a second: in BF16, a processor that lacks it can take minutes."""
+    rows = most if device == "cuda" else min(32, most)
     while True:
-        gate.wait(report)
-        report = {
-            fmt: {name: tera_per_second(*product, job.device, least_s) for name, product in of.items()}
-            for fmt, of in made.items()
-        }
+        product = of(rows)
+        started = time.perf_counter()
+        product[0]()
+        if rows == most or time.perf_counter() - started > limit_s / 2:
+            return product
+        rows = min(2 * rows, most)
 
 
 def tera_per_second(function, flops: int, device: str, least_s: float) -> float:

@@ -24,6 +24,7 @@ SIZES = {
 MAX_SEQ_LENGTH = 1024
 PRODUCTS = "matrix products"
 SAME = "all contestants have the same"
+LEAST_BF16_SPEED = 0.2  # of FP32's products: below, a step in BF16 would take minutes and could not win
 # What the benchmark sets for our recipe itself, and the option that says so.
 TAKEN = {
     "model_tag": "--sizes",
@@ -109,6 +110,9 @@ def contestants(facts: dict, overrides: dict[str, str], quick: bool) -> tuple[li
     else:
         asked = overrides.get("precision")
         both = ("fp32", "bf16")
+        if facts["bf16_speed"] < LEAST_BF16_SPEED:
+            both = ("fp32",)
+            left_out["BF16"] = f"this processor's products run at {facts['bf16_speed']:.1%} of FP32's speed in it"
         options = {"use_sequence_packing": True, "dataset.num_workers": 0}
         ours = [Contestant("ours", "ours", (asked,) if asked else both, options)]
     first = ours[0]

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory and speed of one long sequence shared by 1, 2 and 4 ranks (cp_size), with FSDP2.
+"""Memory of one long sequence shared by 1, 2 and 4 ranks (cp_size), with FSDP2.
 
-python ci/benchmarks/context_memory.py                   # 20 minutes; writes docs: JSON, table of scaling.md
+python ci/benchmarks/context_memory.py                   # half an hour; writes docs: JSON, table of scaling.md
 python ci/benchmarks/context_memory.py --length 65536 --output longer.json model_tag=esm2_t4_1M
 python ci/benchmarks/context_memory.py --quick --output quick.json       # a tiny model and 2,048 residues: a minute
 python ci/benchmarks/context_memory.py --from docs/results/context_memory.json --check docs/scaling.md
 
 Every run is train_fsdp2.py under torchrun, as a user starts it, on one made-up protein, with one thread a rank. All
 must come to the same loss. key=value goes to all runs.
+
+With --limit-gib each runs under a hard limit of what a process may allocate (RLIMIT_DATA; not libraries' code, which
+processes share), to show which cp_size trains where fewer ranks cannot. One that runs out of memory is run again
+without the limit for its memory and its loss.
 """
 
 import argparse
+import math
 import random
 import sys
 import tempfile
@@ -18,8 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 
-from scaling_ranks import ROOT, TOLERANCE, Failed, cpu_name, train, versions  # isort: skip (it finds the recipe)
-from command_line import add_files, check_files, parse_with_overrides, positive, run_or_read
+from scaling_ranks import ROOT, TOLERANCE, Failed, OutOfMemory, cpu_name, train, versions  # isort: skip (it finds the recipe)
+from command_line import add_files, check_files, parse_with_overrides, positive, refuse, run_or_read
 from tqdm import tqdm
 
 
@@ -43,7 +48,15 @@ def measure(asked: argparse.Namespace) -> dict:
         protein.write_text(">made_up\n" + "".join(random.Random(0).choices(RESIDUES, k=asked.length - 2)) + "\n")
         for cp_size in tqdm(asked.cp_sizes, unit="run", disable=None, dynamic_ncols=True, file=sys.stderr):
             given = [*overrides, f"cp_size={cp_size}", f"dataset.load_dataset_kwargs.data_files={protein}"]
-            lines = train("train_fsdp2", cp_size, Path(scratch) / f"cp_{cp_size}", given, asked.timeout)
+            folder, fits = Path(scratch) / f"cp_{cp_size}", None
+            if asked.limit_gib is not None:
+                try:
+                    lines, fits = train("train_fsdp2", cp_size, folder, given, asked.timeout, asked.limit_gib), True
+                except OutOfMemory:
+                    fits = False
+                    tqdm.write(f"cp_size={cp_size}: does not train in {asked.limit_gib:g} GiB a rank", sys.stderr)
+            if not fits:
+                lines = train("train_fsdp2", cp_size, folder.with_suffix(".free"), given, asked.timeout)
             losses = [line["loss"] for line in lines]
             for loss, first in zip(losses, runs[0]["losses"] if runs else losses, strict=True):
                 if not abs(loss - first) <= TOLERANCE[precision] * abs(first):
@@ -52,14 +65,15 @@ def measure(asked: argparse.Namespace) -> dict:
             seconds = [line["step_time_s"] for line in lines[1:]]
             memory = lines[-1]["peak_memory_gib"]
             runs.append({"cp_size": cp_size, "peak_memory_gib_per_rank": round(memory, 3), "losses": losses,
-                         "step_time_s": round(sum(seconds) / len(seconds), 2)})  # fmt: skip
+                         "step_time_s": round(sum(seconds) / len(seconds), 2),
+                         **({} if fits is None else {"trains_in_limit": fits})})  # fmt: skip
             tqdm.write(f"cp_size={cp_size}: {memory:.2f} GiB a rank, loss {losses[-1]:.4f}", sys.stderr)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": cpu_name(),
         "versions": versions(),
         "settings": {name: getattr(asked, name) for name in ("model_tag", "length", "steps", "overrides")}
-        | {"precision": precision},
+        | {"precision": precision, "limit_gib": asked.limit_gib},
         "runs": runs,
     }
 
@@ -67,18 +81,24 @@ def measure(asked: argparse.Namespace) -> dict:
 def table(numbers: dict) -> str:
     """Rows by `cp_size`, and what was measured."""
     asked, first = numbers["settings"], numbers["runs"][0]
-    lines = ["| `cp_size` | GiB a rank, at most | of that of one | s a step | last loss |", "|---|---|---|---|---|"]
+    limit = asked.get("limit_gib")
+    head = ["`cp_size`", "GiB a rank, at most", "of that of one", "last loss"]
+    if limit is not None:
+        head.append(f"in a hard limit of {limit:g} GiB a rank")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for run in numbers["runs"]:
         memory = run["peak_memory_gib_per_rank"]
         share = memory / first["peak_memory_gib_per_rank"]
-        lines.append(
-            f"| {run['cp_size']} | {memory:.2f} | {share:.0%} | {run['step_time_s']:.1f} | {run['losses'][-1]:.5f} |"
-        )
+        cells = [str(run["cp_size"]), f"{memory:.2f}", f"{share:.0%}", f"{run['losses'][-1]:.5f}"]
+        if limit is not None:
+            cells.append("trains" if run["trains_in_limit"] else "runs out of memory")
+        lines.append("| " + " | ".join(cells) + " |")
     overrides = "".join(f" {override}" for override in asked["overrides"])
+    told = "; the limit is on what a process allocates (RLIMIT_DATA)" * (limit is not None)
     lines += [
         "",
         f"{asked['model_tag']}, one sequence of {asked['length']:,} tokens, FSDP2, {asked['precision']}{overrides}; "
-        f"resident memory with Python and libraries. {numbers['machine']}, {numbers['date']}, torch "
+        f"resident memory with Python and libraries{told}. {numbers['machine']}, {numbers['date']}, torch "
         f"{numbers['versions']['torch']}.",
     ]
     return "\n".join(lines)
@@ -92,14 +112,16 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--cp-sizes", type=positive, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=positive, default=2, help="the first does not count for time; default: 2")
     parser.add_argument("--timeout", type=positive, default=1800, help="seconds a run may take; default: 1800")
+    parser.add_argument("--limit-gib", type=float, help="of memory that a rank may allocate; default: no limit")
     parser.add_argument("--quick", action="store_true", help="the tiny model, 2,048 tokens, 1 and 2 ranks")
     add_files(parser, OUTPUT)
     found = parse_with_overrides(parser, arguments)
-    check_files(parser, found, runs=False)
+    check_files(parser, found, runs=found.limit_gib is not None)
+    if found.limit_gib is not None and not 0 < found.limit_gib < math.inf:
+        parser.error(f"--limit-gib {found.limit_gib:g} must be a number of GiB above 0, 1 for instance.")
+    refuse(parser, found.overrides, TAKEN)
     for override in found.overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if key.startswith(TAKEN):
-            parser.error(f"{override}: the benchmark sets that itself; see --help.")
         if key == "precision" and value not in TOLERANCE:
             parser.error(f"{override}: fp32 or bf16, so that runs do not choose differently.")
     if found.steps < 2:

@@ -41,7 +41,7 @@ if __name__ == "__main__":  # here, because the imports below take seconds
     signal.signal(signal.SIGTERM, stop)
 
 from scaling_ranks import (  # noqa: E402  # isort: skip (it says where the recipe's modules are)
-    RECIPE, ROOT, Failed, cpu_name, environment, tokens_per_second, torchrun, versions,
+    RECIPE, ROOT, Failed, cpu_name, environment, out_of_memory, tokens_per_second, torchrun, versions,
 )  # fmt: skip
 from command_line import (  # noqa: E402
     add_files,
@@ -69,15 +69,6 @@ TAKEN = (
     "precision", "use_activation_checkpointing", "dataset.micro_batch_size", "dataset.token_micro_batch_size",
     "dataset.num_workers", "validation", "checkpoint", "logger",
 )  # fmt: skip
-# What a rank says that gets no memory; one that the system kills says nothing.
-NO_MEMORY = (
-    "can't allocate memory",
-    "Cannot allocate memory",
-    "not enough memory",
-    "no memory is left",
-    "MemoryError",
-    "bad_alloc",
-)
 GONE = (OSError, ValueError, IndexError)  # what reading about a process may raise when it ends
 
 
@@ -151,12 +142,6 @@ def family(pid: int) -> list[int]:
 def free_gib() -> float:
     """What processes can take before the system runs out of memory."""
     return int(re.search(r"^MemAvailable:\s+(\d+) kB", (PROC / "meminfo").read_text(), re.MULTILINE)[1]) / 2**20
-
-
-def out_of_memory(code: int, told: str) -> bool:
-    """Whether torchrun or, of its ranks, the first that failed was killed, or got no memory."""
-    first = re.search(r"Root Cause.*?exitcode\s*: (-?\d+)", told, re.DOTALL)
-    return -signal.SIGKILL in (code, int(first[1]) if first else code) or any(words in told for words in NO_MEMORY)
 
 
 def train(asked: argparse.Namespace, num_layers: int) -> dict:

@@ -11,8 +11,12 @@ micro-batches: their losses and their numbers of tokens are compared. key=value 
 """
 
 import argparse
+import contextlib
 import json
 import os
+import re
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +29,16 @@ RECIPE = ROOT / "recipes" / "esm2_native_te"
 sys.path.insert(0, str(RECIPE))
 sys.path.insert(0, str(RECIPE / "tests"))
 import quiet  # noqa: E402, F401  # isort: skip
-from command_line import Failed, add_files, check_files, first_error, parse_with_overrides, positive, run_or_read  # noqa: E402
+from command_line import (  # noqa: E402
+    Failed,
+    add_files,
+    check_files,
+    first_error,
+    parse_with_overrides,
+    positive,
+    refuse,
+    run_or_read,
+)
 from running import TRAINERS, environment, torchrun  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -34,6 +47,7 @@ from perf_logger import cpu_name, versions  # noqa: E402
 
 OUTPUT, NAME = ROOT / "docs" / "results" / "scaling_ranks.json", "scaling_ranks"
 RANKS = {"one_rank": 1, "two_ranks": 2}
+GRACE_S = 45  # torchrun's is 30
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative, of the loss: the same sums in another order
 # The benchmark sets these itself; a run that differs in them would compare something else.
 TAKEN = (
@@ -61,21 +75,62 @@ def arguments_of(asked: argparse.Namespace) -> list[str]:
     return overrides + asked.overrides
 
 
-def train(trainer: str, num_ranks: int, folder: Path, overrides: list[str], timeout_s: float) -> list[dict]:
-    """One run; the lines of its metrics. Raises Failed."""
+class OutOfMemory(Failed):
+    """A run that got no memory, or was killed for what it held."""
+
+
+# What a rank says that gets no memory; one that the system kills says nothing.
+NO_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "not enough memory",
+    "no memory is left",
+    "MemoryError",
+    "bad_alloc",
+    "can't start new thread",
+)
+
+
+def out_of_memory(code: int, told: str) -> bool:
+    """Whether torchrun or, of its ranks, the first that failed was killed, or got no memory."""
+    first = re.search(r"Root Cause.*?exitcode\s*: (-?\d+)", told, re.DOTALL)
+    return -signal.SIGKILL in (code, int(first[1]) if first else code) or any(words in told for words in NO_MEMORY)
+
+
+def train(
+    trainer: str, num_ranks: int, folder: Path, overrides: list[str], timeout_s: float, limit_gib: float | None = None
+) -> list[dict]:
+    """One run; the lines of its metrics. Each process may have `limit_gib` of data. Raises Failed, OutOfMemory."""
     command = [*torchrun(num_ranks), f"{trainer}.py", f"logger.log_dir={folder}", *overrides]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     what = f"{trainer} on {num_ranks} rank{'s' * (num_ranks > 1)}"
-    try:
-        done = subprocess.run(
-            command, cwd=RECIPE, env=environment() | threads, capture_output=True, text=True, timeout=timeout_s
-        )
-    except subprocess.TimeoutExpired:
-        raise Failed(
-            f"{what} took longer than {timeout_s:.0f} s; give fewer --steps, or a longer --timeout."
-        ) from None
-    if done.returncode:
-        raise Failed(f"{what} failed with exit code {done.returncode}: {first_error(done.stderr)}")
+    limit = None
+    if limit_gib is not None:
+        size = int(limit_gib * 2**30)
+
+        def limit() -> None:  # inherited by every process of the run, for itself
+            resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
+    with subprocess.Popen(
+        command, cwd=RECIPE, env=environment() | threads, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=limit,
+    ) as process:  # fmt: skip
+        try:
+            _, told = process.communicate(timeout=timeout_s)
+        except BaseException as stopped:
+            process.terminate()  # torchrun ends its ranks, and after a while kills those that do not heed it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=GRACE_S)
+            process.kill()
+            if isinstance(stopped, subprocess.TimeoutExpired):
+                told = "give fewer --steps, or a longer --timeout."
+                raise Failed(f"{what} took longer than {timeout_s:.0f} s; {told}") from None
+            raise
+    code = process.returncode
+    if code and out_of_memory(code, told):
+        raise OutOfMemory(f"{what} ran out of memory")
+    if code:
+        raise Failed(f"{what} failed with exit code {code}: {first_error(told)}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "train"]
 
@@ -149,10 +204,9 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     add_files(parser, OUTPUT)
     found = parse_with_overrides(parser, arguments)
     check_files(parser, found, runs=False)
+    refuse(parser, found.overrides, TAKEN)
     for override in found.overrides:
         key, _, value = override.lstrip("+").partition("=")
-        if key.startswith(TAKEN):
-            parser.error(f"{override}: the benchmark sets that itself; see --help.")
         if key == "precision" and value not in TOLERANCE:
             parser.error(f"{override}: fp32 or bf16, so that 1 and 2 ranks do not choose differently.")
     if found.micro_batches_per_step % 2:

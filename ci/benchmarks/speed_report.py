@@ -140,7 +140,7 @@ def counted(number: int, noun: str) -> str:
 def entry_text(entry: dict) -> str:
     """All about one size, in Markdown."""
     device = "GPU" if entry["device"] == "cuda" else "CPU"
-    parts = [f"### {entry['size']}, {device}", table(entry), before(entry)]
+    parts = [f"### {entry['size']}, {device}: {entry['machine']['name']}", table(entry), before(entry)]
     if where := profile(entry):
         name = entry["contestants"][0]["name"]
         parts += [f"Where the time of a step of {name} goes, by the profiler:", where]

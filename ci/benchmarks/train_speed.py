@@ -457,10 +457,15 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 
 def keep(entry: dict, result: dict, output: Path) -> None:
-    """Put the entry in the place of an earlier one of its size and device, and write the file."""
-    key, order = ("size", "device"), list(SIZES)
-    others = [other for other in result["entries"] if any(other[k] != entry[k] for k in key)]
-    result["entries"] = sorted([*others, entry], key=lambda e: (e["device"], order.index(e["size"])))
+    """Put the entry in the place of an earlier one of its size on such a machine, and write the file."""
+    order = list(SIZES)
+
+    def place(entry: dict) -> tuple:
+        machine = entry["machine"]
+        return entry["device"], machine["name"], machine["threads"], order.index(entry["size"])
+
+    others = [other for other in result["entries"] if place(other) != place(entry)]
+    result["entries"] = sorted([*others, entry], key=place)
     write_json(result, output)
 
 

@@ -6,10 +6,10 @@ A checkpoint is a folder `step_<n>/`: DCP's shards of model, optimizer and RNG, 
 """
 
 import json
+import os
 import shutil
 import uuid
 from contextlib import suppress
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from distributed import Distributed, stop_with, unwrapped
+from distributed import TIMEOUT, Distributed, stop_with, unwrapped
 from export import export
 from modeling_esm2 import Esm2Config
 from step_folder import (
@@ -93,6 +93,7 @@ class Checkpointer:
         self.folder, self.save_final_model = Path(ckpt_dir) if ckpt_dir else None, save_final_model
         self.model_config, self.resume_step, self.notes = model_config, None, []
         self.pending = self.group = self.failed_step = None
+        self.lost = False
         self.damaged: dict[int, str] = {}
         for key, value in (("save_every_n_steps", save_every_n_steps), ("max_to_keep", max_to_keep)):
             if value is not None and value < 1:
@@ -210,7 +211,7 @@ class Checkpointer:
         self.step = step
         if self.async_save and not wait:
             if self.group is None:  # its own, so that its messages and the training's cannot cross
-                self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=3))
+                self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
             self.pending = dcp.async_save(state, storage_writer=writer, process_group=self.group).result
         else:
             self.pending = partial(dcp.save, state, storage_writer=writer)
@@ -285,8 +286,13 @@ class Checkpointer:
         known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         weights = state["model"]
         state = {k: v for k, v in state.items() if not k.startswith("rng.") or k in known}  # fewer ranks wrote fewer
-        # FP8 state is TransformerEngine's: the plain layers wrote none, and then it starts anew.
-        state["model"] = {k: v for k, v in weights.items() if not k.endswith("_extra_state") or f"model.{k}" in known}
+        # Scales of delayed scaling, pickled by TransformerEngine. A layer that has not computed yet has none to read
+        # into; the plain layers wrote none, and then they start anew.
+        saved = (k for k in weights if k.endswith("_extra_state") and f"model.{k}" in known)
+        scales = {k: torch.empty(known[f"model.{k}"].size, dtype=torch.uint8) for k in saved}
+        state["model"] = {k: v for k, v in weights.items() if not k.endswith("_extra_state")} | scales
+        if scales:  # as much to be trusted as .metadata, which is a pickle too
+            os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
         dcp.load(state, checkpoint_id=path)
         set_state_dict(
             unwrapped(model),
@@ -301,10 +307,13 @@ class Checkpointer:
         scheduler.load_state_dict(self.saved["scheduler"])
         return {k: v for k, v in self.saved.items() if k not in ("scheduler", "loader", "model", "config")}
 
-    def advice(self) -> str:
-        """What to tell who stopped the run."""
-        if self.folder is None:
-            return "nothing was saved, because checkpoint.ckpt_dir is not set."
+    def stopped(self) -> str:
+        """Take note that the run was stopped early, for slurm_node.sh too; what to tell who did it."""
+        if marker := os.environ.get("STOPPED_EARLY"):
+            Path(marker).touch()
+        self.lost = self.folder is None
+        if self.lost:
+            return "nothing was saved."
         if self.failed_step is not None:
             return "that could not be saved."
         return "the same command goes on from there."
@@ -325,8 +334,10 @@ class Checkpointer:
                     ) from error
 
     def close(self) -> None:
-        """Let go of the folder. If the last save failed, the run ends with that sentence."""
+        """Let go of the folder. If what the run did is lost, it ends with that sentence."""
         unlock()
+        if self.lost:
+            stop_with("checkpoint.ckpt_dir is not set, so nothing of this run is saved, and it was stopped early.", 3)
         if self.failed_step is not None:
             stop_with(
                 f"checkpoint.ckpt_dir={self.folder}: step_{self.failed_step}, the last, could not be saved. "

@@ -6,7 +6,9 @@ and what type they have.
 """
 
 import os
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from difflib import get_close_matches
 from inspect import Parameter, signature
 from pathlib import Path
@@ -24,7 +26,7 @@ from anomalies import Anomalies
 from build_model import is_reference, model_config
 from checkpoint import Checkpointer
 from dataset import TrainLoader
-from distributed import stop_with
+from distributed import end_of_process, stop_with
 from perf_logger import PerfLogger, start_wandb
 from precision import FP4, FP8
 from quant_stats import QuantStats
@@ -101,6 +103,20 @@ def check_config(config: DictConfig) -> None:
             raise ValueError(f"{wrong} is nothing that Hugging Face's model_tag={config.model_tag} has; {own} has it.")
         if config.cp_size > 1 and not config.use_sequence_packing:
             raise ValueError(f"cp_size={config.cp_size} needs use_sequence_packing=true.")
+        for section in (FP8(**sections["fp8_config"]), FP4(**sections["fp4_config"])):
+            attention = [key for key in ("fp8_dpa", "fp8_mha") if (section["recipe_kwargs"] or {}).get(key)]
+            if section.enabled and config.cp_size > 1 and attention:
+                raise ValueError(
+                    f"{section.told('recipe_kwargs')} cannot be with cp_size={config.cp_size}, which exchanges "
+                    f"attention's inputs in BF16; leave {attention[0]} out."
+                )
+            if section.enabled and config.use_torch_compile and section.recipe == "DelayedScaling":
+                raise ValueError(
+                    f"{section.told()} cannot be with use_torch_compile=true: TransformerEngine does not compile it; "
+                    "Float8CurrentScaling can be."
+                )
+        if config.quant_stats_config.enabled and config.use_torch_compile:
+            raise ValueError("quant_stats_config.enabled=true cannot be with use_torch_compile=true; leave one out.")
         # Once on a parameter that nobody trains: what these two refuse shows now.
         linear_schedule(
             adamw([torch.nn.Parameter(torch.zeros(1))], **sections["adamw_kwargs"]), **sections["lr_scheduler_kwargs"]
@@ -132,6 +148,8 @@ def check_section(name: str, values: dict, callable_: Callable) -> None:
 def unknown_key(key: str) -> str:
     """The sentence for a key that nobody reads."""
     known, (section, _, name) = _known_keys(), key.rpartition(".")
+    if section in known and not any(k.startswith(f"{section}.") for k in known):  # null, or a value
+        return f"Unknown key {key}: {section} has no keys yet; +{key}=... adds one."
     beside = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     close = [k for k in known if k.endswith(f".{name}")] or [beside[k] for k in get_close_matches(name, beside, n=1)]
     if close:
@@ -160,12 +178,31 @@ def _wanted(hint: Any) -> str:
 
 
 def launch(main: Callable[[DictConfig], None]) -> None:
-    """Run a `@hydra.main` function; a mistake on the command line ends it with one sentence."""
+    """Run a `@hydra.main` function, and end the process if it is the script's.
+
+    A mistake on the command line ends it with one sentence.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text(sys.modules[main.__module__].__doc__))
+        return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints and exits by itself
-    try:
-        main()
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        stop_with(_told(error))
+    with end_of_process() if main.__module__ == "__main__" else nullcontext():
+        try:
+            main()
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            stop_with(_told(error))
+
+
+def help_text(docstring: str) -> str:
+    """What a trainer is, its configurations, and every key with its default and what it is for."""
+    keys = (FOLDER / "defaults.yaml").read_text().partition("# ---- model")
+    configs = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "defaults"))
+    return (
+        f"{docstring.strip()}\n\n--config-name takes one of {configs}, or yours from {FOLDER}.\n"
+        "--cfg job --resolve shows what it sets; --hydra-help has Hydra's own options.\n\n"
+        "Every key, with its default; set one by key=value, one in a section by section.key=value:\n\n"
+        f"{''.join(keys[1:]).partition('hydra:')[0].rstrip()}"
+    )
 
 
 def _told(error: Exception) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process group, what ranks must agree on, and the signals that ask a run to stop."""
 
+import atexit
 import os
 import signal
 import sys
@@ -27,10 +28,35 @@ def stop_with(sentence: str, code: int = 2) -> NoReturn:
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
     elif not dist.is_initialized():
-        time.sleep(60)  # torchrun ends all ranks as soon as one leaves: not before rank 0 has spoken
+        # torchrun ends all ranks of a node as soon as one leaves: not before rank 0 has spoken.
+        time.sleep(60 if os.environ.get("GROUP_RANK", "0") == "0" else 5)
     if dist.is_initialized():
         dist.barrier()
     sys.exit(code)
+
+
+@contextmanager
+def end_of_process():
+    """This process ends with the block, unless that ends with a traceback; Python is not taken down.
+
+    That could abort it: a thread of gloo may only then let go of a tensor (pytorch #190489). Groups that are destroyed
+    keep their threads, because DTensor's caches keep the groups.
+    """
+    code = 0
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# Hours, because ranks wait while the first of them converts a large data set or exports a large model.
+TIMEOUT = timedelta(hours=3)
 
 
 class Agreed(ValueError):
@@ -71,7 +97,8 @@ class Distributed:
             )
         if cp_size == 1:
             return self
-        groups = [dist.new_group(range(n, n + cp_size)) for n in range(0, self.num_ranks, cp_size)]
+        ranks = range(0, self.num_ranks, cp_size)
+        groups = [dist.new_group(range(n, n + cp_size), timeout=TIMEOUT) for n in ranks]
         return replace(self, context_parallel=ContextParallel(groups[self.rank // cp_size]))
 
     def counted_once(self, batch: Batch) -> Batch:
@@ -184,8 +211,7 @@ def process_group(seed: int, deterministic: bool = False):
     else:
         keep_freed_memory()
     # gloo serves the CPU tensors on GPU machines too: label counts, stop flags and checkpoint plans.
-    # Hours, because ranks wait while the first of them converts a large data set or exports a large model.
-    options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timedelta(hours=3)}
+    options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": TIMEOUT}
     if "RANK" not in env:  # plain `python`: a group of one that needs no port
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     elif env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -201,17 +227,20 @@ def process_group(seed: int, deterministic: bool = False):
         dist.barrier()  # without it gloo can hang in the next call when a rank is already gone
     finally:
         dist.destroy_process_group()
+        if deterministic:
+            torch.use_deterministic_algorithms(False)
 
 
-def passes_per_step(micro_batches_per_step: int | None, num_ranks: int) -> int:
-    """How many micro-batches each rank takes a step. Raises ValueError if they do not divide by the ranks."""
+def passes_per_step(micro_batches_per_step: int | None, num_ranks: int, cp_size: int = 1) -> int:
+    """How many micro-batches each rank, or group of `cp_size`, takes a step; ValueError if they do not divide."""
     if micro_batches_per_step is None:
         return 1
     if micro_batches_per_step < 1 or micro_batches_per_step % num_ranks:
         below = micro_batches_per_step // num_ranks * num_ranks
         works = f"{below} or {below + num_ranks}" if below > 0 else str(num_ranks)
+        whom = f"{num_ranks} ranks" if cp_size == 1 else f"{num_ranks} groups of cp_size={cp_size} ranks"
         raise ValueError(
-            f"micro_batches_per_step={micro_batches_per_step} does not divide by the {num_ranks} ranks; {works} would."
+            f"micro_batches_per_step={micro_batches_per_step} does not divide by the {whom}; {works} would."
         )
     return micro_batches_per_step // num_ranks
 

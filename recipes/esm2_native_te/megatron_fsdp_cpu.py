@@ -27,6 +27,26 @@ def _tensor(*args, **kwargs):
     return tensor
 
 
+class _DistributedOnCPU(types.ModuleType):
+    """`torch.distributed`, whose collectives are done when a call returns.
+
+    With gloo's coalesced ones, which Megatron-FSDP would take, a run in a hundred crashed: docs/log.md.
+    """
+
+    @staticmethod
+    def all_gather_into_tensor(output_tensor, input_tensor, group=None, async_op=False):
+        torch.distributed.all_gather_into_tensor(output_tensor, input_tensor, group=group)
+        return _Stream()
+
+    def __getattr__(self, name):
+        return getattr(torch.distributed, name)
+
+
+@contextlib.contextmanager
+def _one_by_one(group=None, device=None, async_ops=False):
+    yield _Stream()
+
+
 class _TorchOnCPU(types.ModuleType):
     """`torch`, except for what Megatron-FSDP 0.6.1 takes from CUDA in FP32 and BF16."""
 
@@ -38,6 +58,7 @@ class _TorchOnCPU(types.ModuleType):
         empty_cache=lambda: None,
         is_available=lambda: False,
     )
+    distributed = _DistributedOnCPU("torch.distributed")
     device = staticmethod(lambda name: torch.device("cpu"))
     tensor = staticmethod(_tensor)
 
@@ -54,5 +75,8 @@ def stand_in_for_cuda() -> str | None:
         return None
     # Its own name for `torch` is replaced in its own files: `torch.cuda` stays what it is for the rest of the process.
     for name in ("megatron_fsdp", "param_and_grad_buffer", "uneven_dtensor"):
-        importlib.import_module(f"megatron_fsdp.{name}").torch = _TorchOnCPU("torch")
+        module = importlib.import_module(f"megatron_fsdp.{name}")
+        module.torch = _TorchOnCPU("torch")
+        if hasattr(module, "_coalescing_manager"):
+            module._coalescing_manager = _one_by_one
     return "Megatron-FSDP on the CPU: a stand-in that does nothing takes the place of its CUDA streams and events."

@@ -19,6 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from build_model import is_reference
 from checkpoint import make_folder
 from collator import Batch
 from distributed import Distributed
@@ -104,7 +105,9 @@ def start_wandb(
 
 
 def finite(value):
-    """None for a NaN or an infinity, which JSON does not have; anything else as it is."""
+    """None for a NaN or an infinity, which JSON does not have, also inside of dicts; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -162,6 +165,7 @@ class PerfLogger:
             "strategy": Path(script).stem.removeprefix("train_"),
             "num_ranks": distributed.num_ranks, "cp_size": distributed.cp_size, "device": name,
             "threads_per_rank": torch.get_num_threads(),
+            "layer_backend": "transformers" if is_reference(config.model_tag) else precision.backend,
             "precision": "bf16" if precision.dtype else "fp32", "low_precision": precision.layers,
             "peak_tflops_per_rank": peak_tflops, "peak_source": source, "code_sha256": code_hash(),
             "git": git_commit(), "versions": versions(), "command": sys.argv,
@@ -274,9 +278,10 @@ class PerfLogger:
 
     @contextmanager
     def paused(self):
-        """The time spent in the block counts for no step."""
+        """The time spent in the block counts for no step, nor do its tensors."""
         started = time.perf_counter()
-        yield
+        with self.quant_stats.paused():
+            yield
         self.start_time += time.perf_counter() - started
 
     def log_validation(self, step: int, result: dict) -> None:
@@ -289,7 +294,7 @@ class PerfLogger:
         )
 
     def _write(self, line: dict) -> None:
-        line = {k: finite(v) for k, v in line.items()}
+        line = finite(line)
         if not self.distributed.is_main:
             return
         if self.folder:
@@ -307,7 +312,8 @@ class PerfLogger:
         return {"num_tokens": self.num_tokens, "validation": self.validation}
 
     def close(self) -> None:
-        """Finish the bar and the W&B run."""
+        """Finish the bar and the W&B run, and look into no more tensors."""
+        self.quant_stats.close()
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:

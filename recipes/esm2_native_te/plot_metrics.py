@@ -221,10 +221,10 @@ def plot_quantization(entries: list[dict], title: str, out: Path) -> None:
         axes = figure.subplots(len(HEAT), len(TENSORS), sharex=True, sharey=True, squeeze=False)
         for row, (key, label, scaled) in zip(axes, HEAT, strict=True):
             for ax, tensor in zip(row, TENSORS, strict=True):
-                values = [
-                    [scaled(entry["tensors"].get(f"{name}.{tensor}", {}).get(key) or 0.0) for entry in entries]
-                    for name in products
+                found = [
+                    [entry["tensors"].get(f"{name}.{tensor}", {}).get(key) for entry in entries] for name in products
                 ]
+                values = [[math.nan if x is None else scaled(x) for x in line] for line in found]
                 image = ax.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis")
                 ax.set(yticks=firsts, yticklabels=[products[i].partition(".")[0] for i in firsts])
                 shown = range(0, len(steps), max(1, len(steps) // 5))

@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache
 from math import lcm
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from modeling_esm2 import Esm2Config, cpp_available, resolve_layer_backend
+from modeling_esm2 import Esm2Config, cpp_available, resolve_layer_backend, te_available
 from quant_stats import QuantStats
 
 
@@ -70,7 +70,9 @@ def torchao_mxfp8(emulated: bool) -> Arithmetic:
 
     def round_trip(x: Tensor, is_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
         mx = MXTensor.to_mx(x.contiguous(), e4m3, 32, ScaleCalculationMode.RCEIL)
-        return mx.dequantize(x.dtype), 1 / mx.scale.float(), mx.qdata.float().abs() == torch.finfo(e4m3).max
+        sizes = mx.qdata.float().abs()
+        has_numbers = sizes.unflatten(-1, (-1, 32)).amax(-1) > 0  # the scale of zeros says nothing
+        return mx.dequantize(x.dtype), 1 / mx.scale.float()[has_numbers], sizes == torch.finfo(e4m3).max
 
     return Arithmetic(lambda x, weight: mx_mm.apply(x, weight, *options), round_trip)
 
@@ -86,6 +88,11 @@ class Recipe(NamedTuple):
     torchao: Callable[[bool], Arithmetic] | None = None
     torchao_format: str | None = None
     too_new: tuple[int, int] = (99, 0)
+    rounds_bf16: tuple[str, ...] = ()  # by whose layers on GPUs FP32 cannot be rounded
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether a GPU of this capability has the products."""
+        return self.capability <= capability < self.too_new
 
 
 ADA, HOPPER, BLACKWELL = "an Ada, Hopper or Blackwell GPU", "a Hopper or Blackwell GPU", "a Blackwell GPU"
@@ -94,31 +101,76 @@ RECIPES = {
     "DelayedScaling": Recipe(8, (8, 9), ADA, 16, 16),
     "Float8CurrentScaling": Recipe(8, (8, 9), ADA, 16, 16, torchao_float8, "HYBRID"),
     "Float8BlockScaling": Recipe(8, (9, 0), HOPPER, 128, 128),
-    "MXFP8BlockScaling": Recipe(8, (10, 0), f"{BLACKWELL} of a data centre", 32, 32, torchao_mxfp8, "E4M3", (12, 0)),
-    "NVFP4BlockScaling": Recipe(4, (10, 0), BLACKWELL, 32, 32),
+    "MXFP8BlockScaling": Recipe(
+        8, (10, 0), f"{BLACKWELL} of a data centre", 32, 32, torchao_mxfp8, "E4M3", (12, 0), ("torch",)
+    ),
+    "NVFP4BlockScaling": Recipe(4, (10, 0), BLACKWELL, 32, 32, rounds_bf16=("te",)),
 }
 
 
+class Section:
+    """What `fp8_config` and `fp4_config` have in common."""
+
+    bits: ClassVar[int]
+    values: dict  # `recipe`, `format` and `recipe_kwargs`
+
+    def __getitem__(self, what: str):
+        return self.values[what]
+
+    @property
+    def recipe(self) -> str:
+        """Its name; the full path that TransformerEngine's examples give will do."""
+        return self["recipe"].rpartition(".")[2]
+
+    def told(self, *keys: str) -> str:
+        """The recipe as the user gave it, with those of the other keys that are set."""
+        values = {key: self[key] for key in ("recipe", *keys)}
+        return " with ".join(f"fp{self.bits}_config.fp{self.bits}_{k}={v}" for k, v in values.items() if v)
+
+    def check(self) -> None:
+        """Raise ValueError for what no hardware would make possible, enabled or not."""
+        known = [name for name, needs in RECIPES.items() if needs.bits == self.bits]
+        if self.recipe not in known:
+            raise ValueError(f"{self.told()} must be one of {', '.join(known)}.")
+        quantized = self.quantized_model_init_kwargs
+        if quantized and any(quantized.values()):
+            raise ValueError(
+                f"fp{self.bits}_config.quantized_model_init_kwargs={quantized} would hold the layers' weights in "
+                f"{self.bits} bits alone, and lose updates that are smaller than its steps; weights are FP32 here "
+                "always. Leave it out."
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
-class FP8:
+class FP8(Section):
     """The section `fp8_config`."""
 
+    bits: ClassVar[int] = 8
     enabled: bool = False
     fp8_recipe: str = "Float8CurrentScaling"
     fp8_format: Literal["HYBRID", "E4M3"] | None = None
     fp8_recipe_kwargs: dict | None = None
     quantized_model_init_kwargs: dict | None = None
 
+    @property
+    def values(self) -> dict:
+        return {"recipe": self.fp8_recipe, "format": self.fp8_format, "recipe_kwargs": self.fp8_recipe_kwargs}
+
 
 @dataclass(frozen=True, kw_only=True)
-class FP4:
+class FP4(Section):
     """The section `fp4_config`."""
 
+    bits: ClassVar[int] = 4
     enabled: bool = False
     fp4_recipe: str = "NVFP4BlockScaling"
     fp4_format: Literal["E2M1"] | None = None
     fp4_recipe_kwargs: dict | None = None
     quantized_model_init_kwargs: dict | None = None
+
+    @property
+    def values(self) -> dict:
+        return {"recipe": self.fp4_recipe, "format": self.fp4_format, "recipe_kwargs": self.fp4_recipe_kwargs}
 
 
 def chosen_layers(key: str, asked: Sequence[int | str] | str | int | None, num_layers: int) -> set[int] | None:
@@ -174,8 +226,8 @@ class Precision:
         fp4_layers: Sequence[int | str] | str | int | None = None,
         stats: QuantStats | None = None,
     ):
-        self.device, backend = device, resolve_layer_backend(model_config)
-        self.te = backend == "te"
+        self.device, self.backend = device, resolve_layer_backend(model_config)
+        self.te = self.backend == "te"
         self.dtype = (
             torch.bfloat16 if precision == "bf16" or (precision == "auto" and self._bf16_pays(model_config)) else None
         )
@@ -183,72 +235,64 @@ class Precision:
         self.recipes: list[str | None] = [None] * model_config.num_hidden_layers
         self.scalings: dict[str, object] = {}
         self.emulated, self.stats = False, stats or QuantStats()
-        if backend == "torch" and model_config.layer_backend == "auto" and device.type == "cpu":
-            reason = cpp_available(model_config)[1]
-            self.notes.append(f"The layers' kernels for CPUs cannot be compiled ({reason}); PyTorch's are slower.")
+        if self.backend == "torch" and model_config.layer_backend == "auto":
+            reason = cpp_available(model_config)[1] if device.type == "cpu" else te_available()[1]
+            which = "kernels for CPUs cannot be compiled" if device.type == "cpu" else "faster form cannot be had"
+            self.notes.append(f"The layers' {which} ({reason}); PyTorch's are slower.")
         num_layers, free = len(self.recipes), set(range(len(self.recipes)))
-        asked = {
-            8: (fp8.enabled, fp8.fp8_recipe, fp8.fp8_format, fp8.fp8_recipe_kwargs, fp8.quantized_model_init_kwargs),
-            4: (fp4.enabled, fp4.fp4_recipe, fp4.fp4_format, fp4.fp4_recipe_kwargs, fp4.quantized_model_init_kwargs),
-        }
+        sections = {8: fp8, 4: fp4}
         given = {8: chosen_layers("fp8_layers", fp8_layers, num_layers),
                  4: chosen_layers("fp4_layers", fp4_layers, num_layers)}  # fmt: skip
         for bits, layers in given.items():
-            if layers and not asked[bits][0]:
+            sections[bits].check()
+            if layers and not sections[bits].enabled:
                 raise ValueError(f"fp{bits}_layers={ranges(layers)} needs fp{bits}_config.enabled=true.")
+            if layers == set() and sections[bits].enabled:
+                raise ValueError(
+                    f"fp{bits}_layers=[] names no layer; null takes all, and fp{bits}_config.enabled=false none."
+                )
         if twice := (given[8] or set()) & (given[4] or set()):
             raise ValueError(f"fp8_layers and fp4_layers both name layer {min(twice)}; name it in one.")
-        if asked[8][0] and asked[4][0] and given[8] is None and given[4] is None:
+        if fp8.enabled and fp4.enabled and given[8] is None and given[4] is None:
             raise ValueError(
                 "fp8_config and fp4_config are both enabled; say with fp8_layers or fp4_layers which layers are which."
             )
         for bits, layers in given.items():
-            if asked[bits][0]:
-                others = given[12 - bits] if asked[12 - bits][0] else None
+            if sections[bits].enabled:
+                others = given[12 - bits] if sections[12 - bits].enabled else None
                 layers = free - (others or set()) if layers is None else layers
-                self._use(bits, sorted(layers), model_config, *asked[bits][1:])
+                self._use(sections[bits], sorted(layers), model_config)
         if self.stats.enabled and not self.low:
             raise ValueError(
                 "quant_stats_config.enabled=true needs fp8_config.enabled=true or fp4_config.enabled=true."
             )
         if self.stats.enabled and self.te:
-            raise ValueError(
-                "quant_stats_config.enabled=true needs layer_backend=torch: it looks into the plain layers."
-            )
+            self.stats.inspect_te(self.recipes)
 
-    def _use(self, bits, layers, model_config, recipe, number_format, kwargs, quantized) -> None:
-        """Take a recipe for these layers, if it can be had."""
-        section = f"fp{bits}_config"
-        name = recipe.rpartition(".")[2]  # the full path that TransformerEngine's examples give will do
-        known = [key for key, needs in RECIPES.items() if needs.bits == bits]
-        if name not in known:
-            raise ValueError(f"{section}.fp{bits}_recipe={recipe} must be one of {', '.join(known)}.")
-        if quantized and quantized.get("enabled"):
-            raise ValueError(
-                f"{section}.quantized_model_init_kwargs={quantized} would hold the layers' weights in {bits} bits "
-                "alone, and lose updates that are smaller than its steps; weights are FP32 here always. Leave it out."
-            )
-        needs = RECIPES[name]
+    def _use(self, asked: Section, layers: list[int], model_config: Esm2Config) -> None:
+        """Take a section's recipe for these layers, if it can be had."""
+        name, needs = asked.recipe, RECIPES[asked.recipe]
         for key in ("hidden_size", "intermediate_size"):
             if getattr(model_config, key) % needs.width:
                 raise ValueError(
-                    f"{section}.fp{bits}_recipe={name} needs widths that divide by {needs.width}, not "
-                    f"{key}={getattr(model_config, key)}."
+                    f"{asked.told()} needs widths that divide by {needs.width}, not {key}="
+                    f"{getattr(model_config, key)}."
                 )
         capability = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (0, 0)
-        on_hardware = needs.capability <= capability < needs.too_new
+        on_hardware = needs.runs_on(capability)
+        if self.te and not on_hardware:
+            there = ", ".join(key for key, other in RECIPES.items() if other.runs_on(capability)) or "none of them"
+            gpu = torch.cuda.get_device_name(self.device)
+            raise ValueError(f"{asked.told()} needs {needs.hardware}; this is {gpu}, which has {there}.")
+        if on_hardware and self.dtype is None and self.backend in needs.rounds_bf16:
+            raise ValueError(f"{asked.told()} takes BF16 numbers on GPUs; precision=bf16 gives them.")
         if self.te:
-            if not on_hardware:
-                raise ValueError(
-                    f"{section}.fp{bits}_recipe={name} needs {needs.hardware}; this is "
-                    f"{torch.cuda.get_device_name(self.device)}."
-                )
-            self.scalings[name] = te_scaling(bits, name, number_format, kwargs or {})
-        elif needs.torchao is None or number_format not in (None, needs.torchao_format) or kwargs:
+            self.scalings[name] = te_scaling(asked)
+        elif needs.torchao is None or asked["format"] not in (None, needs.torchao_format) or asked["recipe_kwargs"]:
             there = ", ".join(f"{key} ({other.torchao_format})" for key, other in RECIPES.items() if other.torchao)
             raise ValueError(
-                f"{section}.fp{bits}_recipe={name} with fp{bits}_format={number_format} and fp{bits}_recipe_kwargs="
-                f"{kwargs} needs TransformerEngine; without it there are {there}, with no further arguments."
+                f"{asked.told('format', 'recipe_kwargs')} needs TransformerEngine's layers; without them there are "
+                f"{there}, with no further arguments."
             )
         else:
             self.emulated |= not on_hardware
@@ -256,7 +300,7 @@ class Precision:
         for layer in layers:
             self.recipes[layer] = name
         self.multiple = lcm(self.multiple, needs.tokens)
-        where = "all layers" if len(layers) == len(self.recipes) else f"layers {ranges(set(layers)) or 'none'}"
+        where = "all layers" if len(layers) == len(self.recipes) else f"layers {ranges(set(layers))}"
         how = "" if self.te else " by torchao"
         how += ", emulated: this hardware has no such product. The same rounding, but slower" * (
             not self.te and not on_hardware
@@ -267,6 +311,11 @@ class Precision:
     def low(self) -> bool:
         """Whether any layer computes in fewer than 16 bits."""
         return any(self.recipes)
+
+    @property
+    def _outer_recipe(self) -> str:
+        """The first of those in use."""
+        return next(iter(self.scalings))
 
     @property
     def layers(self) -> dict[str, str]:
@@ -285,17 +334,20 @@ class Precision:
         """Let each layer's matrix products run in its format; embeddings, norms and the LM head stay as they are."""
         if not self.low:
             return
+        if self.stats.inspector:
+            self.stats.inspector.name_modules(model.esm.encoder.layer)
         for i, (layer, recipe) in enumerate(zip(model.esm.encoder.layer, self.recipes, strict=True)):
             if self.te:
-                layer.forward = in_te_recipe(layer.forward, self.scalings.get(recipe))
+                if recipe != self._outer_recipe:
+                    layer.forward = in_te_recipe(layer, self.scalings.get(recipe))
             elif recipe:
                 arithmetic = self.scalings[recipe]
                 for name, module in layer.named_modules():
                     if hasattr(module, "matmul"):
                         module.matmul = linear_by(arithmetic.product)
                         if self.stats.enabled:
-                            names = {p.shape: f"{i}.{name}.{key}" for key, p in module.named_parameters(recurse=False)}
-                            module.matmul = self.stats.watched(names, module.matmul, arithmetic.round_trip)
+                            watched = self.stats.watched(f"{i}.{name}", module, module.matmul, arithmetic.round_trip)
+                            module.matmul = watched
 
     @contextmanager
     def forward(self, autocast: bool = False):
@@ -306,34 +358,41 @@ class Precision:
             if self.low and self.te:
                 import transformer_engine.pytorch as te
 
-                # At the outermost one's end TransformerEngine brings its scales up to date; layers have theirs inside.
-                stack.enter_context(te.autocast(enabled=True, recipe=next(iter(self.scalings.values()))))
+                # At the outermost end TransformerEngine brings its scales up to date. Layers of another recipe have
+                # theirs inside; not all do, because after each the next module counts as first, and updates too.
+                stack.enter_context(te.autocast(enabled=True, recipe=self.scalings[self._outer_recipe]))
             yield
 
 
-def te_scaling(bits: int, name: str, number_format: str | None, kwargs: dict):
-    """TransformerEngine's recipe of that name."""
+def te_scaling(asked: Section):
+    """TransformerEngine's recipe. Raises ValueError for arguments it does not have, or if it does not run here."""
     import transformer_engine.common.recipe as recipes
+    from transformer_engine.pytorch.quantization import check_recipe_support
 
-    arguments = dict(kwargs)
-    if number_format:
-        arguments[f"fp{bits}_format"] = recipes.Format[number_format]
+    arguments = dict(asked["recipe_kwargs"] or {})
+    if asked["format"]:
+        arguments[f"fp{asked.bits}_format"] = recipes.Format[asked["format"]]
     try:
-        return getattr(recipes, name)(**arguments)
+        scaling = getattr(recipes, asked.recipe)(**arguments)
     except (TypeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"fp{bits}_config.fp{bits}_recipe_kwargs={kwargs} is not for {name}: {reason}") from error
+        raise ValueError(f"{asked.told('recipe_kwargs')} does not fit: {reason}") from error
+    try:
+        check_recipe_support(scaling)  # CUDA and cuBLAS may be too old for it
+    except RuntimeError as error:
+        raise ValueError(f"{asked.told()} does not run here: {error}") from error
+    return scaling
 
 
-def in_te_recipe(forward: Callable, scaling) -> Callable:
+def in_te_recipe(layer: torch.nn.Module, scaling) -> Callable:
     """A layer's forward pass in TransformerEngine's recipe; None: in BF16."""
 
-    @wraps(forward)
     def in_recipe(*args, **kwargs):
         import transformer_engine.pytorch as te
 
         with te.autocast(enabled=scaling is not None, recipe=scaling):
-            return forward(*args, **kwargs)
+            # Looked up now: FSDP2 has given the layer another class since, and activation checkpointing goes by that.
+            return type(layer).forward(layer, *args, **kwargs)
 
     return in_recipe
 

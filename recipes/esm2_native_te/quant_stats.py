@@ -7,9 +7,12 @@ For input, weight and output gradient of each matrix product that `precision.py`
 - `saturation`: the share that lands on the format's largest number
 - `scale`: what numbers are multiplied by before they are rounded (the mean over blocks)
 - `mse`: the mean squared error over the mean square
+
+TransformerEngine's layers are looked into by its own means (`quant_stats_te.py`), over all ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -24,22 +27,50 @@ class QuantStats:
         self.enabled, self.every_n_steps = enabled, every_n_steps
         self.due = False
         self.found: dict[str, dict[str, list[Tensor]]] = {}
+        self.inspector = None
+
+    def inspect_te(self, recipes: Sequence[str | None]) -> None:
+        """Let TransformerEngine take note in layers that are built from now on; `recipes` are theirs.
+
+        Raises ValueError without the package that it needs for that.
+        """
+        try:
+            from quant_stats_te import Inspector
+        except ImportError as error:
+            raise ValueError(
+                "quant_stats_config.enabled=true with TransformerEngine's layers needs its debugging interface "
+                f"({error}): pip install nvdlfw-inspect, or take layer_backend=torch."
+            ) from error
+        self.inspector = Inspector(recipes, self.every_n_steps)
 
     def begin(self, step: int) -> None:
         """Look at the tensors of this step, if it is one to look at."""
         self.due, self.found = self.enabled and step % self.every_n_steps == 0, {}
+        if self.inspector:
+            self.inspector.begin(step)
 
-    def watched(self, names: dict[torch.Size, str], linear: Callable, round_trip: Callable) -> Callable:
-        """`linear` that takes note; `names` are those of the weights, by shape, `round_trip` as in `precision.py`."""
+    @contextmanager
+    def paused(self):
+        """Look at nothing in the block."""
+        due, self.due = self.due, False
+        with self.inspector.paused() if self.inspector else nullcontext():
+            yield
+        self.due = due
+
+    def watched(self, name: str, module: torch.nn.Module, linear: Callable, round_trip: Callable) -> Callable:
+        """`linear` for this module's weights that takes note; `round_trip` as in `precision.py`."""
 
         def watching(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             y = linear(x, weight, bias)
-            if self.due and torch.is_grad_enabled():
-                name = names[weight.shape].removesuffix("weight").rstrip("._")
-                self._note(f"{name}.input", x.detach(), round_trip, False)
-                self._note(f"{name}.weight", weight.detach(), round_trip, False)
+            if self.due:
+                # Looked up now: strategies put other parameters into their places.
+                key = next(key for key, p in module.named_parameters(recurse=False) if p is weight)
+                product = f"{name}.{key}".removesuffix("weight").rstrip("._")
+                self._note(f"{product}.input", x.detach(), round_trip, False)
+                self._note(f"{product}.weight", weight.detach(), round_trip, False)
                 if y.requires_grad:
-                    y.register_hook(partial(self._note, f"{name}.gradient", round_trip=round_trip, is_gradient=True))
+                    noting = partial(self._note, f"{product}.gradient", round_trip=round_trip, is_gradient=True)
+                    y.register_hook(noting)
             return y
 
         return watching
@@ -58,8 +89,16 @@ class QuantStats:
         for key, value in values.items():
             self.found.setdefault(name, {}).setdefault(key, []).append(value)
 
+    def close(self) -> None:
+        """Look at nothing any more."""
+        self.enabled = self.due = False
+        if self.inspector:
+            self.inspector.close()
+
     def take(self) -> dict | None:
-        """The means over the step's micro-batches, by tensor; None if this was no step to look at."""
+        """The means over the step's micro-batches, by tensor; None if it was none to look at. All ranks call it."""
+        if self.inspector:
+            return self.inspector.take()
         if not self.found:
             return None
         found, self.found = self.found, {}

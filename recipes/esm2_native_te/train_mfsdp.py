@@ -44,7 +44,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     """The whole run."""
     with distributed.one_voice():  # a user's mistake shows here, on all ranks, before anything is built
         distributed = distributed.with_context_parallel(config.cp_size)
-        passes = passes_per_step(config.micro_batches_per_step, distributed.num_data_ranks)
+        passes = passes_per_step(config.micro_batches_per_step, distributed.num_data_ranks, distributed.cp_size)
         config.micro_batches_per_step = passes * distributed.num_data_ranks  # where it was null: a resume must know
         shape = model_config(config.model_tag, config.layer_backend, **config.model_kwargs)
         precision = Precision(
@@ -141,7 +141,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
             progress = logger.progress() | anomalies.progress()
             checkpointer.save(step, model, optimizer, scheduler, loader, progress, wait=stopping)
         if stopping and step < last:
-            distributed.say(f"Stopped after step {step} as asked; {checkpointer.advice()}")
+            distributed.say(f"Stopped after step {step} as asked; {checkpointer.stopped()}")
             break
     else:
         checkpointer.save_final(last)

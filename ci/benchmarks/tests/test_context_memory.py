@@ -35,6 +35,37 @@ def test_runs_that_come_to_another_loss_are_refused(monkeypatch, tmp_path, capsy
     assert "cp_size=2 has the loss 5.0, and cp_size=1 4.0" in capsys.readouterr().err
 
 
+def test_a_hard_limit_that_one_rank_exceeds_and_two_keep(monkeypatch, tmp_path, capsys):
+    """What runs out of memory is measured again without the limit."""
+    asked = []
+
+    def train(trainer, cp_size, folder, overrides, timeout_s, limit_gib=None):
+        asked.append((cp_size, limit_gib))
+        if limit_gib is not None and limit_gib < 2 / cp_size:
+            raise context_memory.OutOfMemory("no memory")
+        return [{"loss": 3.0, "step_time_s": 1.0, "peak_memory_gib": 2 / cp_size}] * 2
+
+    monkeypatch.setattr(context_memory, "train", train)
+    output = tmp_path / "x.json"
+    assert context_memory.main(["--quick", "--limit-gib", "1.5", "--output", str(output)]) == 0
+    assert asked == [(1, 1.5), (1, None), (2, 1.5)]
+    assert [run["trains_in_limit"] for run in json.loads(output.read_text())["runs"]] == [False, True]
+    one, two = (line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 |", "| 2 |")))
+    assert "| 2.00 | 100% |" in one and "runs out of memory" in one
+    assert "| 1.00 | 50% |" in two and "| trains |" in two
+
+
+@pytest.mark.parametrize(("limit_gib", "trains"), [(0.1, False), (8.0, True)])
+def test_the_limit_is_the_systems(tmp_path, limit_gib, trains):
+    overrides = ["model_tag=esm2_t4_1M", "num_train_steps=1", "precision=fp32", "dataset.num_workers=0"]
+    given = ("train_fsdp2", 1, tmp_path / "run", [*overrides, "validation.load_dataset_kwargs=null"], 300, limit_gib)
+    if trains:
+        assert len(context_memory.train(*given)) == 1
+    else:
+        with pytest.raises(context_memory.OutOfMemory, match="train_fsdp2 on 1 rank ran out of memory"):
+            context_memory.train(*given)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -42,6 +73,7 @@ def test_runs_that_come_to_another_loss_are_refused(monkeypatch, tmp_path, capsy
         (["--steps", "1"], "--steps 1 must be at least 2"),
         (["precision=auto"], "fp32 or bf16"),
         (["--quick"], "--output FILE.json"),
+        (["--limit-gib", "-1"], "--limit-gib -1 must be a number of GiB above 0"),
     ],
 )
 def test_what_cannot_be_asked(arguments, told, capsys):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """1 and 2 ranks are really run, on the same data; what cannot be compared is refused."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -35,6 +36,19 @@ def test_runs_that_differ_are_not_compared():
         scaling_ranks.loss_difference(lines([float("nan")]), lines([2.0]), 1e-2, "x")
     with pytest.raises(scaling_ranks.Failed, match="same tokens"):
         scaling_ranks.loss_difference(lines([2.0]), lines([2.0], tokens=99), 1e-2, "x")
+
+
+def test_a_run_that_takes_too_long_is_ended_with_its_ranks(tmp_path):
+    overrides = ["model_tag=esm2_t4_1M", "num_train_steps=1000000", "precision=fp32", "dataset.num_workers=0"]
+    with pytest.raises(scaling_ranks.Failed, match="train_ddp on 2 ranks took longer than 12 s"):
+        scaling_ranks.train(
+            "train_ddp", 2, tmp_path / "run", [*overrides, "validation.load_dataset_kwargs=null"], timeout_s=12
+        )
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            commands.append(path.read_bytes())
+    assert commands and not [command for command in commands if str(tmp_path / "run").encode() in command]
 
 
 def test_a_quick_run(tmp_path):

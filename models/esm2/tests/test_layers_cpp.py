@@ -71,8 +71,9 @@ def test_scores_far_from_zero(sign, dtype):
     found = attention_and_gradient(layers_cpp.Kernels(16), qkv, inputs, grad)
     exact = attention_and_gradient(layers.Kernels(), qkv.detach().double().requires_grad_(), inputs, grad.double())
     plain = attention_and_gradient(layers.Kernels(), qkv, inputs, grad)
-    for x, other, y in zip(found, plain, exact, strict=True):  # scores of 1,600 have errors of their own
-        assert error(x, y) < 3 * error(other, y) + CLOSE[dtype]
+    rounding = 1_600 * torch.finfo(torch.float32).eps  # of the scores, and of what becomes of them
+    for x, other, y in zip(found, plain, exact, strict=True):
+        assert error(x, y) < 3 * error(other, y) + CLOSE[dtype] + rounding
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)

@@ -3,13 +3,13 @@
 
 import os
 import pickle
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.multiprocessing
+from running import meeting
 
 from collator import Batch
 from distributed import process_group
@@ -18,19 +18,15 @@ from distributed import process_group
 def run_ranks(folder: Path, function: Callable, num_ranks: int, *arguments) -> list:
     """`function(distributed, *arguments)` on so many gloo ranks; what each returns, by rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # Not fork, because the parent has run threads; the server that conftest.py prepares is quicker than spawn.
     torch.multiprocessing.start_processes(
-        _rank, (function, num_ranks, port, folder, arguments), nprocs=num_ranks, start_method="forkserver"
+        _rank, (function, meeting(num_ranks), folder, arguments), nprocs=num_ranks, start_method="forkserver"
     )
     return [pickle.loads((folder / f"rank_{rank}").read_bytes()) for rank in range(num_ranks)]
 
 
-def _rank(rank: int, function: Callable, num_ranks: int, port: int, folder: Path, arguments: Sequence) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _rank(rank: int, function: Callable, variables: list[dict], folder: Path, arguments: Sequence) -> None:
+    os.environ |= variables[rank]
     with process_group(seed=0) as distributed:
         (folder / f"rank_{rank}").write_bytes(pickle.dumps(function(distributed, *arguments)))
 

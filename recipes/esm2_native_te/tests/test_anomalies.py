@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step that is no number, or jumps, is noticed on all ranks, explained, and traced to its rows."""
 
+import io
 import json
 import math
 import subprocess
 import sys
+from contextlib import redirect_stderr
 
 import numpy as np
 import pyarrow as pa
@@ -82,6 +84,22 @@ def train(distributed, trainer, path, kind, more):
     return 0
 
 
+def train_and_tell(*arguments):
+    with redirect_stderr(io.StringIO()) as told:
+        code = train(*arguments)
+    return code, told.getvalue()
+
+
+def train_alone(trainer, path, kind, more):
+    """The same on one rank; Megatron-FSDP has a process of its own, as in `running.run_here`."""
+    if trainer == "train_mfsdp":
+        ((code, told),) = run_ranks(path / "alone", train_and_tell, 1, trainer, path, kind, more)
+        sys.stderr.write(told)
+        return code
+    with process_group(0) as alone:
+        return train(alone, trainer, path, kind, more)
+
+
 def write_data(path, step=STEP, times=1):
     """Rows with the poison where that step finds it, as the last row of its last micro-batch but one."""
     sequences = ["".join(np.random.default_rng(i).choice(list("ACDEFGHIKLM"), 40)) for i in range(NUM_ROWS)]
@@ -117,8 +135,7 @@ WHERE = {
 def test_a_step_that_is_no_number_stops_the_run_and_is_explained(trainer, kind, tmp_path, capsys):
     row = write_data(tmp_path)
     saves = [f"checkpoint.ckpt_dir={tmp_path / 'ckpt'}", "checkpoint.save_every_n_steps=1"]
-    with process_group(0) as alone:
-        assert train(alone, trainer, tmp_path, kind, saves) == 1
+    assert train_alone(trainer, tmp_path, kind, saves) == 1
     told = capsys.readouterr().err
     (found,) = report(tmp_path)
     assert (found["kind"], found["step"], found["action"]) == ("nonfinite", STEP, "stopped")
@@ -146,8 +163,7 @@ def test_a_step_can_be_left_out(trainer, kind, tmp_path, capsys):
     write_data(tmp_path)
     ckpt = tmp_path / "ckpt"
     saves = [f"checkpoint.ckpt_dir={ckpt}", "checkpoint.save_every_n_steps=1", "checkpoint.max_to_keep=null"]
-    with process_group(0) as alone:
-        assert train(alone, trainer, tmp_path, kind, [*saves, "anomalies.on_nonfinite=skip"]) == 0
+    assert train_alone(trainer, tmp_path, kind, [*saves, "anomalies.on_nonfinite=skip"]) == 0
     weights = [read_weights(ckpt / f"step_{step}") for step in range(STEP - 1, STEP + 2)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not all(torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
@@ -176,8 +192,7 @@ def test_all_ranks_agree_although_one_saw_it(trainer, tmp_path):
 def test_too_many_in_a_row_stop_the_run(tmp_path, capsys):
     write_data(tmp_path, step=2, times=5)
     more = ["anomalies.on_nonfinite=skip", "anomalies.max_skipped=3", "num_train_steps=20"]
-    with process_group(0) as alone:
-        assert train(alone, "train_fsdp2", tmp_path, "output", more) == 1
+    assert train_alone("train_fsdp2", tmp_path, "output", more) == 1
     assert [(one["step"], one["action"]) for one in report(tmp_path)] == [
         (2, "skipped"),
         (3, "skipped"),
@@ -188,24 +203,21 @@ def test_too_many_in_a_row_stop_the_run(tmp_path, capsys):
 
 def test_a_norm_that_overflows_is_not_blamed_on_the_hardware(tmp_path, capsys):
     write_data(tmp_path)
-    with process_group(0) as alone:
-        assert train(alone, "train_ddp", tmp_path, "large", []) == 1
+    assert train_alone("train_ddp", tmp_path, "large", []) == 1
     assert "first in the norm of all gradients, too large for FP32" in capsys.readouterr().err
 
 
 def test_an_earlier_runs_rows_are_not_mixed_up_with_this_ones(tmp_path):
     row = write_data(tmp_path)
-    with process_group(0) as alone:
-        train(alone, "train_ddp", tmp_path, "output", ["micro_batches_per_step=2", "num_train_steps=9"])
-        train(alone, "train_ddp", tmp_path, "none", ["logger.frequency=10"])
+    train_alone("train_ddp", tmp_path, "output", ["micro_batches_per_step=2", "num_train_steps=9"])
+    train_alone("train_ddp", tmp_path, "none", ["logger.frequency=10"])
     assert (tmp_path / "anomalies.before_1.jsonl").exists()
     assert f"protein {row}" in look_up(tmp_path, "--step", str(STEP)).stdout
 
 
 def test_a_jump_of_the_loss_is_recorded_and_training_goes_on(tmp_path, capsys):
     row = write_data(tmp_path, step=25)
-    with process_group(0) as alone:
-        assert train(alone, "train_ddp", tmp_path, "spike", ["num_train_steps=30"]) == 0
+    assert train_alone("train_ddp", tmp_path, "spike", ["num_train_steps=30"]) == 0
     (found,) = report(tmp_path)
     assert (found["kind"], found["step"]) == ("spike", 25)
     assert found["loss"] == pytest.approx(100 + found["median_loss"], rel=0.1)
@@ -269,8 +281,7 @@ def test_it_can_be_turned_off(distributed, capsys):
 )
 def test_rows_refuses_what_cannot_be(arguments, told, tmp_path):
     write_data(tmp_path)
-    with process_group(0) as alone:
-        train(alone, "train_ddp", tmp_path, "none", ["num_train_steps=2"])
+    train_alone("train_ddp", tmp_path, "none", ["num_train_steps=2"])
     answer = look_up(tmp_path, *arguments)
     assert (answer.returncode, told in answer.stderr) == (1, True), answer.stderr
 

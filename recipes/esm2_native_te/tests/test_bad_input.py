@@ -18,6 +18,7 @@ import layers_cpp
 import precision
 import train_fsdp2
 from modeling_esm2 import Esm2Config, resolve_layer_backend
+from precision import FP4 as FP4Section
 from precision import FP8 as FP8Section
 from precision import Precision
 
@@ -175,13 +176,14 @@ def test_types_and_ranges(refused, override, wanted):
         ),
         (
             [FP8, "fp8_config.fp8_recipe=DelayedScaling"],
-            ["DelayedScaling", "without it there are Float8CurrentScaling (HYBRID), MXFP8BlockScaling (E4M3)"],
+            ["DelayedScaling", "without them there are Float8CurrentScaling (HYBRID), MXFP8BlockScaling (E4M3)"],
         ),
         ([FP4, *WIDE], ["fp4_config.fp4_recipe=NVFP4BlockScaling", "needs TransformerEngine"]),
         ([FP4, FP8, *WIDE], ["both enabled", "fp8_layers or fp4_layers"]),
         ([FP8, "fp8_layers=[0]", "fp4_layers=[0-1]"], ["fp4_layers=0-1 needs fp4_config.enabled=true"]),
         ([FP8, FP4, "fp8_layers=[0]", "fp4_layers=[0-1]", *WIDE], ["both name layer 0"]),
         (["fp8_layers=[0]"], ["fp8_layers=0 needs fp8_config.enabled=true"]),
+        ([FP8, "fp8_layers=[]"], ["fp8_layers=[] names no layer", "null takes all"]),
         ([FP8, "fp8_layers=[2]"], ["fp8_layers=[2]: there is no layer 2; they go from 0 to 1"]),
         ([FP8, "fp8_layers=0-x"], ["fp8_layers=0-x", "0-x is neither a layer nor a range"]),
         ([FP8, "fp8_layers=[1-0]"], ["1-0 is neither a layer nor a range"]),
@@ -189,6 +191,28 @@ def test_types_and_ranges(refused, override, wanted):
         (
             [FP8, "+fp8_config.quantized_model_init_kwargs.enabled=true"],
             ["fp8_config.quantized_model_init_kwargs", "weights are FP32 here always"],
+        ),
+        (
+            ["+fp8_config.quantized_model_init_kwargs.preserve_high_precision_init_val=true"],
+            ["fp8_config.quantized_model_init_kwargs", "weights are FP32 here always"],
+        ),
+        (["fp8_config.fp8_recipe=Nonsense"], ["fp8_config.fp8_recipe=Nonsense must be one of DelayedScaling,"]),
+        (["fp4_config.fp4_recipe=DelayedScaling"], ["fp4_recipe=DelayedScaling must be one of NVFP4BlockScaling"]),
+        (
+            ["fp8_config.fp8_recipe_kwargs.margin=1"],
+            ["Unknown key fp8_config.fp8_recipe_kwargs.margin", "+fp8_config.fp8_recipe_kwargs.margin=... adds one"],
+        ),
+        (
+            [FP8, PACKED, "cp_size=2", "+fp8_config.fp8_recipe_kwargs.fp8_mha=true"],
+            ["'fp8_mha': True", "cp_size=2", "leave fp8_mha out"],
+        ),
+        (
+            [FP8, "fp8_config.fp8_recipe=DelayedScaling", "use_torch_compile=true"],
+            ["fp8_recipe=DelayedScaling", "use_torch_compile=true", "Float8CurrentScaling can be"],
+        ),
+        (
+            [FP8, "quant_stats_config.enabled=true", "use_torch_compile=true"],
+            ["quant_stats_config.enabled=true", "use_torch_compile=true"],
         ),
         (["quant_stats_config.enabled=true"], ["quant_stats_config.enabled=true needs fp8_config.enabled=true"]),
         (["quant_stats_config.every_n_steps=0"], ["quant_stats_config.every_n_steps=0"]),
@@ -427,7 +451,7 @@ def test_wandb_that_does_not_start(refused, monkeypatch):
 def machine(monkeypatch):
     """Let `Precision` see a GPU of some capability, and TransformerEngine."""
 
-    def be(capability: tuple[int, int], backend: str) -> None:
+    def be(capability: tuple[int, int], backend: str, too_old: bool = False) -> None:
         scaling = types.SimpleNamespace(
             Format={"HYBRID": "hybrid", "E4M3": "e4m3"},
             **{name: lambda fp8_format=None, margin=0: (fp8_format, margin) for name in precision.RECIPES},
@@ -441,6 +465,14 @@ def machine(monkeypatch):
                 name, name
             )
             monkeypatch.setitem(sys.modules, full, module)
+
+        def check_recipe_support(scaling):
+            if too_old:
+                raise RuntimeError("CUDA >= 12.9.")
+
+        support = types.SimpleNamespace(check_recipe_support=check_recipe_support)
+        monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.SimpleNamespace(quantization=support))
+        monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.quantization", support)
         scaling.recipe = sys.modules["transformer_engine"].common = scaling
         monkeypatch.setattr(precision, "resolve_layer_backend", lambda config: backend)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -453,9 +485,11 @@ def machine(monkeypatch):
 A100, L4, H100, B200, RTX_5090 = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 
 
-def on_gpu(recipe: str, **options) -> Precision:
+def on_gpu(recipe: str, dtype: str = "auto", **options) -> Precision:
     config = Esm2Config(hidden_size=640, intermediate_size=2560)
-    return Precision(torch.device("cuda", 0), "auto", config, FP8Section(enabled=True, fp8_recipe=recipe, **options))
+    if precision.RECIPES[recipe].bits == 4:
+        return Precision(torch.device("cuda", 0), dtype, config, fp4=FP4Section(enabled=True, fp4_recipe=recipe))
+    return Precision(torch.device("cuda", 0), dtype, config, FP8Section(enabled=True, fp8_recipe=recipe, **options))
 
 
 @pytest.mark.parametrize(
@@ -483,6 +517,15 @@ def test_recipes_need_their_gpu(machine, recipe, capability, needs):
     assert_told(str(error.value), f"fp8_config.fp8_recipe={recipe} needs {needs}", f"this is GPU {capability}")
 
 
+def test_what_a_gpu_has_instead(machine):
+    machine(H100, "te")
+    with pytest.raises(ValueError, match="which has DelayedScaling, Float8CurrentScaling, Float8BlockScaling"):
+        on_gpu("MXFP8BlockScaling")
+    machine(A100, "te")
+    with pytest.raises(ValueError, match="which has none of them"):
+        on_gpu("DelayedScaling")
+
+
 def test_an_argument_that_the_recipe_does_not_have(machine):
     machine(H100, "te")
     with pytest.raises(ValueError) as error:
@@ -490,11 +533,25 @@ def test_an_argument_that_the_recipe_does_not_have(machine):
     assert_told(str(error.value), "fp8_config.fp8_recipe_kwargs={'margins': 2}", "DelayedScaling", "'margins'")
 
 
+def test_packages_that_are_too_old_for_a_recipe(machine):
+    machine(H100, "te", too_old=True)
+    with pytest.raises(ValueError, match=r"fp8_recipe=Float8BlockScaling does not run here: CUDA >= 12\.9"):
+        on_gpu("Float8BlockScaling")
+
+
+@pytest.mark.parametrize(("backend", "recipe"), [("torch", "MXFP8BlockScaling"), ("te", "NVFP4BlockScaling")])
+def test_formats_that_round_bf16_only(machine, backend, recipe):
+    machine(B200, backend)
+    with pytest.raises(ValueError, match=rf"{recipe} takes BF16 numbers on GPUs; precision=bf16"):
+        on_gpu(recipe, "fp32")
+
+
 @pytest.mark.parametrize(("capability", "emulated"), [(A100, True), (H100, False)])
 def test_without_transformer_engine_a_gpu_takes_torchao(machine, capability, emulated):
     machine(capability, "torch")
     chosen = on_gpu("Float8CurrentScaling")
-    assert chosen.emulated is emulated and ("emulated" in chosen.notes[0]) is emulated
+    assert chosen.emulated is emulated and ("emulated" in chosen.notes[-1]) is emulated
+    assert "PyTorch's are slower" in chosen.notes[0]
     assert on_gpu("MXFP8BlockScaling").emulated
     with pytest.raises(ValueError, match=r"DelayedScaling.* needs TransformerEngine"):
         on_gpu("DelayedScaling")

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pyarrow.parquet as pq
@@ -69,7 +70,7 @@ def chain(*trainers, slow=False):
 @pytest.mark.parametrize(
     "trainers",
     [
-        *(chain(trainer, trainer, trainer) for trainer in TRAINERS),
+        *(chain(trainer, trainer, trainer, slow=trainer != "train_fsdp2") for trainer in TRAINERS),
         chain("train_ddp", "train_fsdp2", "train_mfsdp", slow=True),
         chain("train_fsdp2", "train_mfsdp", "train_ddp", slow=True),
         chain("train_mfsdp", "train_ddp", "train_fsdp2", slow=True),
@@ -180,6 +181,7 @@ def test_torchrun_told_to_stop_saves_although_its_workers_hear_it_too(tmp_path):
     assert stopped == last
 
 
+@pytest.mark.slow
 def test_ranks_that_torchrun_leaves_behind_save_and_the_same_command_goes_on(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     straight = curve(run_here("train_ddp", whole, *save_to(whole), "num_train_steps=150"))
@@ -221,3 +223,12 @@ def test_killed_while_saving(tmp_path):
     run_here("train_fsdp2", parts, *save_to(parts), "num_train_steps=30")
     assert curve(parts) == pytest.approx(straight, rel=1e-5)
     assert sorted(p.name for p in parts.glob("step_*")) == ["step_27", "step_30"]
+
+
+def test_stopped_with_nothing_saved_is_no_success(tmp_path):
+    command = [sys.executable, "train_ddp.py", *TINY, f"logger.log_dir={tmp_path}", "num_train_steps=5000"]
+    process = subprocess.Popen(command, cwd=RECIPE, env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").stat().st_size)
+    process.send_signal(signal.SIGUSR1)
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 3 and "error: checkpoint.ckpt_dir is not set, so nothing" in told

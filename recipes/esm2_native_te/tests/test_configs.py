@@ -3,6 +3,7 @@
 
 import ast
 import gzip
+import importlib
 import inspect
 import json
 import re
@@ -224,3 +225,18 @@ def test_a_folder_gives_the_size(kind, tmp_path):
     counts = [json.loads((run / "run.json").read_text())["num_parameters"] for run in (first, second)]
     assert counts[0] == counts[1]
     assert metrics(first, "train", "loss") == metrics(second, "train", "loss")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_help_explains_every_key(trainer, capsys):
+    with patch.object(sys, "argv", [f"{trainer}.py", "--help"]):
+        launch(importlib.import_module(trainer).main)
+    told = capsys.readouterr().out
+    assert "torchrun --nproc_per_node=8" in told and "L1_650M" in told
+    lines = [line for line in told.partition("# ---- model")[2].splitlines() if re.match(r" *\w+:", line)]
+    known = OmegaConf.to_container(OmegaConf.load(FOLDER / "defaults.yaml"))
+    known = {key: value for key, value in known.items() if key not in ("defaults", "hydra")}
+    for key, value in known.items():
+        for name in (key, *(value if isinstance(value, dict) else ())):
+            (explained, *_) = [line for line in lines if line.strip().startswith(f"{name}:")]
+            assert len(explained.partition("#")[2].strip()) > 5, explained

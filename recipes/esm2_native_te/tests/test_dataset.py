@@ -441,7 +441,7 @@ def test_workers_need_neither_the_script_nor_the_working_folder(tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "datasets.py").write_text("raise SystemExit('not the library')")
     command = [sys.executable, str(tmp_path / "script.py"), str(RECIPE), str(RECIPE / "tests")]
-    done = subprocess.run(command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=300)
     assert done.stdout.split("\n") == ["script", "equal", ""], done.stderr[-4000:]
 
 
@@ -468,7 +468,7 @@ def test_workers_do_not_outlive_a_rank_that_is_killed(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path)]
     with (tmp_path / "told").open("w") as told:  # a pipe would stay open for as long as a worker lives
-        done = subprocess.run(command, cwd=RECIPE, env=environment, stdout=told, timeout=60)
+        done = subprocess.run(command, cwd=RECIPE, env=environment, stdout=told, timeout=300)
     workers = [int(pid) for pid in (tmp_path / "told").read_text().split()]
     assert done.returncode == -signal.SIGKILL and len(workers) == 2
     deadline = time.monotonic() + 20

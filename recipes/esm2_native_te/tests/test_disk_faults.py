@@ -289,7 +289,7 @@ def test_a_folder_that_becomes_read_only(small_disk, tmp_path_factory):
     remount(small_disk, "size=100M")
     log = tmp_path_factory.mktemp("log")
     command = [sys.executable, "train_ddp.py", *TINY, f"logger.log_dir={log}", *save_to(small_disk)]
-    command += ["num_train_steps=400", "checkpoint.max_to_keep=2"]
+    command += ["num_train_steps=120", "checkpoint.max_to_keep=2"]
     process = subprocess.Popen(command, cwd=RECIPE, env=environment(), stderr=subprocess.PIPE, text=True)
     while not complete_steps(small_disk):
         assert process.poll() is None

@@ -2,6 +2,9 @@
 """Ranks agree: on sums, on a user's mistake, and on who goes first."""
 
 import io
+import os
+import subprocess
+import sys
 import time
 from contextlib import redirect_stderr
 from dataclasses import replace
@@ -9,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch.distributed
 from ranks import run_ranks
+from running import RECIPE, TINY, environment
 
 from distributed import Distributed, passes_per_step, process_group
 
@@ -49,6 +53,37 @@ def test_a_mistake_of_the_only_rank(distributed, capsys):
         raise ValueError("dataset.x=1:\n no.")
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: dataset.x=1: no.\n"
+
+
+@pytest.mark.parametrize(
+    "trainer, override, code", [("train_fsdp2", "num_train_steps=1", 0), ("train_ddp", "seed=x", 2)]
+)
+def test_python_is_not_taken_down_under_the_threads_of_gloo(trainer, override, code, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os\n"
+        "class Kept:\n"
+        "    def __del__(self, write=os.write): write(1, b', taken down')\n"
+        "kept = Kept()\n"
+        "atexit.register(os.write, 1, b'exit functions')\n"
+    )
+    paths = {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(RECIPE)))}
+
+    def ended(*command):
+        done = subprocess.run([sys.executable, *command], cwd=RECIPE, env=environment() | paths, capture_output=True)
+        return done.returncode, done.stdout.decode()
+
+    assert ended("-c", "") == (0, "exit functions, taken down")
+    assert ended(f"{trainer}.py", *TINY, override, f"logger.log_dir={tmp_path}") == (code, "exit functions")
+
+
+@pytest.mark.parametrize(
+    "end, code, told",
+    [("1 + 1", 0, ""), ("sys.exit(3)", 3, ""), ("sys.exit()", 0, ""), ("sys.exit('why')", 1, "why\n")],
+)
+def test_a_process_ends_as_its_block_does(end, code, told):
+    script = f"import sys\nfrom distributed import end_of_process\nprint('before')\nwith end_of_process(): {end}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=RECIPE, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "before\n", told)
 
 
 # ---- three ranks

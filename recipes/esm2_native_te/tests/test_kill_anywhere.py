@@ -22,6 +22,7 @@ def test_every_kind_of_death_comes_soon():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_six_deaths(tmp_path):
     result = main(tmp_path, "train_fsdp2", num_deaths=6, seed=1, more=[])
     assert len(result["deaths"]) == 6

@@ -40,6 +40,23 @@ def test_every_product_of_every_layer(trainer, recipe, tmp_path):
             assert 1e-5 < one["mse"] < 1e-2 and one["scale"] > 0
 
 
+def test_weights_of_one_shape_are_told_apart(tmp_path):
+    square = ("model_kwargs.hidden_size=64", "model_kwargs.intermediate_size=64", "fp8_config.enabled=true")
+    assert len(lines(run_here("train_fsdp2", tmp_path, *square, *STATS))[0]["tensors"]) == 2 * 4 * 3
+
+
+def test_lines_are_json_whatever_becomes_of_the_numbers(tmp_path):
+    exploding = ("adamw_kwargs.lr=1e30", "anomalies.on_nonfinite=skip", "anomalies.max_skipped=100")
+    path = run_here("train_ddp", tmp_path, *WIDE, *STATS, *exploding)
+
+    def no_json(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    found = [json.loads(line, parse_constant=no_json) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    tensors = [one for line in found if line["kind"] == "quantization" for one in line["tensors"].values()]
+    assert any(one["mse"] is None for one in tensors)
+
+
 def test_only_layers_in_few_bits(tmp_path):
     path = run_here("train_ddp", tmp_path, *WIDE, *STATS, "fp8_layers=[1]", "use_activation_checkpointing=true")
     assert {name.partition(".")[0] for name in lines(path)[0]["tensors"]} == {"1"}
@@ -53,11 +70,12 @@ def test_numbers_that_are_known():
         rounded = torch.where(x > 2, x, 0.0)
         return rounded, torch.tensor(8.0 if is_gradient else 4.0), rounded == 4
 
-    weight = torch.tensor([[1.0, 3.0], [0.0, 4.0]], requires_grad=True)
-    linear = stats.watched({weight.shape: "0.part.weight"}, torch.nn.functional.linear, round_trip)
+    part = torch.nn.Linear(2, 2, bias=False)
+    part.weight.data = torch.tensor([[1.0, 3.0], [0.0, 4.0]])
+    linear = stats.watched("0.part", part, torch.nn.functional.linear, round_trip)
     for step in (2, 3):
         stats.begin(step)
-        linear(torch.tensor([[1.0, 4.0]]), weight).sum().backward()
+        linear(torch.tensor([[1.0, 4.0]]), part.weight).sum().backward()
         if step == 2:
             assert stats.take() is None
     found = stats.take()

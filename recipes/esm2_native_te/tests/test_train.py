@@ -2,7 +2,9 @@
 """The trajectory belongs to (config, seed, data): not to strategy, ranks, accumulation, layout or workers."""
 
 import pytest
+import torch
 from running import TRAINERS, curve, metrics, run_here, run_ranks
+from transformers import AutoModelForMaskedLM
 
 from export import read_weights
 
@@ -23,7 +25,8 @@ def test_one_rank_gives_the_same_curve(trainer, options, reference_curve, tmp_pa
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_two_ranks_give_the_same_curve(trainer, reference_curve, tmp_path):
-    assert curve(run_ranks(trainer, 2, tmp_path, PACKED)) == pytest.approx(reference_curve, rel=1e-5)
+    path = run_ranks(trainer, 2, tmp_path, PACKED, with_torchrun=True)
+    assert curve(path) == pytest.approx(reference_curve, rel=1e-5)
 
 
 def test_without_accumulation_the_curve_is_the_same(reference_curve, tmp_path):
@@ -57,7 +60,10 @@ def test_two_runs_are_the_same_to_the_bit(trainer, tmp_path):
 def test_two_runs_on_two_ranks_of_two_threads_are_the_same_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     wide = ("model_kwargs.hidden_size=256", "model_kwargs.intermediate_size=1024")  # wide enough for both threads
-    runs = [run_ranks("train_fsdp2", 2, path, *saved(path, *wide)) for path in (tmp_path / "one", tmp_path / "two")]
+    runs = [
+        run_ranks("train_fsdp2", 2, path, *saved(path, *wide), with_torchrun=True)  # threads are counted at the start
+        for path in (tmp_path / "one", tmp_path / "two")
+    ]
     assert curve(runs[0]) == curve(runs[1])
     assert weights_of(runs[0]) == weights_of(runs[1])
 
@@ -127,15 +133,21 @@ def test_few_bits_stay_near_fp32_and_say_that_they_are_emulated(
 
 @pytest.mark.parametrize("options", LOW.values(), ids=LOW)
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_few_bits_stopped_and_gone_on_with_are_the_same_to_the_bit(trainer, options, tmp_path):
-    steps = "lr_scheduler_kwargs.num_training_steps=6"
-    whole = run_here(trainer, tmp_path / "whole", *saved(tmp_path / "whole", *WIDE, *options, steps))
+def test_few_bits_packed_to_the_final_model(trainer, options, tmp_path):
+    """Stopped and gone on with it is the same to the bit, and plain transformers opens what it comes to."""
+    options = (*WIDE, PACKED, *options, "lr_scheduler_kwargs.num_training_steps=6")
+    whole = run_here(trainer, tmp_path / "whole", *saved(tmp_path / "whole", *options))
     for last in (4, 6):
-        run_here(
-            trainer, tmp_path / "cut", *saved(tmp_path / "cut", *WIDE, *options, steps, f"num_train_steps={last}")
-        )
+        steps = (f"num_train_steps={last}", f"checkpoint.save_final_model={str(last == 6).lower()}")
+        run_here(trainer, tmp_path / "cut", *saved(tmp_path / "cut", *options, *steps))
     assert curve(tmp_path / "cut")[:6] == curve(whole)[:6]
     assert weights_of(tmp_path / "cut") == weights_of(whole)
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "cut" / "final_model")
+    assert type(model).__module__.startswith("transformers.") and model.dtype == torch.float32
+    own, theirs = read_weights(whole / "step_6"), dict(model.named_parameters())
+    assert torch.equal(
+        own["esm.encoder.layer.1.layernorm_mlp.fc2_weight"], theirs["esm.encoder.layer.1.output.dense.weight"]
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# On a fresh machine with a GPU: an environment in .venv/gpu, all gpu tests, training speed, and their tables.
+#   bash ci/gpu.sh                             all of it; numbers go to docs/results, tables to READMEs and docs
+#   bash ci/gpu.sh tests -k two_gpus           a part, with arguments of ci/benchmarks/hardware.py
+#   bash ci/gpu.sh speed 650M,3B --rounds 3    sizes (150M,650M,3B), and arguments of ci/benchmarks/train_speed.py
+# OUT=folder puts numbers and tables there, those of docs/results included, and leaves the pages alone.
+# HERE=1 takes the Python that is there with what it has, without a network. PYTHON=python3.12 chooses the interpreter.
+set -euo pipefail
+part=${1:-}
+case $part in ''|tests|speed) ;; *) echo "error: $part is no part: bash ci/gpu.sh [tests or speed]." >&2; exit 2;; esac
+[ $# -eq 0 ] || shift
+if [ -n "${OUT:-}" ]; then mkdir -p "$OUT"; OUT=$(realpath "$OUT"); fi
+cd "$(dirname "$0")/.."
+
+if [ -n "${HERE:-}" ]; then
+  python=${PYTHON:-python3}
+else
+  source ci/environment.sh gpu recipes/esm2_native_te/requirements.txt ci/benchmarks/requirements.txt
+  python=python
+fi
+"$python" - << 'CHECK' || exit 2
+import sys
+if sys.version_info < (3, 11):
+    sys.exit("error: Python " + sys.version.split()[0] + " is too old; 3.11 or newer is needed: PYTHON=python3.12")
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"error: torch cannot be imported ({error}).")
+if not torch.cuda.is_available():
+    build = f"for CUDA {torch.version.cuda}; nvidia-smi tells the driver's" if torch.version.cuda else "for CPUs"
+    sys.exit(f"error: there is no GPU that torch can use; {torch.__version__} is a build {build}.")
+CHECK
+
+failed=()
+run() {  # NAME COMMAND...
+  echo "--- $1"
+  "${@:2}" || failed+=("$1 (exit code $?)")
+}
+if [ -z "${HERE:-}" ] && [[ " $* " != *" --without-te "* ]] && ! python -c 'import transformer_engine.pytorch' 2> /dev/null
+then
+  run "installing what compiles TransformerEngine" python -m pip install --quiet setuptools wheel ninja
+  run "installing TransformerEngine" \
+    python -m pip install --quiet --no-build-isolation -r recipes/esm2_native_te/requirements-te.txt
+fi
+for name in ${OUT:+gpu_tests train_speed}; do
+  if [ -e "docs/results/$name.json" ] && [ ! -e "$OUT/$name.json" ]; then cp "docs/results/$name.json" "$OUT"; fi
+done
+if [ "$part" != speed ]; then
+  run tests "$python" ci/benchmarks/hardware.py ${OUT:+--output "$OUT/gpu_tests.json"} "$@"
+fi
+if [ "$part" != tests ]; then
+  speed=("$python" ci/benchmarks/train_speed.py) numbers=${OUT:-docs/results}/train_speed.json sizes=150M,650M,3B
+  case ${1:-} in [0-9]*) sizes=$1; shift;; esac
+  for size in ${sizes//,/ }; do
+    run "speed of $size" "${speed[@]}" --device cuda --sizes "$size" --profile 4 --output "$numbers" "$@"
+  done
+  run "tables of speed" "${speed[@]}" --from "$numbers" \
+    --table "${OUT:-docs}/speed.md" --plot "${OUT:-docs/images}/train_speed.png"
+  [ -n "${OUT:-}" ] || run "summary of speed" "${speed[@]}" --from "$numbers" --table README.md
+fi
+if [ ${#failed[@]} -gt 0 ]; then printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; fi

@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Run what READMEs and docs tell users to type: blocks marked `bash` and `python`, page by page, in a copy.
+
+python ci/run_docs.py                                    # all pages: six minutes on two cores
+python ci/run_docs.py recipes/esm2_native_te/README.md
+python ci/run_docs.py --list
+
+Blocks marked `sh` and `py` are for people: they need a GPU, a cluster, a network or an hour. `text` and
+no mark are no commands; any other mark is an error, so that nothing is left out by mistake. Training is cut short: few
+steps and a small validation set, and `step_400` follows.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import repository
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = "recipes/esm2_native_te"
+# Where a page's commands are typed, if not where it lies.
+FOLDERS = {"docs/index.md": RECIPE}
+FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.M | re.S)
+RUN, READ = ("bash", "python"), ("sh", "py", "text", "")
+FEWEST = 4
+TIMEOUT_S = 600
+
+
+class Block(NamedTuple):
+    """One fence of a page."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+
+def blocks(page: Path, name: str) -> list[Block]:
+    """Those of a page that are run. Raises ValueError where it cannot be told which these are."""
+    text = page.read_text()
+    found = [Block(name, text.count("\n", 0, m.start()) + 1, m[1], m[2]) for m in FENCE.finditer(text)]
+    for block in found:
+        if block.language not in RUN + READ:
+            raise ValueError(
+                f"{name}:{block.line}: a block marked `{block.language}`; `bash` and `python` are run, and "
+                "`sh`, `py`, `text` or no mark are known besides."
+            )
+    rest = FENCE.sub(lambda m: "\n" * m[0].count("\n"), text)
+    if other := re.search(r"^[ \t>]*(```|~~~)", rest, re.M):
+        line = rest.count("\n", 0, other.start()) + 1
+        raise ValueError(f"{name}:{line}: a block has to begin and end with ``` at the start of a line.")
+    return [block for block in found if block.language in RUN]
+
+
+def few(match: re.Match) -> str:
+    """400 steps as 8."""
+    return f"{match[1]}{max(FEWEST, int(match[2]) // 50)}"
+
+
+def shortened(text: str) -> str:
+    """Commands that train little; the rest as it is."""
+    commands = []
+    for command in re.sub(r"\\\n\s*", " ", text).splitlines():
+        command = re.sub(r"(num_train_steps=|step_)(\d+)", few, command)
+        words, hash_, comment = command.partition("  #")
+        if re.search(r"\btrain_(ddp|fsdp2|mfsdp)\.py\b", words) and not words.startswith("diff"):
+            given = {"num_train_steps": FEWEST, "validation.max_rows": 20}
+            words = words.rstrip() + "".join(f" {k}={v}" for k, v in given.items() if f"{k}=" not in words)
+        commands.append(words + hash_ + comment)
+    return "\n".join(commands)
+
+
+def copy_repository(to: Path) -> None:
+    """The files that git knows, and a user's proteins in each recipe's folder that trains on such."""
+    repository.copy(ROOT, to)
+    (to / ".git" / "info" / "exclude").write_text("*\n")  # what the pages' commands write is no part of a recipe
+    import pyarrow.parquet as pq
+
+    for sample in to.glob("recipes/*/data/train.parquet"):
+        if "sequence" in pq.read_schema(sample).names:
+            proteins = pq.read_table(sample).column("sequence").to_pylist()[:200]
+            folder = sample.parents[1]
+            (folder / "my.fasta").write_text("".join(f">p{i}\n{s}\n" for i, s in enumerate(proteins)))
+            (folder / "my.csv").write_text("protein\n" + "\n".join(proteins) + "\n")
+
+
+def run(block: Block, root: Path) -> str | None:
+    """What went wrong, with the end of what was said; None if nothing did."""
+    folder = root / FOLDERS.get(block.page, "." if block.page.startswith("docs/") else str(Path(block.page).parent))
+    text = shortened(block.text) if block.language == "bash" else block.text
+    command = ["bash", "-euo", "pipefail", "-c", text] if block.language == "bash" else [sys.executable, "-c", text]
+    quiet = {"HF_DATASETS_CACHE": str(root / ".cache"), "HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | quiet, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=TIMEOUT_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"still running after {TIMEOUT_S} s"
+    return None if done.returncode == 0 else f"exit code {done.returncode}\n{done.stdout[-3000:]}"
+
+
+def main(arguments: list[str]) -> int:
+    """Run the pages asked for, all if none is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", metavar="PAGE.md")
+    parser.add_argument("--list", action="store_true", help="show the blocks and what is run of them")
+    asked = parser.parse_args(arguments)
+    pages = [Path(page).resolve() for page in asked.pages]
+    for pattern in ("*.md", "recipes/*/README.md", "models/*/README.md", "docs/*.md") if not pages else ():
+        pages += sorted(ROOT.glob(pattern))
+    for page in pages:
+        if not page.is_file() or ROOT not in page.parents:
+            parser.error(f"{page}: {'not in this repository' if page.is_file() else 'no such page'}.")
+    try:
+        found = [block for page in pages for block in blocks(page, str(page.relative_to(ROOT)))]
+    except ValueError as error:
+        parser.error(str(error))
+    if asked.list:
+        for block in found:
+            print(f"--- {block.page}:{block.line} ({block.language})")
+            print(shortened(block.text) if block.language == "bash" else block.text.rstrip())
+        return 0
+    failed = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        copy_repository(Path(scratch))
+        for block in found:
+            started = time.perf_counter()
+            wrong = run(block, Path(scratch))
+            failed += wrong is not None
+            seconds = time.perf_counter() - started
+            print(f"{'FAILED' if wrong else 'ok':6} {block.page}:{block.line}  {seconds:.0f} s", flush=True)
+            if wrong:
+                print(f"{block.text}\n{wrong}", file=sys.stderr, flush=True)
+    print(f"{len(found) - failed} of {len(found)} blocks ran")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

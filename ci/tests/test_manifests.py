@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Manifests for clusters and clouds follow their schemas, and start what exists."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config_names(recipe):
+    return {path.stem for path in recipe.glob("hydra_config/*.yaml")}
+
+
+def recipes_with(name):
+    """For each recipe that has this file."""
+    found = sorted(path.parent for path in ROOT.glob(f"recipes/*/{name}"))
+    return pytest.mark.parametrize("recipe", found, ids=lambda path: path.name)
+
+
+@recipes_with("trainjob.yaml")
+def test_kubeflow_trainer(recipe):
+    job = pytest.importorskip("kubeflow_trainer_api.models.trainer_v1alpha1_train_job").TrainerV1alpha1TrainJob
+    told = yaml.safe_load((recipe / "trainjob.yaml").read_text())
+    assert job.from_dict(told).to_dict() == told  # the schema drops what it does not know
+    script, config, *_ = told["spec"]["trainer"]["args"]
+    assert (recipe / script).is_file() and config.partition("=")[2] in config_names(recipe)
+
+
+@recipes_with("sky.yaml")
+def test_skypilot(recipe):
+    told = yaml.safe_load((recipe / "sky.yaml").read_text())
+    assert set(told) <= {"name", "num_nodes", "resources", "workdir", "file_mounts", "setup", "run"}
+    script = re.search(r"train_\w+\.py", told["run"])[0]
+    config = re.search(r"--config-name (\w+)", told["run"])[1]
+    assert (recipe / script).is_file() and config in config_names(recipe)
+    assert all((recipe / name).is_file() for name in re.findall(r"-r (\S+)", told["setup"]))
+    subprocess.run(["bash", "-n", "-c", told["run"]], check=True)
+
+
+@pytest.mark.slow  # SkyPilot brings 460 MB
+@recipes_with("sky.yaml")
+def test_skypilot_itself_reads_it(recipe, tmp_path):
+    python = tmp_path / "environment" / "bin" / "python"
+    venv.create(tmp_path / "environment", with_pip=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "skypilot==0.14.1"], check=True)
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text((recipe / "sky.yaml").read_text().replace("num_nodes:", "num_node:"))
+    reading = [python, "-c", "import sys, sky; print(sky.Task.from_yaml(sys.argv[1]).num_nodes)"]
+    for file, told in ((recipe / "sky.yaml", "1\n"), (wrong, "")):
+        done = subprocess.run(
+            [*reading, file], capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path)}
+        )
+        assert (done.stdout, done.returncode == 0) == (told, bool(told)), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [("vendor.github-workflows", ".github/workflows/*.yml"), ("vendor.citation-file-format", "CITATION.cff")],
+)
+def test_files_with_a_published_schema(schema, pattern):
+    files = sorted(map(str, ROOT.glob(pattern)))
+    if not files:
+        pytest.skip(f"no {pattern} around this copy")
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+TEXT, TEXTS = {"type": "string"}, {"type": "array", "items": {"type": "string"}}
+
+
+def keys(properties, *required):
+    """The schema of a section with these keys and no others."""
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+# Of the specification at containers.dev what is used here; .github/workflows/ci.yml asks its published schema.
+SIZE = {"type": "string", "pattern": r"^\d+([tgmk]b)?$"}
+HOST = {"cpus": {"type": "integer", "minimum": 1}, "memory": SIZE, "storage": SIZE, "gpu": {"type": "boolean"}}
+COMMON = {
+    "name": TEXT, "hostRequirements": keys(HOST), "postCreateCommand": TEXT, "runArgs": TEXTS,
+    "customizations": keys({"vscode": keys({"extensions": TEXTS, "settings": {"type": "object"}})}),
+}  # fmt: skip
+BUILD = keys({"dockerfile": TEXT, "context": TEXT}, "dockerfile")
+DEVCONTAINER = {"oneOf": [keys(COMMON | {"image": TEXT}, "image"), keys(COMMON | {"build": BUILD}, "build")]}
+
+
+@pytest.mark.parametrize("name", ["devcontainer.json", "gpu/devcontainer.json"])
+def test_devcontainers(name):
+    path = ROOT / ".devcontainer" / name
+    if not path.exists():
+        pytest.skip("not around this copy")
+    told = json.loads(path.read_text())
+    jsonschema.validate(told, DEVCONTAINER)
+    for wrong in ({"imagee": "x"}, {"image": "x", "build": {"dockerfile": "y"}}, {"runArgs": "--gpus=all"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(told | wrong, DEVCONTAINER)
+    if "build" in told:
+        assert (path.parent / told["build"]["dockerfile"]).resolve().is_file()
+        assert (path.parent / told["build"]["context"]).resolve().is_dir()
+    for requirement in re.findall(r"-r (\S+\.txt)", told["postCreateCommand"]):
+        assert (ROOT / requirement).is_file()

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# The recipes' slurm.sh on a real Slurm with two virtual nodes (slurm/cluster.sh): trained, warned near its time limit, ended by
+# scancel, requeued, swept, and compared with a local run. Five to ten minutes on two cores. With -m "slow or not slow", as CI does
+# weekly, also the other trainers, scancel --signal=USR1, a node that dies and a run without ckpt_dir: ten to twenty.
+# Exit code 77: it cannot be tried here, because Slurm's packages are missing or no cluster comes up. Where CI=true, the latter is
+# a failure: else nobody would see that Slurm is not tested any more.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+if [ -z "${VIRTUAL_ENV:-}" ]; then source ci/environment.sh test recipes/esm2_native_te/requirements.txt ci/requirements.txt; fi
+SLURM_HOME=$(mktemp -d)
+export SLURM_HOME TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+trap 'bash "$root/slurm/cluster.sh" down; rm -rf "$SLURM_HOME"' EXIT
+bash slurm/cluster.sh up 2 || {
+  code=$?
+  [ $code -ne 77 ] || exit 77
+  tail -n 20 "$SLURM_HOME"/*.log >&2 2> /dev/null || true
+  [ "${CI:-}" != true ] || exit 1
+  exit 77
+}
+source slurm/env.sh
+python -m pytest -p no:cacheprovider "$@" slurm/tests
