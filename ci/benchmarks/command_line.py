@@ -89,6 +89,9 @@ def run_or_read(asked: argparse.Namespace, measure: Callable, name: str, table: 
 
 
 def first_error(told: str) -> str:
-    """Of what a failed run has said, its own sentence, or else the end."""
+    """Of what a failed run has said, its own sentence, or else the exception, or else the end."""
     lines = [line for line in told.strip().splitlines() if line.strip()]
-    return next((line for line in lines if line.lower().startswith("error")), "\n".join(lines[-15:]))
+    found = [line for line in lines if line.lower().startswith("error:")] or [
+        line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)
+    ]
+    return found[0] if found else "\n".join(lines[-15:])

@@ -41,7 +41,7 @@ if __name__ == "__main__":  # here, because the imports below take seconds
     signal.signal(signal.SIGTERM, stop)
 
 from scaling_ranks import (  # noqa: E402  # isort: skip (it says where the recipe's modules are)
-    RECIPE, ROOT, Failed, cpu_name, environment, out_of_memory, tokens_per_second, torchrun, versions,
+    RECIPE, ROOT, Failed, cpu_name, environment, tokens_per_second, torchrun, versions,
 )  # fmt: skip
 from command_line import (  # noqa: E402
     add_files,
@@ -142,6 +142,20 @@ def family(pid: int) -> list[int]:
 def free_gib() -> float:
     """What processes can take before the system runs out of memory."""
     return int(re.search(r"^MemAvailable:\s+(\d+) kB", (PROC / "meminfo").read_text(), re.MULTILINE)[1]) / 2**20
+
+
+# What a rank says that gets no memory: Python, torch, C++, the C library. One that the system kills says nothing.
+NO_MEMORY = re.compile(
+    "(can't|cannot|failed to|unable to) allocate|not enough memory|no memory is left|out of memory|MemoryError"
+    "|bad_alloc|can't start new thread",
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(code: int, told: str) -> bool:
+    """Whether torchrun or, of its ranks, the first that failed was killed, or got no memory."""
+    first = re.search(r"Root Cause.*?exitcode\s*: (-?\d+)", told, re.DOTALL)
+    return -signal.SIGKILL in (code, int(first[1]) if first else code) or bool(NO_MEMORY.search(told))
 
 
 def train(asked: argparse.Namespace, num_layers: int) -> dict:

@@ -14,9 +14,7 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
@@ -75,32 +73,10 @@ def arguments_of(asked: argparse.Namespace) -> list[str]:
     return overrides + asked.overrides
 
 
-class OutOfMemory(Failed):
-    """A run that got no memory, or was killed for what it held."""
-
-
-# What a rank says that gets no memory; one that the system kills says nothing.
-NO_MEMORY = (
-    "can't allocate memory",
-    "Cannot allocate memory",
-    "not enough memory",
-    "no memory is left",
-    "MemoryError",
-    "bad_alloc",
-    "can't start new thread",
-)
-
-
-def out_of_memory(code: int, told: str) -> bool:
-    """Whether torchrun or, of its ranks, the first that failed was killed, or got no memory."""
-    first = re.search(r"Root Cause.*?exitcode\s*: (-?\d+)", told, re.DOTALL)
-    return -signal.SIGKILL in (code, int(first[1]) if first else code) or any(words in told for words in NO_MEMORY)
-
-
 def train(
     trainer: str, num_ranks: int, folder: Path, overrides: list[str], timeout_s: float, limit_gib: float | None = None
 ) -> list[dict]:
-    """One run; the lines of its metrics. Each process may have `limit_gib` of data. Raises Failed, OutOfMemory."""
+    """One run; the lines of its metrics. Each process may have `limit_gib` of data. Raises Failed."""
     command = [*torchrun(num_ranks), f"{trainer}.py", f"logger.log_dir={folder}", *overrides]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     what = f"{trainer} on {num_ranks} rank{'s' * (num_ranks > 1)}"
@@ -127,8 +103,6 @@ def train(
                 raise Failed(f"{what} took longer than {timeout_s:.0f} s; {told}") from None
             raise
     code = process.returncode
-    if code and out_of_memory(code, told):
-        raise OutOfMemory(f"{what} ran out of memory")
     if code:
         raise Failed(f"{what} failed with exit code {code}: {first_error(told)}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -23,6 +23,11 @@ HEAD = (
     "peak memory, GiB", "fill", "data wait",
 )  # fmt: skip
 OTHERS = "#AEB4BD"
+# What a processor's products have, by the flags of `contestant_process.SIMD`, the strongest first.
+SIMD = {
+    "amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2",
+    "sve": "SVE", "asimd": "NEON",
+}  # fmt: skip
 
 
 def figures(entry: dict) -> list[dict]:
@@ -137,10 +142,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def machine_name(entry: dict) -> str:
+    """The processor, and what its products have: machines that name themselves alike can differ in that."""
+    machine = entry["machine"]
+    return ", ".join([machine["name"], *[told for flag, told in SIMD.items() if flag in machine["simd"]][:1]])
+
+
 def entry_text(entry: dict) -> str:
     """All about one size, in Markdown."""
     device = "GPU" if entry["device"] == "cuda" else "CPU"
-    parts = [f"### {entry['size']}, {device}: {entry['machine']['name']}", table(entry), before(entry)]
+    parts = [f"### {entry['size']}, {device}: {machine_name(entry)}", table(entry), before(entry)]
     if where := profile(entry):
         name = entry["contestants"][0]["name"]
         parts += [f"Where the time of a step of {name} goes, by the profiler:", where]
@@ -162,8 +173,9 @@ def summary(result: dict) -> str:
         others = {line["name"]: line["ratio"] for line in rest if not line["name"].startswith("ours")}
         best = min(others, key=others.get, default=None)
         of_products = "–" if ours["of_products"] is None else f"{ours['of_products']:.0%}"
-        machine = entry["machine"]
-        device = f"{machine['name']}, {counted(machine['threads'], 'thread')}, {ours['precision'].upper()}"
+        device = (
+            f"{machine_name(entry)}, {counted(entry['machine']['threads'], 'thread')}, {ours['precision'].upper()}"
+        )
         cells = [
             entry["size"], device, f"{ours['rate']:,.0f}",
             f"{others['transformers']:.1f} x" if "transformers" in others else "–",
@@ -219,5 +231,5 @@ def draw(result: dict, out: Path) -> None:
             panel.grid(axis="y", visible=False)
             panel.set_xlim(0, 1.35 * max(line["highest"] for line in lines))
             panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-            panel.set(title=f"ESM-2 {entry['size']}, {entry['machine']['name']}", xlabel="Real tokens/s")
+            panel.set(title=f"ESM-2 {entry['size']}, {machine_name(entry)}", xlabel="Real tokens/s")
         figure.savefig(out)

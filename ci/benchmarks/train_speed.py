@@ -462,7 +462,7 @@ def keep(entry: dict, result: dict, output: Path) -> None:
 
     def place(entry: dict) -> tuple:
         machine = entry["machine"]
-        return entry["device"], machine["name"], machine["threads"], order.index(entry["size"])
+        return entry["device"], machine["name"], machine["simd"], machine["threads"], order.index(entry["size"])
 
     others = [other for other in result["entries"] if place(other) != place(entry)]
     result["entries"] = sorted([*others, entry], key=place)

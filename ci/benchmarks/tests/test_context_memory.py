@@ -36,13 +36,13 @@ def test_runs_that_come_to_another_loss_are_refused(monkeypatch, tmp_path, capsy
 
 
 def test_a_hard_limit_that_one_rank_exceeds_and_two_keep(monkeypatch, tmp_path, capsys):
-    """What runs out of memory is measured again without the limit."""
+    """What fails within the limit is measured again without it."""
     asked = []
 
     def train(trainer, cp_size, folder, overrides, timeout_s, limit_gib=None):
         asked.append((cp_size, limit_gib))
         if limit_gib is not None and limit_gib < 2 / cp_size:
-            raise context_memory.OutOfMemory("no memory")
+            raise context_memory.Failed("no memory")
         return [{"loss": 3.0, "step_time_s": 1.0, "peak_memory_gib": 2 / cp_size}] * 2
 
     monkeypatch.setattr(context_memory, "train", train)
@@ -55,6 +55,15 @@ def test_a_hard_limit_that_one_rank_exceeds_and_two_keep(monkeypatch, tmp_path, 
     assert "| 1.00 | 50% |" in two and "| trains |" in two
 
 
+def test_what_fails_without_a_limit_too_is_an_error(monkeypatch, tmp_path, capsys):
+    def train(*_):
+        raise context_memory.Failed("the disk is full")
+
+    monkeypatch.setattr(context_memory, "train", train)
+    assert context_memory.main(["--quick", "--limit-gib", "1.5", "--output", str(tmp_path / "x.json")]) == 1
+    assert "error: the disk is full" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("limit_gib", "trains"), [(0.1, False), (8.0, True)])
 def test_the_limit_is_the_systems(tmp_path, limit_gib, trains):
     overrides = ["model_tag=esm2_t4_1M", "num_train_steps=1", "precision=fp32", "dataset.num_workers=0"]
@@ -62,7 +71,7 @@ def test_the_limit_is_the_systems(tmp_path, limit_gib, trains):
     if trains:
         assert len(context_memory.train(*given)) == 1
     else:
-        with pytest.raises(context_memory.OutOfMemory, match="train_fsdp2 on 1 rank ran out of memory"):
+        with pytest.raises(context_memory.Failed, match="train_fsdp2 on 1 rank failed"):
             context_memory.train(*given)
 
 

@@ -14,6 +14,7 @@ HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
 import scaling_ranks  # noqa: E402
+from command_line import first_error  # noqa: E402
 
 
 def lines(losses, tokens=100, seconds=2.0):
@@ -36,6 +37,21 @@ def test_runs_that_differ_are_not_compared():
         scaling_ranks.loss_difference(lines([float("nan")]), lines([2.0]), 1e-2, "x")
     with pytest.raises(scaling_ranks.Failed, match="same tokens"):
         scaling_ranks.loss_difference(lines([2.0]), lines([2.0], tokens=99), 1e-2, "x")
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        ("Traceback\nerror: precision=fp9 must be fp32.\nRuntimeError: later\n", "error: precision=fp9 must be fp32."),
+        (
+            "Error executing job with overrides: []\n\nRuntimeError: no memory\ntorch...ChildFailedError:",
+            "RuntimeError: no memory",
+        ),
+        ("Error executing job\nmemory allocation failed\n", "Error executing job\nmemory allocation failed"),
+    ],
+)
+def test_the_reason_of_a_failed_run(told, reason):
+    assert first_error(told) == reason
 
 
 def test_a_run_that_takes_too_long_is_ended_with_its_ranks(tmp_path):

@@ -117,14 +117,15 @@ def test_tables_are_checked_against_the_numbers(run, tmp_path, capsys):
 
 def test_an_entry_replaces_that_of_its_size_and_machine(run, tmp_path):
     result, output = {"entries": []}, tmp_path / "deep" / "numbers.json"
-    for size, device, name, seed in (
-        ("35M", "cpu", "A", 1), ("8M", "cpu", "A", 1), ("8M", "cuda", "G", 1), ("35M", "cpu", "A", 2),
-        ("35M", "cpu", "B", 3),
+    for size, device, name, simd, seed in (
+        ("35M", "cpu", "A", ["avx2"], 1), ("8M", "cpu", "A", ["avx2"], 1), ("8M", "cuda", "G", [], 1),
+        ("35M", "cpu", "A", ["avx2"], 2), ("35M", "cpu", "A", ["avx2", "avx512f"], 4),
+        ("35M", "cpu", "B", ["avx2"], 3),
     ):  # fmt: skip
-        machine = {"name": name, "threads": 2}
+        machine = {"name": name, "threads": 2, "simd": simd}
         train_speed.keep({"size": size, "device": device, "machine": machine, "seed": seed}, result, output)
     kept = [(e["size"], e["machine"]["name"], e["seed"]) for e in json.loads(output.read_text())["entries"]]
-    assert kept == [("8M", "A", 1), ("35M", "A", 2), ("35M", "B", 3), ("8M", "G", 1)]
+    assert kept == [("8M", "A", 1), ("35M", "A", 2), ("35M", "A", 4), ("35M", "B", 3), ("8M", "G", 1)]
     assert [path.name for path in output.parent.iterdir()] == ["numbers.json"]
 
 
