@@ -83,7 +83,7 @@ def compiled(source: Path, *definitions: str) -> ctypes.CDLL:
 
 @cache
 def has_bfloat16(head_dim: int) -> bool:
-    """Whether processor and compiler have AMX, without which only layer norm is done in BF16 here."""
+    """Whether processor and compiler have AVX-512 BF16, without which only layer norm is done in BF16 here."""
     return bool(_function(head_dim, "has_bfloat16", ctypes.c_bool)())
 
 

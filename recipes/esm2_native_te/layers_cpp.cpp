@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Kernels of `layers_cpp.py`: attention of packed sequences with rotary positions, and layer norm, in FP32 and BF16;
 // what lies between the feed-forward part's matrix products in BF16. Forward and backward. Sums are FP32. Results
-// depend neither on the number of threads nor, for attention, on what else is in the batch. What is in BF16 needs AMX,
-// but for layer norm.
+// depend neither on the number of threads nor, for attention, on what else is in the batch. What is in BF16 needs
+// AVX-512 BF16, but for layer norm, and takes AMX where that is.
 
 #include <ATen/cpu/Utils.h>
 #include <ATen/native/CPUBlas.h>
@@ -15,8 +15,11 @@
 #include <memory>
 #include <type_traits>
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#ifdef __AVX512BF16__
+#define HAS_BFLOAT16
+#ifdef __AMX_BF16__
 #define HAS_TILES
+#endif
 #endif
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -116,25 +119,30 @@ constexpr int64_t WHOLE = HALF + FILLED <= 2 * DIM ? FILLED : HALF;
 const float SCALE = 1.0f / std::sqrt(static_cast<float>(DIM)), LOG2_SCALE = SCALE * LOG2_E;
 constexpr int64_t ROUND = 32;  // keys are padded to a multiple of it
 
-// ---- matrix products: C [M, N] (+)= A [M, K] B [K, N]; C is FP32. In BF16 they are AMX's, and B has pairs of rows
-// side by side. In FP32 they are oneDNN's, through PyTorch.
+// ---- matrix products: C [M, N] (+)= A [M, K] B [K, N]; C is FP32. In BF16 they are ours, of AMX or of AVX-512, and B
+// has pairs of rows side by side. In FP32 they are oneDNN's, through PyTorch.
 
+#ifdef HAS_TILES
+constexpr int64_t K_ROUND = 32;
+#else
+constexpr int64_t K_ROUND = 16;
+#endif
 template <typename T>
-constexpr bool TILED = std::is_same_v<T, BFloat16>;
+constexpr bool PAIRED = std::is_same_v<T, BFloat16>;
 // A head's channels in scratch, filled up with zeros: as columns of A or rows of B,
 template <typename T>
-constexpr int64_t WIDTH = TILED<T> ? rounded(DIM, 32) : DIM;
+constexpr int64_t WIDTH = PAIRED<T> ? rounded(DIM, K_ROUND) : DIM;
 // and as rows of A or C, or columns of B or C.
 template <typename T>
-constexpr int64_t OUT = TILED<T> ? rounded(DIM, 16) : DIM;
+constexpr int64_t OUT = PAIRED<T> ? rounded(DIM, 16) : DIM;
 
-// Queries at once; with tiles, as many as leave all that is at hand in the first cache.
+// Queries at once; in BF16, as many as leave all that is at hand in the first cache.
 template <typename T>
-constexpr int64_t BLOCK = TILED<T> ? 32 : 64;
+constexpr int64_t BLOCK = PAIRED<T> ? 32 : 64;
 // Keys at once.
 template <typename T>
 constexpr int64_t chunk(int64_t padded) {
-  return TILED<T> ? ROUND : padded;
+  return PAIRED<T> ? ROUND : padded;
 }
 
 inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, float* c, bool add) {
@@ -180,13 +188,45 @@ inline __attribute__((always_inline)) void product(int64_t m, int64_t n, int64_t
   }
   __asm__ volatile("" ::: "memory");
 }
+#elif defined(HAS_BFLOAT16)
+// ROWS x COLUMNS vectors of C, held in registers: each pair of A's numbers meets a vector of B's pairs.
+template <int ROWS, int COLUMNS>
+inline __attribute__((always_inline)) void product_part(int64_t n, int64_t k, const BFloat16* a, int64_t lda,
+                                                        const BFloat16* b, float* c, bool add) {
+  __m512 sums[ROWS][COLUMNS];
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < COLUMNS; ++j)
+      sums[i][j] = add ? _mm512_loadu_ps(c + i * n + j * VECTOR) : _mm512_setzero_ps();
+  for (int64_t l = 0; l < k; l += 2) {
+    __m512i columns[COLUMNS];
+    for (int j = 0; j < COLUMNS; ++j) columns[j] = _mm512_loadu_si512(b + l * n + 2 * j * VECTOR);
+    for (int i = 0; i < ROWS; ++i) {
+      int32_t pair;
+      std::memcpy(&pair, a + i * lda + l, sizeof pair);
+      const auto row = (__m512bh)_mm512_set1_epi32(pair);
+      for (int j = 0; j < COLUMNS; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)columns[j], row);
+    }
+  }
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < COLUMNS; ++j) _mm512_storeu_ps(c + i * n + j * VECTOR, sums[i][j]);
+}
+// M and N are multiples of 16, K of 2.
+inline void product(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b, float* c,
+                    bool add) {
+  for (int64_t j = 0; j < n; j += 2 * VECTOR)
+    for (int64_t i = 0; i < m; i += 8)
+      if (j + VECTOR < n)
+        product_part<8, 2>(n, k, a + i * lda, lda, b + 2 * j, c + i * n + j, add);
+      else
+        product_part<8, 1>(n, k, a + i * lda, lda, b + 2 * j, c + i * n + j, add);
+}
 #endif
 
 // What a thread does before its products in T, and after them.
 template <typename T>
 void begin_products() {
 #ifdef HAS_TILES
-  if constexpr (TILED<T>) {
+  if constexpr (PAIRED<T>) {
     struct alignas(64) Configuration {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -200,9 +240,9 @@ void begin_products() {
 template <typename T>
 void end_products() {
 #ifdef HAS_TILES
-  if constexpr (TILED<T>) _tile_release();
+  if constexpr (PAIRED<T>) _tile_release();
 #endif
-  if constexpr (!TILED<T>) at::native::cpublas::brgemm_release(false);
+  if constexpr (!PAIRED<T>) at::native::cpublas::brgemm_release(false);
 }
 
 // No exception may leave a parallel region: most likely there is no memory. Returns whether there was none.
@@ -383,7 +423,7 @@ inline void store_rows(float* to, Floats a, Floats b) {
   put(to + BLOCK<float>, b);
 }
 inline void store_pairs(float* rows, int64_t column, Floats a, Floats b) { store_rows(rows + column, a, b); }
-#ifdef HAS_TILES
+#ifdef HAS_BFLOAT16
 inline __m512i two_rows(Floats a, Floats b) {  // in BF16, a and behind it b
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
 }
@@ -670,9 +710,13 @@ void layer_norm(bool backward, const X* x, const Y* added, X* sum, const float* 
 }
 
 // ---- between matrix products, in BF16
-#ifdef HAS_TILES
+#ifdef HAS_BFLOAT16
 
+#ifdef HAS_TILES
 const bool ALLOWED = at::native::cpublas::could_pack(at::kBFloat16) && at::cpu::init_amx();
+#else
+const bool ALLOWED = true;
+#endif
 
 inline Words words(const BFloat16* x) {
   return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
@@ -750,7 +794,7 @@ LAYER_NORM(float32_float32, float, float)
 LAYER_NORM(float32_bfloat16, float, BFloat16)
 LAYER_NORM(bfloat16_bfloat16, BFloat16, BFloat16)
 
-#ifndef HAS_TILES
+#ifndef HAS_BFLOAT16
 bool has_bfloat16() { return false; }
 #else
 bool has_bfloat16() { return ALLOWED; }

@@ -326,9 +326,8 @@ class Precision:
         if self.device.type == "cuda":
             return torch.cuda.is_bf16_supported()
         # By what the CPU is, so that all ranks and every restart come to the same (docs/log.md).
-        if torch.cpu._is_amx_tile_supported():
-            return model_config.hidden_size >= 256  # narrower ones gain too little to give up FP32's exactness
-        return model_config.hidden_size >= 480 and torch.cpu._is_avx512_bf16_supported()
+        # Narrower models gain too little to give up FP32's exactness. Who has AMX has AVX-512 BF16.
+        return model_config.hidden_size >= 256 and torch.cpu._is_avx512_bf16_supported()
 
     def prepare(self, model: torch.nn.Module) -> None:
         """Let each layer's matrix products run in its format; embeddings, norms and the LM head stay as they are."""
