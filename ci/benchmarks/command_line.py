@@ -89,9 +89,9 @@ def run_or_read(asked: argparse.Namespace, measure: Callable, name: str, table: 
 
 
 def first_error(told: str) -> str:
-    """Of what a failed run has said, its own sentence, or else the exception, or else the end."""
-    lines = [line for line in told.strip().splitlines() if line.strip()]
-    found = [line for line in lines if line.lower().startswith("error:")] or [
-        line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)
-    ]
-    return found[0] if found else "\n".join(lines[-15:])
+    """Of what a failed run has said, its own sentence, or else a rank's exception, or else the end."""
+    lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in told.strip().splitlines() if line.strip()]
+    for pattern in (r"error: ", r"(?!.*ChildFailedError)[\w.]*(Error|Exception)(: .|$)"):
+        if found := [line for line in lines if re.match(pattern, line)]:
+            return found[0]
+    return "\n".join(lines[-15:])

@@ -189,7 +189,7 @@ def machine_facts(job: SimpleNamespace) -> dict:
             "name": torch.cuda.get_device_name() if cuda else cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "simd": [flag for flag in SIMD if flag in flags],
+            "simd": [] if cuda else [flag for flag in SIMD if flag in flags],
         },
         "memory_gib": torch.cuda.mem_get_info()[0] / 2**30 if cuda else available_gib(),
         "bf16_speed": None if cuda else bf16_speed(),

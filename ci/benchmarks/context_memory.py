@@ -23,9 +23,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 
-from scaling_ranks import ROOT, TOLERANCE, Failed, cpu_name, train, versions  # isort: skip (it finds the recipe)
+from scaling_ranks import ROOT, TOLERANCE, Failed, TookTooLong, cpu_name, train, versions  # isort: skip (it finds the recipe)
 from command_line import add_files, check_files, parse_with_overrides, positive, refuse, run_or_read
 from tqdm import tqdm
+
+
+from build_model import model_config  # isort: skip
+from modeling_esm2 import cpp_available  # isort: skip
 
 
 OUTPUT, NAME = ROOT / "docs" / "results" / "context_memory.json", "context_memory"
@@ -44,19 +48,23 @@ def measure(asked: argparse.Namespace) -> dict:
     ]  # fmt: skip
     precision = next(o.partition("=")[2] for o in reversed(overrides) if o.startswith("precision="))
     runs = []
+    cpp_available(model_config(asked.model_tag, "auto"))  # compiles, which may take more memory than a rank gets
     with tempfile.TemporaryDirectory() as scratch:
         protein = Path(scratch) / "protein.fasta"
         protein.write_text(">made_up\n" + "".join(random.Random(0).choices(RESIDUES, k=asked.length - 2)) + "\n")
         for cp_size in tqdm(asked.cp_sizes, unit="run", disable=None, dynamic_ncols=True, file=sys.stderr):
             given = [*overrides, f"cp_size={cp_size}", f"dataset.load_dataset_kwargs.data_files={protein}"]
-            folder, in_limit = Path(scratch) / f"cp_{cp_size}", None
+            folder, in_limit, limited = Path(scratch) / f"cp_{cp_size}", None, {}
             if asked.limit_gib is not None:
                 # A process that gets no memory can die in many ways. Whether it was the limit, the run without tells.
+                limited = {"trains_in_limit": True}
                 try:
                     in_limit = train("train_fsdp2", cp_size, folder, given, asked.timeout, asked.limit_gib)
+                except TookTooLong:
+                    raise
                 except Failed as error:
-                    told = f"cp_size={cp_size}: does not train in {asked.limit_gib:g} GiB a rank: {error}"
-                    tqdm.write(told, sys.stderr)
+                    limited = {"trains_in_limit": False, "reason": str(error)[:300].replace(scratch, "")}
+                    tqdm.write(f"does not train in {asked.limit_gib:g} GiB a rank: {error}", sys.stderr)
             lines = in_limit or train("train_fsdp2", cp_size, folder.with_suffix(".free"), given, asked.timeout)
             losses = [line["loss"] for line in lines]
             for loss, first in zip(losses, runs[0]["losses"] if runs else losses, strict=True):
@@ -67,7 +75,7 @@ def measure(asked: argparse.Namespace) -> dict:
             memory = lines[-1]["peak_memory_gib"]
             runs.append({"cp_size": cp_size, "peak_memory_gib_per_rank": round(memory, 3), "losses": losses,
                          "step_time_s": round(sum(seconds) / len(seconds), 2),
-                         **({} if asked.limit_gib is None else {"trains_in_limit": bool(in_limit)})})  # fmt: skip
+                         **limited})  # fmt: skip
             tqdm.write(f"cp_size={cp_size}: {memory:.2f} GiB a rank, loss {losses[-1]:.4f}", sys.stderr)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -92,7 +100,7 @@ def table(numbers: dict) -> str:
         share = memory / first["peak_memory_gib_per_rank"]
         cells = [str(run["cp_size"]), f"{memory:.2f}", f"{share:.0%}", f"{run['losses'][-1]:.5f}"]
         if limit is not None:
-            cells.append("trains" if run["trains_in_limit"] else "runs out of memory")
+            cells.append("trains" if run["trains_in_limit"] else "does not train")
         lines.append("| " + " | ".join(cells) + " |")
     overrides = "".join(f" {override}" for override in asked["overrides"])
     told = "; the limit is on what a process allocates (RLIMIT_DATA)" * (limit is not None)

@@ -146,8 +146,8 @@ def free_gib() -> float:
 
 # What a rank says that gets no memory: Python, torch, C++, the C library. One that the system kills says nothing.
 NO_MEMORY = re.compile(
-    "(can't|cannot|failed to|unable to) allocate|not enough memory|no memory is left|out of memory|MemoryError"
-    "|bad_alloc|can't start new thread",
+    "(can't|cannot|failed to|unable to) allocate(?! memory in static TLS)|not enough memory|no memory is left"
+    "|out of memory|MemoryError|bad_alloc|can't start new thread",
     re.IGNORECASE,
 )
 

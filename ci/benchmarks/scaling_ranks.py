@@ -73,10 +73,14 @@ def arguments_of(asked: argparse.Namespace) -> list[str]:
     return overrides + asked.overrides
 
 
+class TookTooLong(Failed):
+    """A run that was ended."""
+
+
 def train(
     trainer: str, num_ranks: int, folder: Path, overrides: list[str], timeout_s: float, limit_gib: float | None = None
 ) -> list[dict]:
-    """One run; the lines of its metrics. Each process may have `limit_gib` of data. Raises Failed."""
+    """One run; the lines of its metrics. Each process may have `limit_gib` of data. Raises Failed, TookTooLong."""
     command = [*torchrun(num_ranks), f"{trainer}.py", f"logger.log_dir={folder}", *overrides]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     what = f"{trainer} on {num_ranks} rank{'s' * (num_ranks > 1)}"
@@ -100,7 +104,7 @@ def train(
             process.kill()
             if isinstance(stopped, subprocess.TimeoutExpired):
                 told = "give fewer --steps, or a longer --timeout."
-                raise Failed(f"{what} took longer than {timeout_s:.0f} s; {told}") from None
+                raise TookTooLong(f"{what} took longer than {timeout_s:.0f} s; {told}") from None
             raise
     code = process.returncode
     if code:

@@ -2,7 +2,7 @@
 // Kernels of `layers_cpp.py`: attention of packed sequences with rotary positions, and layer norm, in FP32 and BF16;
 // what lies between the feed-forward part's matrix products in BF16. Forward and backward. Sums are FP32. Results
 // depend neither on the number of threads nor, for attention, on what else is in the batch. What is in BF16 needs
-// AVX-512 BF16, but for layer norm, and takes AMX where that is.
+// AVX-512 BF16, but for layer norm; attention's products take AMX where that is, and may be used.
 
 #include <ATen/cpu/Utils.h>
 #include <ATen/native/CPUBlas.h>
@@ -149,10 +149,12 @@ inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda
   at::native::cpublas::brgemm(m, n, k, lda, n, n, add, a, b, c, false);
 }
 #ifdef HAS_TILES
+const bool TILES_ALLOWED = at::native::cpublas::could_pack(at::kBFloat16) && at::cpu::init_amx();
+
 // Tiles 0 to 3 are 32 x 32 of C, 4 and 5 their rows of A, 6 and 7 their columns of B. M and N are multiples of 16, K
 // of 32.
-inline __attribute__((always_inline)) void product(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
-                                                   const BFloat16* b, float* c, bool add) {
+inline __attribute__((always_inline)) void product_tiles(int64_t m, int64_t n, int64_t k, const BFloat16* a,
+                                                         int64_t lda, const BFloat16* b, float* c, bool add) {
   __asm__ volatile("" ::: "memory");  // the compiler does not know what tiles read
   for (int64_t i = 0; i < m; i += 32) {
     for (int64_t j = 0; j < n; j += 32) {
@@ -188,7 +190,8 @@ inline __attribute__((always_inline)) void product(int64_t m, int64_t n, int64_t
   }
   __asm__ volatile("" ::: "memory");
 }
-#elif defined(HAS_BFLOAT16)
+#endif
+#ifdef HAS_BFLOAT16
 // ROWS x COLUMNS vectors of C, held in registers: each pair of A's numbers meets a vector of B's pairs.
 template <int ROWS, int COLUMNS>
 inline __attribute__((always_inline)) void product_part(int64_t n, int64_t k, const BFloat16* a, int64_t lda,
@@ -211,14 +214,22 @@ inline __attribute__((always_inline)) void product_part(int64_t n, int64_t k, co
     for (int j = 0; j < COLUMNS; ++j) _mm512_storeu_ps(c + i * n + j * VECTOR, sums[i][j]);
 }
 // M and N are multiples of 16, K of 2.
-inline void product(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b, float* c,
-                    bool add) {
+inline void product_vectors(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b,
+                            float* c, bool add) {
   for (int64_t j = 0; j < n; j += 2 * VECTOR)
     for (int64_t i = 0; i < m; i += 8)
       if (j + VECTOR < n)
         product_part<8, 2>(n, k, a + i * lda, lda, b + 2 * j, c + i * n + j, add);
       else
         product_part<8, 1>(n, k, a + i * lda, lda, b + 2 * j, c + i * n + j, add);
+}
+
+inline __attribute__((always_inline)) void product(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
+                                                   const BFloat16* b, float* c, bool add) {
+#ifdef HAS_TILES
+  if (TILES_ALLOWED) return product_tiles(m, n, k, a, lda, b, c, add);
+#endif
+  product_vectors(m, n, k, a, lda, b, c, add);
 }
 #endif
 
@@ -227,6 +238,7 @@ template <typename T>
 void begin_products() {
 #ifdef HAS_TILES
   if constexpr (PAIRED<T>) {
+    if (!TILES_ALLOWED) return;
     struct alignas(64) Configuration {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -240,7 +252,9 @@ void begin_products() {
 template <typename T>
 void end_products() {
 #ifdef HAS_TILES
-  if constexpr (PAIRED<T>) _tile_release();
+  if constexpr (PAIRED<T>) {
+    if (TILES_ALLOWED) _tile_release();
+  }
 #endif
   if constexpr (!PAIRED<T>) at::native::cpublas::brgemm_release(false);
 }
@@ -712,11 +726,6 @@ void layer_norm(bool backward, const X* x, const Y* added, X* sum, const float* 
 // ---- between matrix products, in BF16
 #ifdef HAS_BFLOAT16
 
-#ifdef HAS_TILES
-const bool ALLOWED = at::native::cpublas::could_pack(at::kBFloat16) && at::cpu::init_amx();
-#else
-const bool ALLOWED = true;
-#endif
 
 inline Words words(const BFloat16* x) {
   return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
@@ -797,7 +806,7 @@ LAYER_NORM(bfloat16_bfloat16, BFloat16, BFloat16)
 #ifndef HAS_BFLOAT16
 bool has_bfloat16() { return false; }
 #else
-bool has_bfloat16() { return ALLOWED; }
+bool has_bfloat16() { return true; }
 ATTENTION(bfloat16, BFloat16)
 
 // What follows takes columns that are a multiple of VECTOR.

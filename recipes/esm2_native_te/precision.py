@@ -326,7 +326,7 @@ class Precision:
         if self.device.type == "cuda":
             return torch.cuda.is_bf16_supported()
         # By what the CPU is, so that all ranks and every restart come to the same (docs/log.md).
-        # Narrower models gain too little to give up FP32's exactness. Who has AMX has AVX-512 BF16.
+        # Narrower models gain too little to give up FP32's exactness. What has AMX has AVX-512 BF16.
         return model_config.hidden_size >= 256 and torch.cpu._is_avx512_bf16_supported()
 
     def prepare(self, model: torch.nn.Module) -> None:

@@ -49,9 +49,10 @@ def test_a_hard_limit_that_one_rank_exceeds_and_two_keep(monkeypatch, tmp_path, 
     output = tmp_path / "x.json"
     assert context_memory.main(["--quick", "--limit-gib", "1.5", "--output", str(output)]) == 0
     assert asked == [(1, 1.5), (1, None), (2, 1.5)]
-    assert [run["trains_in_limit"] for run in json.loads(output.read_text())["runs"]] == [False, True]
+    runs = json.loads(output.read_text())["runs"]
+    assert [run["trains_in_limit"] for run in runs] == [False, True] and runs[0]["reason"] == "no memory"
     one, two = (line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 |", "| 2 |")))
-    assert "| 2.00 | 100% |" in one and "runs out of memory" in one
+    assert "| 2.00 | 100% |" in one and "does not train" in one
     assert "| 1.00 | 50% |" in two and "| trains |" in two
 
 
@@ -62,6 +63,15 @@ def test_what_fails_without_a_limit_too_is_an_error(monkeypatch, tmp_path, capsy
     monkeypatch.setattr(context_memory, "train", train)
     assert context_memory.main(["--quick", "--limit-gib", "1.5", "--output", str(tmp_path / "x.json")]) == 1
     assert "error: the disk is full" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_takes_too_long_says_nothing_of_the_limit(monkeypatch, tmp_path, capsys):
+    def train(*_):
+        raise context_memory.TookTooLong("took longer than 9 s")
+
+    monkeypatch.setattr(context_memory, "train", train)
+    assert context_memory.main(["--quick", "--limit-gib", "1.5", "--output", str(tmp_path / "x.json")]) == 1
+    assert "error: took longer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("limit_gib", "trains"), [(0.1, False), (8.0, True)])

@@ -168,6 +168,23 @@ def test_ranks_that_were_not_seen(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        (
+            "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+            True,
+        ),
+        ("OSError: [Errno 12] Cannot allocate memory", True),
+        ("cannot allocate memory for thread-local data: ABORT", True),
+        ("OSError: libgomp.so.1: cannot allocate memory in static TLS block", False),
+        ("ValueError: memory", False),
+    ],
+)
+def test_what_tells_of_no_memory(told, found):
+    assert largest_model.out_of_memory(1, told) == found
+
+
+@pytest.mark.parametrize(
     ("rank", "reason"),
     [
         ("import os, time; time.sleep(9 * (os.environ['RANK'] == '0')); os.kill(os.getpid(), 9)", None),

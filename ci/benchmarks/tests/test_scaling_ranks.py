@@ -39,19 +39,33 @@ def test_runs_that_differ_are_not_compared():
         scaling_ranks.loss_difference(lines([2.0]), lines([2.0], tokens=99), 1e-2, "x")
 
 
+CHILD_FAILED = """torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\x20
+============================================================
+train_ddp.py FAILED
+------------------------------------------------------------
+Root Cause (first observed failure):
+  exitcode  : -11 (pid: 3)
+  error_file: <N/A>
+"""
+
+
 @pytest.mark.parametrize(
     ("told", "reason"),
     [
-        ("Traceback\nerror: precision=fp9 must be fp32.\nRuntimeError: later\n", "error: precision=fp9 must be fp32."),
         (
-            "Error executing job with overrides: []\n\nRuntimeError: no memory\ntorch...ChildFailedError:",
-            "RuntimeError: no memory",
+            "Traceback:\nerror: precision=fp9 must be fp32.\nRuntimeError: later\n",
+            "error: precision=fp9 must be fp32.",
         ),
-        ("Error executing job\nmemory allocation failed\n", "Error executing job\nmemory allocation failed"),
+        ("Error executing job with overrides: []\n[rank0]: RuntimeError: no memory\n", "RuntimeError: no memory"),
+        ("[rank1]: Traceback (most recent call last):\n[rank1]: MemoryError\n", "MemoryError"),
     ],
 )
 def test_the_reason_of_a_failed_run(told, reason):
-    assert first_error(told) == reason
+    assert first_error(told + CHILD_FAILED) == reason
+
+
+def test_a_run_that_dies_silently_is_told_by_its_end():
+    assert "exitcode  : -11" in first_error("terminate called\n" + CHILD_FAILED)
 
 
 def test_a_run_that_takes_too_long_is_ended_with_its_ranks(tmp_path):

@@ -39,7 +39,7 @@ def attention_and_gradient(kernels, qkv, inputs, grad):
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
-@pytest.mark.parametrize("dim", [2, 10, 12, 16, 20, 24, 32, 40, 64, 128])
+@pytest.mark.parametrize("dim", [2, 10, 12, 14, 16, 20, 24, 32, 40, 44, 64, 128])
 def test_attention(dim, dtype):
     torch.manual_seed(dim)
     inputs, size = attention_inputs(LENGTHS, dim), (sum(LENGTHS), 3)
@@ -205,13 +205,12 @@ def test_gelu_far_out():
     assert y_TE[0, 5].isnan() and (y_TE[0, 6:] == 0).all()
 
 
-@pytest.mark.parametrize("lacking", ["amx-bf16", "amx-bf16 avx512bf16", "amx-bf16 avx512bf16 avx512f"])
-def test_compilers_and_processors_that_can_do_less(lacking, monkeypatch):
-    """The kernels are compiled without some of what this processor can do; BF16 products need no AMX."""
-    remains = layers_cpp.has_bfloat16(24) and "avx512bf16" not in lacking
+@pytest.mark.parametrize("other", ["mamx-tile mamx-bf16", "mno-amx-bf16", "mno-avx512bf16", "mno-avx512f"])
+def test_other_compilers_and_processors(other, monkeypatch):
+    """The kernels are compiled with AMX, which this processor may not have, or without some of what it can do."""
+    remains = layers_cpp.has_bfloat16(24) and "avx512" not in other
     caches = layers_cpp.library, layers_cpp.has_bfloat16
-    lacking = [f"-mno-{name}" for name in lacking.split()]
-    monkeypatch.setattr(layers_cpp, "FLAGS", (*layers_cpp.FLAGS, *lacking))
+    monkeypatch.setattr(layers_cpp, "FLAGS", (*layers_cpp.FLAGS, *(f"-{flag}" for flag in other.split())))
     for cache in caches:
         cache.cache_clear()
     try:
