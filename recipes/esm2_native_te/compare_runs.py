@@ -20,7 +20,7 @@ PLACES = ("logger.log_dir", "checkpoint.ckpt_dir", "wandb_init_args.name")  # di
 
 
 def flat(section: dict, prefix: str = "") -> dict[str, object]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`; checkpoint.py has the same, and is slow to import: torch."""
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`, empty sections left out; checkpoint.py's keeps them, and imports torch."""
     found = {}
     for key, value in section.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -122,6 +122,7 @@ constexpr int64_t ROUND = 32;  // keys are padded to a multiple of it
 // ---- matrix products: C [M, N] (+)= A [M, K] B [K, N]; C is FP32. In BF16 they are ours, of AMX or of AVX-512, and B
 // has pairs of rows side by side. In FP32 they are oneDNN's, through PyTorch.
 
+// What K is filled up to: tiles take 32 of it at once, and transpositions of a head's rows 16 channels.
 #ifdef HAS_TILES
 constexpr int64_t K_ROUND = 32;
 #else
