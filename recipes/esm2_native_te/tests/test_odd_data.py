@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from running import RECIPE, TINY, curve, environment, metrics, run_here
+from running import RECIPE, TINY, curve, environment, meeting, metrics, run_here
 
 from collator import Batch
 from dataset import CLS, EOS, VOCABULARY, TrainLoader
@@ -84,10 +83,8 @@ def two_ranks() -> Iterator[Callable]:
     ranks = [ProcessPoolExecutor(1, mp_context=context) for _ in range(2)]
 
     def run(folder: Path, *overrides: str) -> list[dict]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ends = [pool.submit(_rank, rank, port, folder, overrides) for rank, pool in enumerate(ranks)]
+        places = zip(ranks, meeting(len(ranks)), strict=True)
+        ends = [pool.submit(_rank, variables, folder, overrides) for pool, variables in places]
         return [end.result(timeout=120) for end in ends]
 
     yield run
@@ -95,9 +92,8 @@ def two_ranks() -> Iterator[Callable]:
         pool.shutdown()
 
 
-def _rank(rank: int, port: int, folder: Path, overrides: tuple[str, ...]) -> dict:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _rank(variables: dict[str, str], folder: Path, overrides: tuple[str, ...]) -> dict:
+    os.environ |= variables
     code, told = 0, StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(told):
         taken = record(patch)
