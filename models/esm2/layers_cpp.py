@@ -2,8 +2,8 @@
 """The transformer layer of `layers.py` on CPUs, with kernels that are compiled when first needed: `layers_cpp.cpp`.
 
 Parameters are those of `layers.py`. There are kernels for attention of packed batches and layer norm in FP32 and BF16,
-and in BF16 for what lies between matrix products, if widths divide by 16. All else goes the way of `layers.py`. Shapes
-as there; S positions, R = D / 2 rotary angles.
+and in BF16 for what lies between matrix products, if widths divide by 16; those products are then oneDNN's, in FP32
+too where that is faster. All else goes the way of `layers.py`. Shapes as there; S positions, R = D / 2 rotary angles.
 """
 
 import ctypes
@@ -310,15 +310,26 @@ def _add_layer_norm_gradients(ctx, grad_sum_TE, grad_TE, *_):
 add_layer_norm.register_autograd(_add_layer_norm_gradients, setup_context=_save_add_layer_norm)
 
 
-# ---- linear maps in BF16: oneDNN's products, and what a step needs between them
+# ---- linear maps: oneDNN's products, and what a step in BF16 needs between them
 #
 # The gradient of a weight is a product over tokens. oneDNN has it twice as fast if the left-hand factor lies there
 # transposed; the narrower one is what that is done to.
 
 
-def _linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+@cache
+def onednn_in_float32() -> bool:
+    """Whether oneDNN's FP32 products are to take the place of MKL's, which PyTorch takes.
+
+    So on AMD's processors with AVX-512, where they are twice as fast.
+    """
+    amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    return amd and "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.backends.mkldnn.is_available()
+
+
+def _linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     # F.linear would fill the output with the bias first, and read it back.
-    return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O.to(x_TI.dtype), "none", [], "")
+    bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
+    return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
 
 
 def _transposed(x_RC: Tensor, head_dim: int) -> Tensor:
@@ -336,20 +347,37 @@ def _strip_sums(x_RC: Tensor) -> Tensor:
 
 
 def _column_sums(x_RC: Tensor, head_dim: int) -> Tensor:
+    if x_RC.dtype == torch.float32:
+        return x_RC.sum(0)
     sums = _strip_sums(x_RC)
     _call(head_dim, "column_sums_bfloat16", x_RC, sums, *x_RC.shape)
     return sums.sum(0)
 
 
 def _weight_gradient(grad_TO: Tensor, x_TI: Tensor, head_dim: int) -> Tensor:
+    if grad_TO.dtype == torch.float32:
+        return _weight_gradient_float32(grad_TO, x_TI)
     if grad_TO.shape[1] <= x_TI.shape[1]:
         return _transposed(grad_TO, head_dim) @ x_TI
     return _transposed(_transposed(x_TI, head_dim) @ grad_TO, head_dim).contiguous()
 
 
+def _input_gradient(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:
+    # PyTorch takes oneDNN in BF16 by itself.
+    return _linear(grad_TO, weight_OI.T, None) if grad_TO.dtype == torch.float32 else grad_TO @ weight_OI
+
+
+def _weight_gradient_float32(grad_TO: Tensor, x_TI: Tensor) -> Tensor:
+    if not len(x_TI):  # oneDNN refuses
+        return grad_TO.T @ x_TI
+    if grad_TO.shape[1] <= x_TI.shape[1]:
+        return _linear(grad_TO.T.contiguous(), x_TI.T, None)
+    return _linear(x_TI.T.contiguous(), grad_TO.T, None).T.contiguous()
+
+
 @torch.library.custom_op("esm2::linear", mutates_args=())
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor, head_dim: int) -> Tensor:
-    """`x_TI weight_OI^T + bias_O`; x and weight are BF16."""
+    """`x_TI weight_OI^T + bias_O`; x and weight are both BF16 or both FP32."""
     return _linear(x_TI, weight_OI, bias_O)
 
 
@@ -365,7 +393,7 @@ def linear_backward(
     """The gradients of x, weight and bias, whether the latter are wanted or not."""
     grad_TO, x_TI = grad_TO.contiguous(), x_TI.contiguous()
     grad_bias_O = _column_sums(grad_TO, head_dim).to(bias_O.dtype)
-    return grad_TO @ weight_OI, _weight_gradient(grad_TO, x_TI, head_dim), grad_bias_O
+    return _input_gradient(grad_TO, weight_OI), _weight_gradient(grad_TO, x_TI, head_dim), grad_bias_O
 
 
 @linear_backward.register_fake
@@ -380,7 +408,7 @@ def _save_linear(ctx, inputs, output):
 
 def _linear_gradients(ctx, grad_TO):
     if not any(ctx.needs_input_grad[1:3]):  # frozen
-        return grad_TO @ ctx.saved_tensors[1], None, None, None
+        return _input_gradient(grad_TO, ctx.saved_tensors[1]), None, None, None
     return *linear_backward(grad_TO, *ctx.saved_tensors, ctx.head_dim), None
 
 
@@ -499,6 +527,9 @@ class Kernels(layers.Kernels):
     def _in_bfloat16(self, x: Tensor) -> bool:
         return self.has_bfloat16 and self._takes(x) and _compute_dtype(x) == torch.bfloat16
 
+    def _faster_in_float32(self, x: Tensor) -> bool:
+        return x.dtype == _compute_dtype(x) == torch.float32 and x.device.type == "cpu" and onednn_in_float32()
+
     def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs) -> Tensor:
         if inputs.cu_seqlens is None or not self._takes(qkv_NHC):
             return super().attention(qkv_NHC, inputs)
@@ -524,11 +555,12 @@ class Kernels(layers.Kernels):
         return sum_TE.view(x_NE.shape), y_TE.view(x_NE.shape)
 
     def linear(self, x_NE: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """`F.linear`, through `linear` where that is in BF16."""
-        if not self._in_bfloat16(x_NE):
+        """`F.linear`, through `linear` where that is in BF16, or faster in FP32."""
+        dtype = torch.bfloat16 if self._in_bfloat16(x_NE) else torch.float32
+        if dtype == torch.float32 and not self._faster_in_float32(x_NE):
             return F.linear(x_NE, weight, bias)
-        x_TE = x_NE.flatten(0, -2).bfloat16()
-        return linear(x_TE, weight.bfloat16(), bias, self.head_dim).unflatten(0, x_NE.shape[:-1])
+        x_TE = x_NE.flatten(0, -2).to(dtype)
+        return linear(x_TE, weight.to(dtype), bias, self.head_dim).unflatten(0, x_NE.shape[:-1])
 
     def mlp(self, x_NE: Tensor, part: layers.LayerNormMLP) -> Tensor:
         if part.matmul != self.linear or not self._in_bfloat16(x_NE):

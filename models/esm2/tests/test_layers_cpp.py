@@ -143,15 +143,17 @@ def test_layer_norm_does_not_depend_on_threads():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def linear_maps(num_tokens, *widths):
+def linear_maps(num_tokens, *widths, dtype=torch.bfloat16):
     """Input, weights and biases, then the gradient of the output."""
     torch.manual_seed(num_tokens)
-    pairs = [
-        (torch.randn(out, width, dtype=torch.bfloat16) / width**0.5, torch.randn(out))
-        for width, out in pairwise(widths)
-    ]
-    inputs = [torch.randn(num_tokens, widths[0], dtype=torch.bfloat16), *sum(pairs, ())]
-    return [x.requires_grad_() for x in inputs], torch.randn(num_tokens, widths[-1], dtype=torch.bfloat16)
+    pairs = [(torch.randn(out, width, dtype=dtype) / width**0.5, torch.randn(out)) for width, out in pairwise(widths)]
+    inputs = [torch.randn(num_tokens, widths[0], dtype=dtype), *sum(pairs, ())]
+    return [x.requires_grad_() for x in inputs], torch.randn(num_tokens, widths[-1], dtype=dtype)
+
+
+def value_and_gradients(function, inputs, grad):
+    y = function(*inputs)
+    return y.detach(), *torch.autograd.grad(y, [x for x in inputs if x.requires_grad], grad)
 
 
 def plain_mlp(x, weight_1, bias_1, weight_2, bias_2):
@@ -171,13 +173,44 @@ def test_linear_maps(widths, num_tokens):
     )
     inputs, grad = linear_maps(num_tokens, *widths)
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    results = []
-    for function, given, of in ((kernel, inputs, grad), (plain, inputs, grad), (plain, exact_inputs, grad.double())):
-        y = function(*given)
-        results.append((y.detach(), *torch.autograd.grad(y, given, of)))
+    results = [value_and_gradients(kernel, inputs, grad), value_and_gradients(plain, inputs, grad)]
+    results.append(value_and_gradients(plain, exact_inputs, grad.double()))
     for found, other, exact in zip(*results, strict=True):
         assert found.dtype == other.dtype and found.is_contiguous()
         assert error(found, exact) < 1.5 * error(other, exact) + 1e-6
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 63, 131])
+@pytest.mark.parametrize("widths", [(32, 96), (96, 32), (48, 48)], ids=str)
+@pytest.mark.parametrize("through_onednn", [True, False])
+def test_linear_maps_in_float32(through_onednn, widths, num_tokens, frozen, monkeypatch):
+    inputs, grad = linear_maps(num_tokens, *widths, dtype=torch.float32)
+    for weight in inputs[1:]:
+        weight.requires_grad_(not frozen)
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    products, plain = [], layers_cpp._linear
+    monkeypatch.setattr(layers_cpp, "_linear", lambda *given: products.append(given) or plain(*given))
+    monkeypatch.setattr(layers_cpp, "onednn_in_float32", lambda: through_onednn)
+    found = value_and_gradients(layers_cpp.Kernels(16).linear, inputs, grad)
+    if not through_onednn:
+        assert not products
+    elif num_tokens:
+        assert len(products) == (2 if frozen else 3)
+    for ours, theirs in zip(found, value_and_gradients(F.linear, exact, grad.double()), strict=True):
+        assert ours.dtype == torch.float32 and ours.is_contiguous()
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=CLOSE[torch.float32] * max(1, num_tokens**0.5))
+
+
+def test_shapes_of_linear_maps_in_float32(monkeypatch):
+    """Batches of rows, and a type that autocast asks for."""
+    inputs, _ = linear_maps(6, 32, 48, dtype=torch.float32)
+    monkeypatch.setattr(layers_cpp, "onednn_in_float32", lambda: True)
+    linear = layers_cpp.Kernels(16).linear
+    y = linear(inputs[0].unflatten(0, (2, 3)), *inputs[1:])
+    assert torch.equal(y, linear(*inputs).unflatten(0, (2, 3)))
+    with torch.autocast("cpu", torch.float16):
+        assert linear(*inputs).dtype == torch.float16
 
 
 def test_gelu_everywhere():
@@ -338,11 +371,13 @@ def test_operators_keep_torchs_rules():
         (layers_cpp.add_layer_norm, (*(torch.randn(70, 33, requires_grad=True) for _ in range(2)),
                                      *(torch.rand(33, requires_grad=True) for _ in range(2)), 1e-5, 16)),
     )  # fmt: skip
-    if layers_cpp.has_bfloat16(16):
+    dtypes = (torch.float32, torch.bfloat16) if layers_cpp.has_bfloat16(16) else (torch.float32,)
+    for dtype in dtypes:
         cases += (
-            (layers_cpp.linear, (*linear_maps(70, 32, 96)[0], 16)),
-            (layers_cpp.linear, (*linear_maps(70, 96, 32)[0], 16)),
+            (layers_cpp.linear, (*linear_maps(70, 32, 96, dtype=dtype)[0], 16)),
+            (layers_cpp.linear, (*linear_maps(70, 96, 32, dtype=dtype)[0], 16)),
         )
+    if torch.bfloat16 in dtypes:
         cases += ((layers_cpp.mlp, (*linear_maps(70, 32, 96, 32)[0], 16)),)
     for operator, inputs in cases:
         assert set(torch.library.opcheck(operator, inputs).values()) == {"SUCCESS"}
