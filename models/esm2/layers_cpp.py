@@ -312,15 +312,15 @@ add_layer_norm.register_autograd(_add_layer_norm_gradients, setup_context=_save_
 
 # ---- linear maps: oneDNN's products, and what a step in BF16 needs between them
 #
-# The gradient of a weight is a product over tokens. oneDNN has it twice as fast if the left-hand factor lies there
-# transposed; the narrower one is what that is done to.
+# The gradient of a weight is a product over tokens. oneDNN is up to twice as fast in it if the left-hand factor lies
+# there transposed; the narrower one is what that is done to.
 
 
 @cache
 def onednn_in_float32() -> bool:
-    """Whether oneDNN's FP32 products are to take the place of MKL's, which PyTorch takes.
+    """Whether FP32 products are to be oneDNN's, and not those of PyTorch's own library, which is MKL as a rule.
 
-    So on AMD's processors with AVX-512, where they are twice as fast.
+    So on AMD's processors with AVX-512, where they are twice as fast; ATEN_CPU_CAPABILITY=avx2 switches it off.
     """
     amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     return amd and "AVX512" in torch.backends.cpu.get_cpu_capability() and torch.backends.mkldnn.is_available()
@@ -332,7 +332,15 @@ def _linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
 
 
+def _product(a_RK: Tensor, b_KC: Tensor) -> Tensor:
+    if a_RK.dtype != torch.float32 or not len(b_KC):  # in BF16 PyTorch takes oneDNN, which refuses a sum of nothing
+        return a_RK @ b_KC
+    return _linear(a_RK, b_KC.T, None)
+
+
 def _transposed(x_RC: Tensor, head_dim: int) -> Tensor:
+    if x_RC.dtype == torch.float32:
+        return x_RC.T.contiguous()
     rows, columns = x_RC.shape
     assert columns % VECTOR == 0, columns
     # Whole strips, because oneDNN 3.12 reads the left-hand factor to beyond the end of a row, where NaN times zero is
@@ -355,24 +363,20 @@ def _column_sums(x_RC: Tensor, head_dim: int) -> Tensor:
 
 
 def _weight_gradient(grad_TO: Tensor, x_TI: Tensor, head_dim: int) -> Tensor:
-    if grad_TO.dtype == torch.float32:
-        return _weight_gradient_float32(grad_TO, x_TI)
     if grad_TO.shape[1] <= x_TI.shape[1]:
-        return _transposed(grad_TO, head_dim) @ x_TI
-    return _transposed(_transposed(x_TI, head_dim) @ grad_TO, head_dim).contiguous()
+        return _product(_transposed(grad_TO, head_dim), x_TI)
+    return _transposed(_product(_transposed(x_TI, head_dim), grad_TO), head_dim).contiguous()
 
 
-def _input_gradient(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:
-    # PyTorch takes oneDNN in BF16 by itself.
-    return _linear(grad_TO, weight_OI.T, None) if grad_TO.dtype == torch.float32 else grad_TO @ weight_OI
+@torch.library.custom_op("esm2::product", mutates_args=())
+def product(a_RK: Tensor, b_KC: Tensor) -> Tensor:
+    """`a_RK b_KC`, both BF16 or both FP32; without a gradient of its own, so that to ask for one is an error."""
+    return _product(a_RK, b_KC)
 
 
-def _weight_gradient_float32(grad_TO: Tensor, x_TI: Tensor) -> Tensor:
-    if not len(x_TI):  # oneDNN refuses
-        return grad_TO.T @ x_TI
-    if grad_TO.shape[1] <= x_TI.shape[1]:
-        return _linear(grad_TO.T.contiguous(), x_TI.T, None)
-    return _linear(x_TI.T.contiguous(), grad_TO.T, None).T.contiguous()
+@product.register_fake
+def _(a_RK: Tensor, b_KC: Tensor) -> Tensor:
+    return a_RK.new_empty(a_RK.shape[0], b_KC.shape[1])
 
 
 @torch.library.custom_op("esm2::linear", mutates_args=())
@@ -393,7 +397,7 @@ def linear_backward(
     """The gradients of x, weight and bias, whether the latter are wanted or not."""
     grad_TO, x_TI = grad_TO.contiguous(), x_TI.contiguous()
     grad_bias_O = _column_sums(grad_TO, head_dim).to(bias_O.dtype)
-    return _input_gradient(grad_TO, weight_OI), _weight_gradient(grad_TO, x_TI, head_dim), grad_bias_O
+    return _product(grad_TO, weight_OI), _weight_gradient(grad_TO, x_TI, head_dim), grad_bias_O
 
 
 @linear_backward.register_fake
@@ -408,7 +412,7 @@ def _save_linear(ctx, inputs, output):
 
 def _linear_gradients(ctx, grad_TO):
     if not any(ctx.needs_input_grad[1:3]):  # frozen
-        return _input_gradient(grad_TO, ctx.saved_tensors[1]), None, None, None
+        return product(grad_TO, ctx.saved_tensors[1]), None, None, None
     return *linear_backward(grad_TO, *ctx.saved_tensors, ctx.head_dim), None
 
 
@@ -519,6 +523,7 @@ class Kernels(layers.Kernels):
     def __init__(self, head_dim: int):
         library(head_dim)  # compiled before anything runs
         self.head_dim, self.has_bfloat16 = head_dim, has_bfloat16(head_dim)
+        self.onednn_in_float32 = onednn_in_float32()  # asked here: torch.compile cannot follow
 
     def _takes(self, x: Tensor) -> bool:
         known = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and self.has_bfloat16)
@@ -527,8 +532,9 @@ class Kernels(layers.Kernels):
     def _in_bfloat16(self, x: Tensor) -> bool:
         return self.has_bfloat16 and self._takes(x) and _compute_dtype(x) == torch.bfloat16
 
-    def _faster_in_float32(self, x: Tensor) -> bool:
-        return x.dtype == _compute_dtype(x) == torch.float32 and x.device.type == "cpu" and onednn_in_float32()
+    def _through_onednn(self, *tensors: Tensor) -> bool:
+        on_cpu = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+        return self.onednn_in_float32 and on_cpu and _compute_dtype(tensors[0]) == torch.float32
 
     def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs) -> Tensor:
         if inputs.cu_seqlens is None or not self._takes(qkv_NHC):
@@ -556,11 +562,11 @@ class Kernels(layers.Kernels):
 
     def linear(self, x_NE: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """`F.linear`, through `linear` where that is in BF16, or faster in FP32."""
-        dtype = torch.bfloat16 if self._in_bfloat16(x_NE) else torch.float32
-        if dtype == torch.float32 and not self._faster_in_float32(x_NE):
+        if self._in_bfloat16(x_NE):
+            x_NE, weight = x_NE.bfloat16(), weight.bfloat16()
+        elif not self._through_onednn(x_NE, weight, bias):
             return F.linear(x_NE, weight, bias)
-        x_TE = x_NE.flatten(0, -2).to(dtype)
-        return linear(x_TE, weight.to(dtype), bias, self.head_dim).unflatten(0, x_NE.shape[:-1])
+        return linear(x_NE.flatten(0, -2), weight, bias, self.head_dim).unflatten(0, x_NE.shape[:-1])
 
     def mlp(self, x_NE: Tensor, part: layers.LayerNormMLP) -> Tensor:
         if part.matmul != self.linear or not self._in_bfloat16(x_NE):

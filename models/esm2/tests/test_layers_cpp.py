@@ -180,37 +180,90 @@ def test_linear_maps(widths, num_tokens):
         assert error(found, exact) < 1.5 * error(other, exact) + 1e-6
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("cpu", "capability", "built", "through_onednn"),
+    [
+        ("AuthenticAMD", "AVX512", True, True),
+        ("AuthenticAMD", "AVX2", True, False),
+        ("AuthenticAMD", "AVX512", False, False),
+        ("GenuineIntel", "AVX512", True, False),
+    ],
+)
+def test_where_onednn_is_faster_in_float32(cpu, capability, built, through_onednn, monkeypatch):
+    monkeypatch.setattr(layers_cpp.Path, "read_text", lambda path: f"vendor_id\t: {cpu}\nflags\t: fpu\n")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: built)
+    assert layers_cpp.onednn_in_float32.__wrapped__() == through_onednn
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "PyTorch"])
+def through_onednn(request, monkeypatch):
+    """Whether FP32 products are oneDNN's, on any processor."""
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(layers_cpp, "onednn_in_float32", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("frozen", [(), (1,), (2,), (1, 2), (0,)], ids=str)
 @pytest.mark.parametrize("num_tokens", [0, 1, 63, 131])
 @pytest.mark.parametrize("widths", [(32, 96), (96, 32), (48, 48)], ids=str)
-@pytest.mark.parametrize("through_onednn", [True, False])
 def test_linear_maps_in_float32(through_onednn, widths, num_tokens, frozen, monkeypatch):
     inputs, grad = linear_maps(num_tokens, *widths, dtype=torch.float32)
-    for weight in inputs[1:]:
-        weight.requires_grad_(not frozen)
+    for place in frozen:
+        inputs[place].requires_grad_(False)
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     products, plain = [], layers_cpp._linear
     monkeypatch.setattr(layers_cpp, "_linear", lambda *given: products.append(given) or plain(*given))
-    monkeypatch.setattr(layers_cpp, "onednn_in_float32", lambda: through_onednn)
     found = value_and_gradients(layers_cpp.Kernels(16).linear, inputs, grad)
-    if not through_onednn:
-        assert not products
-    elif num_tokens:
-        assert len(products) == (2 if frozen else 3)
+    if num_tokens or not through_onednn:
+        assert len(products) == (0 if not through_onednn else 2 if frozen == (1, 2) else 3)
     for ours, theirs in zip(found, value_and_gradients(F.linear, exact, grad.double()), strict=True):
         assert ours.dtype == torch.float32 and ours.is_contiguous()
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=CLOSE[torch.float32] * max(1, num_tokens**0.5))
 
 
-def test_shapes_of_linear_maps_in_float32(monkeypatch):
-    """Batches of rows, and a type that autocast asks for."""
-    inputs, _ = linear_maps(6, 32, 48, dtype=torch.float32)
-    monkeypatch.setattr(layers_cpp, "onednn_in_float32", lambda: True)
+def test_shapes_and_types_of_linear_maps(through_onednn):
+    """Batches of rows, gradients that lie apart, other types, and NaN, which must stay in its row."""
+    inputs, grad = linear_maps(6, 32, 48, dtype=torch.float32)
     linear = layers_cpp.Kernels(16).linear
-    y = linear(inputs[0].unflatten(0, (2, 3)), *inputs[1:])
-    assert torch.equal(y, linear(*inputs).unflatten(0, (2, 3)))
+    plain = value_and_gradients(linear, inputs, grad)
+    three = value_and_gradients(lambda x, *weights: linear(x.view(2, 3, 32), *weights), inputs, grad.view(2, 3, 48))
+    apart = value_and_gradients(linear, inputs, grad.T.contiguous().T)
+    for one, other, another in zip(plain, three, apart, strict=True):
+        torch.testing.assert_close(other.view_as(one), one)
+        torch.testing.assert_close(another, one)
     with torch.autocast("cpu", torch.float16):
         assert linear(*inputs).dtype == torch.float16
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(inputs[0], inputs[1].double(), inputs[2])
+    inputs[0].data[3, 5] = float("nan")
+    y, of_x, *_ = value_and_gradients(linear, inputs, grad)
+    assert torch.equal(y.isnan().any(1), torch.arange(6) == 3) and of_x.isfinite().all()
+
+
+def test_a_second_derivative_is_refused(through_onednn):
+    """With frozen weights too; PyTorch's products have one."""
+    for frozen in (False, True):
+        inputs, grad = linear_maps(6, 32, 48, dtype=torch.float32)
+        inputs[1].requires_grad_(not frozen), inputs[2].requires_grad_(not frozen)
+        y = layers_cpp.Kernels(16).linear(*inputs)
+        (of_x,) = torch.autograd.grad(y, inputs[0], grad.requires_grad_(), create_graph=True)
+        if not through_onednn:
+            of_x.sum().backward()
+            continue
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            of_x.sum().backward()
+
+
+def test_a_layer_in_float32_is_one_graph(through_onednn):
+    torch._dynamo.reset()
+    layer = layers_cpp.TransformerLayer(64, 160, 4, 1e-5)
+    for x in layer.parameters():
+        torch.nn.init.normal_(x, std=0.1)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    x_TE, inputs = torch.randn(60, 64), attention_inputs((20, 40), 16)
+    torch.testing.assert_close(compiled(x_TE, inputs), layer(x_TE, inputs))
 
 
 def test_gelu_everywhere():
@@ -286,12 +339,16 @@ def test_not_a_number_comes_through():
         assert layers_cpp.layer_norm(x, torch.ones(2), torch.zeros(2), 1e-5, dtype, 16)[0].isnan().all()
 
 
+WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 160}
+
+
+@pytest.mark.parametrize("size", [ODD, WIDE], ids=["odd", "wide"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
-def test_whole_models_agree(make_model, make_batches, layout, checkpointing):
+def test_whole_models_agree(make_model, make_batches, through_onednn, layout, checkpointing, size):
     batch, steps = make_batches((40, 200, 90))[layout], []
     for backend in ("torch", "cpp"):
-        model = make_model(ODD, layer_backend=backend)
+        model = make_model(size, layer_backend=backend)
         if checkpointing:
             model.activation_checkpointing_enable()
         loss = model(**batch).loss
@@ -300,9 +357,6 @@ def test_whole_models_agree(make_model, make_batches, layout, checkpointing):
     torch.testing.assert_close(steps[0][0], steps[1][0], rtol=1e-6, atol=0)
     for plain, compiled in zip(steps[0][1], steps[1][1], strict=True):
         torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-6)
-
-
-WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 160}
 
 
 @pytest.mark.parametrize("way", ["stored", "recomputed", "compiled"])
