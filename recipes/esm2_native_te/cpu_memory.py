@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of tensors on CPUs: what they free is kept for the next ones, by an allocator in `cpu_memory.cpp`.
+"""Memory on CPUs: what tensors free is kept for the next ones, by an allocator in `cpu_memory.cpp`; oneDNN keeps less.
 
 glibc gives large blocks back, and the kernel then has to clear each page of the next one, up to a tenth of a step.
 Told to keep them, it fills up with holes. Here a block is used again for what is as large or up to an eighth smaller,
 and no more is held than the most that was ever in use and an eighth.
 """
 
+import os
 from pathlib import Path
 
 
@@ -24,6 +25,16 @@ def keep_freed_memory() -> None:
         except RuntimeError:  # the run says so where the layers' kernels are missed
             return
         _library.keep_freed_memory()
+
+
+def keep_fewer_products() -> None:
+    """For a process that has not multiplied yet: how many of its compiled matrix products oneDNN keeps.
+
+    There is one for each shape, so one more for each new number of tokens, and each takes half a MiB. PyTorch and
+    oneDNN would keep 1,024 each; 256 are those of ten numbers of tokens. What the environment says is left alone.
+    """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, "256")
 
 
 def trim() -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from collator import Batch
 from context_parallel import ContextParallel
-from cpu_memory import keep_freed_memory
+from cpu_memory import keep_fewer_products, keep_freed_memory
 
 
 def stop_with(sentence: str, code: int = 2) -> NoReturn:
@@ -210,6 +210,7 @@ def process_group(seed: int, deterministic: bool = False):
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+        keep_fewer_products()
     # gloo serves the CPU tensors on GPU machines too: label counts, stop flags and checkpoint plans.
     options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": TIMEOUT}
     if "RANK" not in env:  # plain `python`: a group of one that needs no port

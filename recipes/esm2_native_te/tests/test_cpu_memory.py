@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The allocator that keeps what tensors free: in processes of its own, since it serves a whole process."""
+"""Memory that is kept: in processes of its own, since it is that of a whole process."""
 
 import subprocess
 import sys
 
 import pytest
+import torch
 from running import RECIPE, environment
 
 from modeling_esm2 import Esm2Config, cpp_available
@@ -85,6 +86,40 @@ threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
 [t.start() for t in threads]; [t.join() for t in threads]
 assert not wrong
 """)
+
+
+SHAPES = """
+from cpu_memory import keep_fewer_products
+def products(rows):
+    weight = torch.randn(64, 64)
+    for number in rows:  # as a batch padded to another length each time
+        torch.ops.mkldnn._linear_pointwise(torch.randn(number, 64), weight, None, "none", [], "")
+    return resident()
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_onednn_does_not_keep_a_product_for_each_shape():
+    run(
+        SHAPES
+        + """
+keep_fewer_products()
+before = products(range(100, 400))
+assert products(range(400, 900)) - before < 60, "half a MiB each would be 250"
+"""
+    )
+
+
+def test_what_the_environment_says_of_caches_is_left_alone():
+    run(
+        """
+import os
+from cpu_memory import keep_fewer_products
+keep_fewer_products()
+assert os.environ["LRU_CACHE_CAPACITY"] == "7" and os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "256"
+""",
+        LRU_CACHE_CAPACITY="7",
+    )
 
 
 def test_more_than_there_is():
