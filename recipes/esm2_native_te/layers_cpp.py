@@ -333,7 +333,8 @@ def _linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 
 
 def _product(a_RK: Tensor, b_KC: Tensor) -> Tensor:
-    if a_RK.dtype != torch.float32 or not len(b_KC):  # in BF16 PyTorch takes oneDNN, which refuses a sum of nothing
+    # In BF16 PyTorch takes oneDNN by itself; a sum over nothing oneDNN refuses.
+    if a_RK.dtype != torch.float32 or not len(b_KC):
         return a_RK @ b_KC
     return _linear(a_RK, b_KC.T, None)
 
@@ -561,7 +562,7 @@ class Kernels(layers.Kernels):
         return sum_TE.view(x_NE.shape), y_TE.view(x_NE.shape)
 
     def linear(self, x_NE: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """`F.linear`, through `linear` where that is in BF16, or faster in FP32."""
+        """`F.linear`, through `linear` in BF16, to which weights are rounded, and in FP32 where that is faster."""
         if self._in_bfloat16(x_NE):
             x_NE, weight = x_NE.bfloat16(), weight.bfloat16()
         elif not self._through_onednn(x_NE, weight, bias):
