@@ -53,6 +53,7 @@ constexpr int64_t LANES = 16;
 #else
 constexpr int64_t LANES = 8;
 #endif
+constexpr int64_t VECTOR = 16;  // what widths are padded to
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
@@ -67,28 +68,41 @@ template <typename V>
 inline void put(void* to, V x) {
   std::memcpy(to, &x, sizeof x);
 }
+// The larger of each; if one is NaN, b.
+inline Floats larger(Floats a, Floats b) {
+#ifdef __AVX512F__
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
-// 2^x for x <= 0, or a little above; the NaN that operations make stays one. The relative error is 2e-7 for FP32 and,
-// since BF16 has one of 2e-3 itself, 3e-6 there.
-template <typename T>
+// 2^x for x <= 0, or a little above; the NaN that operations make stays one. By a polynomial of degree 6, 4 or 3 the
+// relative error is 2e-7, 3e-6 or 8e-5.
+template <int DEGREE>
 inline Floats power_of_two(Floats x) {
   const Floats least = Floats{} - 64.0f;  // nothing beside 1, and its products are no denormal numbers, which are slow
-  x = x < least ? least : x;
+  x = larger(least, x);
   const Floats shifted = x + 12582912.0f;  // 1.5 x 2^23: rounds to a whole number, which are then the lower bits
   const Floats f = x - (shifted - 12582912.0f);
   Floats p;  // minimax for |f| <= 1/2
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (DEGREE == 6) {
     p = 1.53458120e-4f * f + 1.33999312e-3f;
     p = p * f + 9.61848896e-3f;
     p = p * f + 5.55032878e-2f;
     p = p * f + 2.40226469e-1f;
     p = p * f + 6.93147206e-1f;
     p = p * f + 1.0f;
-  } else {
+  } else if constexpr (DEGREE == 4) {
     p = 9.57010e-3f * f + 5.591786e-2f;
     p = p * f + 2.4024745e-1f;
     p = p * f + 6.9312181e-1f;
     p = p * f + 9.9999926e-1f;
+  } else {
+    static_assert(DEGREE == 3);
+    p = 5.51716683e-2f * f + 2.42611121e-1f;
+    p = p * f + 6.93261002e-1f;
+    p = p * f + 9.99928066e-1f;
   }
   return from_bits(bits(p) + (bits(shifted) << 23));
 }
@@ -101,6 +115,65 @@ inline float load(const BFloat16* x) {
 inline void store(float* to, float x) { *to = x; }
 inline void store(BFloat16* to, float x) { *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(to_bf16(x)); }
 
+#ifdef HAS_BFLOAT16
+// ---- vectors of BF16
+
+inline Words words(const BFloat16* x) {
+  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+inline Floats floats(const BFloat16* x) { return from_bits(words(x) << 16); }
+inline void put_bf16(BFloat16* to, Floats x) { put(to, _mm512_cvtneps_pbh((__m512)x)); }
+inline __m512i two_rows(Floats a, Floats b) {  // a and behind it b
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+}
+inline __m512i in_turn(Floats a, Floats b) {
+  alignas(64) static constexpr uint16_t from[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(from), two_rows(a, b));
+}
+
+// One step of a transposition: for i and j without BIT, the words (i + BIT, j) and (i, j + BIT) trade places. Indices
+// from VECTOR on are those of the second of two operands.
+template <int BIT>
+inline void exchange(__m512i (&rows)[VECTOR]) {
+  const __m512i column = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 set = _mm512_test_epi32_mask(column, _mm512_set1_epi32(BIT));
+  const __m512i other = _mm512_xor_epi32(column, _mm512_set1_epi32(BIT));
+  const __m512i upper = _mm512_mask_add_epi32(column, set, other, _mm512_set1_epi32(VECTOR));
+  const __m512i lower = _mm512_mask_add_epi32(other, set, column, _mm512_set1_epi32(VECTOR));
+  for (int i = 0; i < VECTOR; ++i) {
+    if (i & BIT) continue;
+    const __m512i a = rows[i], b = rows[i + BIT];
+    rows[i] = _mm512_permutex2var_epi32(a, upper, b);
+    rows[i + BIT] = _mm512_permutex2var_epi32(a, lower, b);
+  }
+}
+inline void transpose_words(__m512i (&rows)[VECTOR]) {
+  exchange<1>(rows);
+  exchange<2>(rows);
+  exchange<4>(rows);
+  exchange<8>(rows);
+}
+
+// VECTOR rows of COLUMNS words, at most VECTOR, transposed. Strides are words.
+template <int64_t COLUMNS = VECTOR>
+inline void transpose_square(const void* from, int64_t stride, void* to, int64_t to_stride) {
+  __m512i rows[VECTOR];
+  for (int i = 0; i < VECTOR; ++i)
+    rows[i] = _mm512_maskz_loadu_epi32((1 << COLUMNS) - 1, static_cast<const uint32_t*>(from) + i * stride);
+  transpose_words(rows);
+  for (int i = 0; i < COLUMNS; ++i) _mm512_storeu_si512(static_cast<uint32_t*>(to) + i * to_stride, rows[i]);
+}
+// The same with more columns.
+template <int64_t COLUMNS>
+inline void transpose_band(const uint32_t* from, int64_t stride, uint32_t* to, int64_t to_stride) {
+  constexpr int64_t whole = COLUMNS / VECTOR * VECTOR;
+  for (int64_t c = 0; c < whole; c += VECTOR) transpose_square(from + c, stride, to + c * to_stride, to_stride);
+  if constexpr (COLUMNS > whole)
+    transpose_square<COLUMNS - whole>(from + whole, stride, to + whole * to_stride, to_stride);
+}
+#endif
+
 // ---- attention
 //
 // A task is one head of one sequence; it goes through blocks of BLOCK queries against all keys. Scores are kept
@@ -110,7 +183,6 @@ inline void store(BFloat16* to, float x) { *reinterpret_cast<uint16_t*>(to) = st
 constexpr int64_t rounded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 constexpr int64_t DIM = HEAD_DIM, HALF = DIM / 2;  // compiled anew for each: short loops want constant bounds
-constexpr int64_t VECTOR = 16;                     // what widths are padded to
 constexpr int64_t STRIP = 64;  // rows of a task; sums over rows are added up task by task, in order
 // Loops over half a head go on to a whole vector, if what they read and write too much is no further than the next
 // row. Tables of angles have rows of so many.
@@ -119,21 +191,25 @@ constexpr int64_t WHOLE = HALF + FILLED <= 2 * DIM ? FILLED : HALF;
 const float SCALE = 1.0f / std::sqrt(static_cast<float>(DIM)), LOG2_SCALE = SCALE * LOG2_E;
 constexpr int64_t ROUND = 32;  // keys are padded to a multiple of it
 
-// ---- matrix products: C [M, N] (+)= A [M, K] B [K, N]; C is FP32. In BF16 they are ours, of AMX or of AVX-512, and B
-// has pairs of rows side by side. In FP32 they are oneDNN's, through PyTorch.
+// ---- matrix products: C [M, N] (+)= A [M, K] B [K, N]; C is FP32. In BF16 they are ours, of AMX or of AVX-512, B has
+// pairs of rows side by side, and C begins as it is (`add`), with `row` [N] in each row, or as zero. In FP32 they are
+// oneDNN's, through PyTorch, and `row` is left to who asks for them.
 
-// What K is filled up to: tiles take 32 of it at once, and transpositions of a head's rows 16 channels.
+// What K and M are filled up to: tiles take 32 and 16 of them at once, products by AVX-512 pairs and 8.
 #ifdef HAS_TILES
-constexpr int64_t K_ROUND = 32;
+constexpr int64_t K_ROUND = 32, M_ROUND = 16;
 #else
-constexpr int64_t K_ROUND = 16;
+constexpr int64_t K_ROUND = 2, M_ROUND = 8;
 #endif
 template <typename T>
 constexpr bool PAIRED = std::is_same_v<T, BFloat16>;
-// A head's channels in scratch, filled up with zeros: as columns of A or rows of B,
+// A head's channels in scratch, filled up: with zeros, as columns of A or rows of B,
 template <typename T>
 constexpr int64_t WIDTH = PAIRED<T> ? rounded(DIM, K_ROUND) : DIM;
-// and as rows of A or C, or columns of B or C.
+// as rows of A or C,
+template <typename T>
+constexpr int64_t HIGH = PAIRED<T> ? rounded(DIM, M_ROUND) : DIM;
+// and as columns of B or C.
 template <typename T>
 constexpr int64_t OUT = PAIRED<T> ? rounded(DIM, 16) : DIM;
 
@@ -146,7 +222,8 @@ constexpr int64_t chunk(int64_t padded) {
   return PAIRED<T> ? ROUND : padded;
 }
 
-inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, float* c, bool add) {
+inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, float* c, bool add,
+                    const float* = nullptr) {
   at::native::cpublas::brgemm(m, n, k, lda, n, n, add, a, b, c, false);
 }
 #ifdef HAS_TILES
@@ -155,17 +232,20 @@ const bool TILES_ALLOWED = at::native::cpublas::could_pack(at::kBFloat16) && at:
 // Tiles 0 to 3 are 32 x 32 of C, 4 and 5 their rows of A, 6 and 7 their columns of B. M and N are multiples of 16, K
 // of 32.
 inline __attribute__((always_inline)) void product_tiles(int64_t m, int64_t n, int64_t k, const BFloat16* a,
-                                                         int64_t lda, const BFloat16* b, float* c, bool add) {
+                                                         int64_t lda, const BFloat16* b, float* c, bool add,
+                                                         const float* row) {
   __asm__ volatile("" ::: "memory");  // the compiler does not know what tiles read
   for (int64_t i = 0; i < m; i += 32) {
     for (int64_t j = 0; j < n; j += 32) {
       const bool below = i + 16 < m, beside = j + 16 < n;
       float *upper = c + i * n + j, *lower = upper + 16 * n;
-      if (add) {
-        _tile_loadd(0, upper, 4 * n);
-        if (beside) _tile_loadd(1, upper + 16, 4 * n);
-        if (below) _tile_loadd(2, lower, 4 * n);
-        if (below && beside) _tile_loadd(3, lower + 16, 4 * n);
+      if (add || row) {
+        const float *from = row ? row + j : upper, *from_lower = row ? from : lower;
+        const int64_t stride = row ? 0 : 4 * n;
+        _tile_loadd(0, from, stride);
+        if (beside) _tile_loadd(1, from + 16, stride);
+        if (below) _tile_loadd(2, from_lower, stride);
+        if (below && beside) _tile_loadd(3, from_lower + 16, stride);
       } else {
         _tile_zero(0);
         _tile_zero(1);
@@ -196,41 +276,46 @@ inline __attribute__((always_inline)) void product_tiles(int64_t m, int64_t n, i
 // ROWS x COLUMNS vectors of C, held in registers: each pair of A's numbers meets a vector of B's pairs.
 template <int ROWS, int COLUMNS>
 inline __attribute__((always_inline)) void product_part(int64_t n, int64_t k, const BFloat16* a, int64_t lda,
-                                                        const BFloat16* b, float* c, bool add) {
+                                                        const BFloat16* b, float* c, bool add, const float* row) {
   __m512 sums[ROWS][COLUMNS];
   for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < COLUMNS; ++j)
-      sums[i][j] = add ? _mm512_loadu_ps(c + i * n + j * VECTOR) : _mm512_setzero_ps();
+    for (int j = 0; j < COLUMNS; ++j) {
+      const float* from = (row ? row : c + i * n) + j * VECTOR;
+      sums[i][j] = add || row ? _mm512_loadu_ps(from) : _mm512_setzero_ps();
+    }
   for (int64_t l = 0; l < k; l += 2) {
     __m512i columns[COLUMNS];
     for (int j = 0; j < COLUMNS; ++j) columns[j] = _mm512_loadu_si512(b + l * n + 2 * j * VECTOR);
     for (int i = 0; i < ROWS; ++i) {
       int32_t pair;
       std::memcpy(&pair, a + i * lda + l, sizeof pair);
-      const auto row = (__m512bh)_mm512_set1_epi32(pair);
-      for (int j = 0; j < COLUMNS; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)columns[j], row);
+      const auto pairs = (__m512bh)_mm512_set1_epi32(pair);
+      for (int j = 0; j < COLUMNS; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)columns[j], pairs);
     }
   }
   for (int i = 0; i < ROWS; ++i)
     for (int j = 0; j < COLUMNS; ++j) _mm512_storeu_ps(c + i * n + j * VECTOR, sums[i][j]);
 }
-// M and N are multiples of 16, K of 2.
+// M is a multiple of 8, N of 16, K of 2.
 inline void product_vectors(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b,
-                            float* c, bool add) {
-  for (int64_t j = 0; j < n; j += 2 * VECTOR)
+                            float* c, bool add, const float* row) {
+  for (int64_t j = 0; j < n; j += 2 * VECTOR) {
+    const float* part = row ? row + j : nullptr;
     for (int64_t i = 0; i < m; i += 8)
       if (j + VECTOR < n)
-        product_part<8, 2>(n, k, a + i * lda, lda, b + 2 * j, c + i * n + j, add);
+        product_part<8, 2>(n, k, a + i * lda, lda, b + 2 * j, c + i * n + j, add, part);
       else
-        product_part<8, 1>(n, k, a + i * lda, lda, b + 2 * j, c + i * n + j, add);
+        product_part<8, 1>(n, k, a + i * lda, lda, b + 2 * j, c + i * n + j, add, part);
+  }
 }
 
 inline __attribute__((always_inline)) void product(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
-                                                   const BFloat16* b, float* c, bool add) {
+                                                   const BFloat16* b, float* c, bool add,
+                                                   const float* row = nullptr) {
 #ifdef HAS_TILES
-  if (TILES_ALLOWED) return product_tiles(m, n, k, a, lda, b, c, add);
+  if (TILES_ALLOWED) return product_tiles(m, n, k, a, lda, b, c, add, row);
 #endif
-  product_vectors(m, n, k, a, lda, b, c, add);
+  product_vectors(m, n, k, a, lda, b, c, add, row);
 }
 #endif
 
@@ -309,10 +394,10 @@ struct Head {
 };
 
 constexpr int64_t AHEAD = 16;  // rows; they are too far apart for the processor to see them coming
-template <typename T>
-inline void prefetch(const T* row) {
-  for (int64_t d = 0; d < DIM; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
-  __builtin_prefetch(row + DIM - 1);
+template <int64_t WRITE, typename T>
+inline void prefetch(T* row, int64_t count) {
+  for (int64_t d = 0; d < count; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, WRITE);
+  __builtin_prefetch(row + count - 1, WRITE);
 }
 
 // Zeros behind the channels of a row in scratch, and behind a head's rows.
@@ -325,109 +410,123 @@ void clear_rows(const Head& h, T* rows) {
   std::memset(static_cast<void*>(rows + h.length * WIDTH<T>), 0, (h.padded - h.length) * WIDTH<T> * sizeof(T));
 }
 
-// One head's rows [length, D], `stride` elements apart, side by side [padded, WIDTH].
+// Of WHOLE numbers, so many at once as divide them.
+typedef float Eight __attribute__((vector_size(32)));
+using Turned = std::conditional_t<WHOLE % LANES == 0, Floats, std::conditional_t<WHOLE % 8 == 0, Eight, float>>;
+constexpr int64_t TURNED = sizeof(Turned) / 4;
+template <typename V>
+inline void read(const float* from, V& x) {
+  std::memcpy(&x, from, sizeof x);
+}
+template <typename V>
+inline void write(float* to, V x) {
+  put(to, x);
+}
+#ifdef HAS_BFLOAT16
+inline void read(const BFloat16* from, float& x) { x = load(from); }
+inline void read(const BFloat16* from, Eight& x) {
+  __m128i numbers;
+  std::memcpy(&numbers, from, sizeof numbers);
+  x = (Eight)_mm256_slli_epi32(_mm256_cvtepu16_epi32(numbers), 16);
+}
+inline void read(const BFloat16* from, Floats& x) { x = floats(from); }
+inline void write(BFloat16* to, float x) { store(to, x); }
+inline void write(BFloat16* to, Eight x) { put(to, _mm256_cvtneps_pbh((__m256)x)); }
+inline void write(BFloat16* to, Floats x) { put_bf16(to, x); }
+#endif
+
+// A row turned by the rotary angles, or BACK, and scaled. WHOLE numbers of each half are read and written.
+template <bool BACK, typename From, typename To>
+inline __attribute__((always_inline)) void turn(const From* from, const float* cos, const float* sin, float scale,
+                                                To* to) {
+  Turned first[WHOLE / TURNED], second[WHOLE / TURNED];
+  for (int64_t d = 0; d < WHOLE; d += TURNED) {
+    Turned x, z, c, s;
+    read(from + d, x);
+    read(from + HALF + d, z);
+    read(cos + d, c);
+    read(sin + d, s);
+    first[d / TURNED] = scale * (BACK ? x * c + z * s : x * c - z * s);
+    second[d / TURNED] = scale * (BACK ? z * c - x * s : z * c + x * s);
+  }
+  for (int64_t d = 0; d < WHOLE; d += TURNED) write(to + d, first[d / TURNED]);
+  for (int64_t d = 0; d < WHOLE; d += TURNED) write(to + HALF + d, second[d / TURNED]);
+}
+
+// A head's rows, which are far apart, side by side [padded, WIDTH]; queries and keys turned, the former also scaled.
 template <typename T>
-void gather(const T* from, int64_t stride, const Head& h, T* to) {
+void gather(const Head& h, const T* qkv, float scale, T* queries, T* keys, T* values) {
   for (int64_t i = 0; i < h.length; ++i) {
-    prefetch(from + (i + AHEAD) * stride);
-    std::memcpy(to + i * WIDTH<T>, from + i * stride, DIM * sizeof(T));
-    clear_behind(to + i * WIDTH<T>);
+    const T* from = qkv + i * h.row;
+    prefetch<0>(from + AHEAD * h.row, 3 * DIM);
+    const float *cos = h.cos + i * WHOLE, *sin = h.sin + i * WHOLE;
+    const int64_t at = i * WIDTH<T>;
+    turn<false>(from, cos, sin, scale, queries + at);
+    turn<false>(from + DIM, cos, sin, 1.0f, keys + at);
+    std::memcpy(values + at, from + 2 * DIM, DIM * sizeof(T));
+    for (T* rows : {queries, keys, values}) clear_behind(rows + at);
   }
-  clear_rows(h, to);
+  for (T* rows : {queries, keys, values}) clear_rows(h, rows);
 }
 
-// The same, turned by the rotary angles; for queries and keys, behind which there is another row in memory.
+// The gradients of a head's context, side by side as well, and their products with it [length].
 template <typename T>
-void gather_turned(const T* from, int64_t stride, const Head& h, T* to) {
+void gather_grads(const Head& h, const T* grad, const T* context, int64_t stride, T* grads, float* products) {
   for (int64_t i = 0; i < h.length; ++i) {
-    prefetch(from + (i + AHEAD) * stride);
-    const T *x = from + i * stride, *z = x + HALF;
-    T *y = to + i * WIDTH<T>, *w = y + HALF;
-    const float *c = h.cos + i * WHOLE, *s = h.sin + i * WHOLE;
-    float first[WHOLE], second[WHOLE];
-    for (int64_t d = 0; d < WHOLE; ++d) {
-      first[d] = load(x + d) * c[d] - load(z + d) * s[d];
-      second[d] = load(z + d) * c[d] + load(x + d) * s[d];
-    }
-    for (int64_t d = 0; d < WHOLE; ++d) store(y + d, first[d]);
-    for (int64_t d = 0; d < WHOLE; ++d) store(w + d, second[d]);
-    clear_behind(y);
+    const T *g = grad + i * stride, *c = context + i * stride;
+    prefetch<0>(g + AHEAD * stride, DIM);
+    prefetch<0>(c + AHEAD * stride, DIM);
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < DIM; ++d) sum += load(g + d) * load(c + d);
+    products[i] = sum;
+    std::memcpy(grads + i * WIDTH<T>, g, DIM * sizeof(T));
+    clear_behind(grads + i * WIDTH<T>);
   }
-  clear_rows(h, to);
+  clear_rows(h, grads);
 }
 
-// Gradients of one head's rows [length, OUT] to rows that are further apart.
+// The gradients of a head's rows [length, OUT] to where those come from: queries' and keys' turned back, and scaled.
+// What they write too much is overwritten by what comes next to them.
 template <typename T>
-void scatter(const float* rows, const Head& h, T* to) {
+void scatter(const Head& h, const float* queries, const float* keys, const float* values, T* grad_qkv) {
   for (int64_t i = 0; i < h.length; ++i) {
-    const float* __restrict g = rows + i * OUT<T>;
-    T* __restrict x = to + i * h.row;
-    for (int64_t d = 0; d < DIM; ++d) store(x + d, g[d]);
+    T* __restrict to = grad_qkv + i * h.row;
+    prefetch<1>(to + AHEAD * h.row, 3 * DIM);
+    const float *cos = h.cos + i * WHOLE, *sin = h.sin + i * WHOLE, *__restrict v = values + i * OUT<T>;
+    turn<true>(queries + i * OUT<T>, cos, sin, SCALE, to);
+    turn<true>(keys + i * OUT<T>, cos, sin, 1.0f / LOG2_E, to + DIM);  // queries were scaled by LOG2_SCALE
+    for (int64_t d = 0; d < DIM; ++d) store(to + 2 * DIM + d, v[d]);
   }
 }
 
-// The same, of the scores' factors: turned back by the rotary angles, and scaled as the scores are. What is written
-// too much is overwritten by the keys' and values' gradients.
-template <typename T>
-void scatter_turned(const float* rows, const Head& h, T* to) {
-  for (int64_t i = 0; i < h.length; ++i) {
-    const float *g = rows + i * OUT<T>, *e = g + HALF;
-    T *x = to + i * h.row, *z = x + HALF;
-    const float *c = h.cos + i * WHOLE, *s = h.sin + i * WHOLE;
-    float first[WHOLE], second[WHOLE];
-    for (int64_t d = 0; d < WHOLE; ++d) {
-      first[d] = SCALE * (g[d] * c[d] + e[d] * s[d]);
-      second[d] = SCALE * (e[d] * c[d] - g[d] * s[d]);
-    }
-    for (int64_t d = 0; d < WHOLE; ++d) store(x + d, first[d]);
-    for (int64_t d = 0; d < WHOLE; ++d) store(z + d, second[d]);
-  }
-}
+// In what follows BF16 has the zeros behind a head's rows to go on with.
 
-// [padded, WIDTH] to the left-hand factor [OUT, padded].
-void transpose(const float* rows, const Head& h, float* to) {
-  for (int64_t i = 0; i < h.padded; ++i)
-    for (int64_t d = 0; d < DIM; ++d) to[d * h.padded + i] = rows[i * DIM + d];
-}
-void transpose(const BFloat16* rows, const Head& h, BFloat16* to) {
-  constexpr int64_t width = WIDTH<BFloat16>, out = OUT<BFloat16>;
-  auto* words = reinterpret_cast<uint32_t*>(to);
-  for (int64_t i = 0; i < h.padded; i += 2) {  // two rows as one: half as many numbers to move singly
-    const auto* row = reinterpret_cast<const uint16_t*>(rows + i * width);
-    uint32_t pairs[out];
-    for (int64_t d = 0; d < out; ++d) pairs[d] = row[d] | (static_cast<uint32_t>(row[width + d]) << 16);
-    for (int64_t d = 0; d < out; ++d) words[(d * h.padded + i) / 2] = pairs[d];
-  }
-}
-
-// A block of rows, transposed, as a right-hand factor [WIDTH, BLOCK]. A word of 32 bits is an FP32 or a pair of BF16.
-template <typename T>
-void right_transposed(const T* rows, int64_t count, T* to) {
-  const int64_t words = WIDTH<T> * static_cast<int64_t>(sizeof(T)) / 4;
-  const auto* from = reinterpret_cast<const uint32_t*>(rows);
-  auto* words_to = reinterpret_cast<uint32_t*>(to);
-  if (count < BLOCK<T>) std::memset(static_cast<void*>(to), 0, BLOCK<T> * WIDTH<T> * sizeof(T));
+// A block of rows, transposed, as a right-hand factor [WIDTH, BLOCK].
+void right_transposed(const float* rows, int64_t count, float* to) {
+  if (count < BLOCK<float>) std::fill(to, to + BLOCK<float> * DIM, 0.0f);
   for (int64_t c = 0; c < count; ++c)
-    for (int64_t w = 0; w < words; ++w) words_to[w * BLOCK<T> + c] = from[c * words + w];
+    for (int64_t d = 0; d < DIM; ++d) to[d * BLOCK<float> + c] = rows[c * DIM + d];
 }
-
 // A block of rows as a right-hand factor [BLOCK, OUT].
 void right_rows(const float* rows, int64_t count, float* to) {
   std::memcpy(to, rows, count * DIM * sizeof(float));
   std::memset(to + count * DIM, 0, (BLOCK<float> - count) * DIM * sizeof(float));
 }
-void right_rows(const BFloat16* rows, int64_t count, BFloat16* to) {
-  constexpr int64_t block = BLOCK<BFloat16>, width = WIDTH<BFloat16>, out = OUT<BFloat16>;
-  if (count < block) std::memset(static_cast<void*>(to), 0, block * out * sizeof(BFloat16));
-  for (int64_t i = 0; i < count; i += 2) {
-    const auto* __restrict a = reinterpret_cast<const uint16_t*>(rows + i * width);
-    auto* __restrict pairs = reinterpret_cast<uint32_t*>(to + i * out);
-    if (i + 1 < count) {
-      for (int64_t d = 0; d < out; ++d) pairs[d] = a[d] | (static_cast<uint32_t>(a[width + d]) << 16);
-    } else {
-      for (int64_t d = 0; d < out; ++d) pairs[d] = a[d];
-    }
-  }
+// Rows [padded, WIDTH] as a left-hand factor, transposed [HIGH, padded].
+void left_transposed(const float* rows, const Head& h, float* to) {
+  for (int64_t i = 0; i < h.padded; ++i)
+    for (int64_t d = 0; d < DIM; ++d) to[d * h.padded + i] = rows[i * DIM + d];
+}
+// A result [DIM, BLOCK], transposed to rows [BLOCK, OUT].
+void rows_transposed(const float* from, int64_t count, float* to, float) {
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t d = 0; d < DIM; ++d) to[c * DIM + d] = from[d * BLOCK<float> + c];
+}
+// The same with each column times its factor, to `count` rows that are further apart.
+void store_columns(const float* from, const float* factors, int64_t count, float* to, int64_t stride) {
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t d = 0; d < DIM; ++d) to[c * stride + d] = from[d * BLOCK<float> + c] * factors[c];
 }
 
 // What follows takes a vector each from the same columns of two rows of a matrix [keys, BLOCK]: a from row j, which is
@@ -439,70 +538,134 @@ inline void store_rows(float* to, Floats a, Floats b) {
 }
 inline void store_pairs(float* rows, int64_t column, Floats a, Floats b) { store_rows(rows + column, a, b); }
 #ifdef HAS_BFLOAT16
-inline __m512i two_rows(Floats a, Floats b) {  // in BF16, a and behind it b
-  return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+void right_transposed(const BFloat16* rows, int64_t, BFloat16* to) {
+  constexpr int64_t block = BLOCK<BFloat16>, words = WIDTH<BFloat16> / 2;  // pairs of channels
+  const auto* from = reinterpret_cast<const uint32_t*>(rows);
+  auto* words_to = reinterpret_cast<uint32_t*>(to);
+  for (int64_t c = 0; c < block; c += VECTOR)
+    transpose_band<words>(from + c * words, words, words_to + c, block);
+}
+void right_rows(const BFloat16* rows, int64_t, BFloat16* to) {
+  constexpr int64_t width = WIDTH<BFloat16>, out = OUT<BFloat16>;
+  for (int64_t i = 0; i < BLOCK<BFloat16>; i += 2)
+    for (int64_t d = 0; d < out; d += VECTOR) {
+      const __mmask16 mask = (1 << std::min(VECTOR, DIM - d)) - 1;
+      const auto row = [&](const BFloat16* x) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)); };
+      const BFloat16* from = rows + i * width + d;
+      put(to + i * out + 2 * d, _mm512_or_epi32(row(from), _mm512_slli_epi32(row(from + width), 16)));
+    }
+}
+void left_transposed(const BFloat16* rows, const Head& h, BFloat16* to) {
+  constexpr int64_t block = BLOCK<BFloat16>, out = OUT<BFloat16>;
+  static_assert(block == 2 * VECTOR && ROUND % block == 0);
+  alignas(64) BFloat16 pairs[block * out];
+  for (int64_t i = 0; i < h.padded; i += block) {
+    right_rows(rows + i * WIDTH<BFloat16>, block, pairs);
+    transpose_band<HIGH<BFloat16>>(reinterpret_cast<uint32_t*>(pairs), out, reinterpret_cast<uint32_t*>(to + i),
+                                   h.padded / 2);
+  }
+}
+void rows_transposed(const float* from, int64_t, float* to, BFloat16) {
+  constexpr int64_t block = BLOCK<BFloat16>, out = OUT<BFloat16>;
+  for (int64_t c = 0; c < block; c += VECTOR)
+    for (int64_t d = 0; d < out; d += VECTOR) transpose_square(from + d * block + c, block, to + c * out + d, out);
+}
+void store_columns(const float* from, const float* factors, int64_t count, BFloat16* to, int64_t stride) {
+  constexpr int64_t block = BLOCK<BFloat16>;
+  for (int64_t c = 0; c < count; c += VECTOR)
+    for (int64_t d = 0; d < DIM; d += 2 * VECTOR) {
+      const Floats factor = floats(factors + c);
+      const auto row = [&](int64_t e) { return floats(from + e * block + c) * factor; };
+      __m512i rows[VECTOR] = {};  // pairs of channels
+      const int64_t words = std::min(VECTOR, (DIM - d) / 2);
+      for (int64_t w = 0; w < words; ++w) rows[w] = in_turn(row(d + 2 * w), row(d + 2 * w + 1));
+      transpose_words(rows);
+      const __mmask16 mask = (1 << words) - 1;
+      for (int64_t i = 0; i < VECTOR; ++i)
+        if (c + i < count) _mm512_mask_storeu_epi32(to + (c + i) * stride + d, mask, rows[i]);
+    }
 }
 inline void store_rows(BFloat16* to, Floats a, Floats b) {
   const __m512i rows = two_rows(a, b);
   put(to, _mm512_castsi512_si256(rows));
   put(to + BLOCK<BFloat16>, _mm512_extracti64x4_epi64(rows, 1));
 }
-inline void store_pairs(BFloat16* rows, int64_t column, Floats a, Floats b) {
-  alignas(64) static constexpr uint16_t in_turn[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  put(rows + 2 * column, _mm512_permutexvar_epi16(_mm512_load_si512(in_turn), two_rows(a, b)));
-}
+inline void store_pairs(BFloat16* rows, int64_t column, Floats a, Floats b) { put(rows + 2 * column, in_turn(a, b)); }
 #endif
+
+// 2^x, as exact as T can make use of.
+template <typename T>
+inline Floats weight_of(Floats x) {
+  return power_of_two<PAIRED<T> ? 3 : 6>(x);
+}
+
+inline bool any_above(Floats x, float limit) {
+  bool above = false;
+  for (int64_t i = 0; i < LANES; ++i) above |= x[i] > limit;
+  return above;
+}
 
 // Bound of what a head takes below, forward or backward, each number as large as FP32; 4,096 for rounding and VECTOR.
 template <typename T>
 constexpr int64_t head_bytes(int64_t padded) {
-  constexpr int64_t B = BLOCK<T>, W = WIDTH<T>;
-  return 4 * ((8 * padded + 5 * B) * W + 5 * padded * B) + 4096;
+  constexpr int64_t B = BLOCK<T>, W = std::max(WIDTH<T>, OUT<T>);
+  return 4 * ((8 * padded + 5 * B) * W + 5 * padded * B + padded) + 4096;
 }
 
+// Scores are logarithms to base 2 here and in the backward pass: queries are scaled by LOG2_SCALE.
 template <typename T>
 void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, float* lse, int64_t lse_row) {
-  constexpr int64_t B = BLOCK<T>, W = WIDTH<T>, O = OUT<T>;
+  constexpr int64_t B = BLOCK<T>, W = WIDTH<T>, O = HIGH<T>;
+  constexpr float FAR = 16.0f;
   const int64_t n = h.length, padded = h.padded, step = chunk<T>(padded);
   Scratch scratch(head_bytes<T>(padded));
   auto* query = scratch.take<T>(B * W);
   auto* weights = scratch.take<T>(step * B);
   auto* out = scratch.take<float>(O * B);
+  auto* scores = scratch.take<float>(step * B);
   auto* values_transposed = scratch.take<T>(padded * O);
   auto* keys = scratch.take<T>(padded * W + VECTOR);
   auto* values = scratch.take<T>(padded * W);
   auto* queries = scratch.take<T>(padded * W + VECTOR);
-  auto* scores = scratch.take<float>(padded * B);
-  gather_turned(qkv, h.row, h, queries);
-  gather_turned(qkv + DIM, h.row, h, keys);
-  gather(qkv + 2 * DIM, h.row, h, values);
-  transpose(values, h, values_transposed);
+  gather(h, qkv, LOG2_SCALE, queries, keys, values);
+  left_transposed(values, h, values_transposed);
 
   for (int64_t first = 0; first < n; first += B) {
     const int64_t count = std::min(B, n - first);
     right_transposed(queries + first * W, count, query);
-    float largest[B], shift[B], sum[B] = {};
-    std::fill(largest, largest + B, -INFINITY);
-    for (int64_t at = 0; at < n; at += step) {
-      product(step, B, W, keys + at * W, W, query, scores + at * B, false);
-      for (int64_t c = 0; c < B; c += LANES) {
-        Floats most = floats(largest + c);
-        for (int64_t j = at; j < std::min(at + step, n); ++j) {
-          const Floats s = floats(scores + j * B + c);
-          most = s > most ? s : most;
-        }
-        put(largest + c, most);
-      }
-    }
-    for (int64_t c = 0; c < B; ++c) shift[c] = -LOG2_SCALE * largest[c];
+    float shift[B] = {}, sum[B] = {};  // of the weights 2^(score + shift)
     for (int64_t at = 0; at < n; at += step) {
       const int64_t real = std::min(step, n - at);
+      product(step, B, W, keys + at * W, W, query, scores, false, shift);
+      // The shift is the negative of the first keys' largest score, and later only changed by one far above that.
+      float largest[B];
+      bool far = at == 0;
+      for (int64_t c = 0; c < B; c += LANES) {
+        Floats most = floats(scores + c), other = most;  // two, because one would wait for itself
+        for (int64_t j = 1; j + 1 < real; j += 2) {
+          most = larger(floats(scores + j * B + c), most);
+          other = larger(floats(scores + (j + 1) * B + c), other);
+        }
+        most = larger(larger(floats(scores + (real - 1) * B + c), other), most);
+        put(largest + c, most);
+        far = far || any_above(most, FAR);
+      }
+      for (int64_t c = 0; far && c < B; c += LANES) {
+        Floats most = floats(largest + c);
+        if (at > 0) most = larger(most, Floats{});
+        put(shift + c, floats(shift + c) - most);
+        if constexpr (!PAIRED<T>) continue;
+        for (int64_t j = 0; j < real; ++j) put(scores + j * B + c, floats(scores + j * B + c) - most);
+        if (at == 0) continue;
+        const Floats less = weight_of<T>(-most);
+        put(sum + c, floats(sum + c) * less);
+        for (int64_t d = 0; d < O; ++d) put(out + d * B + c, floats(out + d * B + c) * less);
+      }
       for (int64_t c = 0; c < B; c += LANES) {
         const Floats shifts = floats(shift + c);
         Floats total = floats(sum + c);
         const auto weight = [&](int64_t j) {
-          const Floats p = power_of_two<T>(LOG2_SCALE * floats(scores + (at + j) * B + c) + shifts);
+          const Floats s = floats(scores + j * B + c), p = weight_of<T>(PAIRED<T> ? s : s + shifts);
           total += p;
           return p;
         };
@@ -518,11 +681,7 @@ void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, 
     }
     for (int64_t c = 0; c < count; ++c) lse[(first + c) * lse_row] = std::log2(sum[c]) - shift[c];
     for (int64_t c = 0; c < B; ++c) sum[c] = 1.0f / sum[c];
-    T* normalized = query;  // its room, once more
-    for (int64_t d = 0; d < DIM; ++d)
-      for (int64_t c = 0; c < B; ++c) store(normalized + d * B + c, out[d * B + c] * sum[c]);
-    for (int64_t c = 0; c < count; ++c)
-      for (int64_t d = 0; d < DIM; ++d) context[(first + c) * context_row + d] = normalized[d * B + c];
+    store_columns(out, sum, count, context + first * context_row, context_row);
   }
 }
 
@@ -544,50 +703,48 @@ void backward_head(const Head& h, const T* qkv, const T* context, const T* grad,
   auto* out = scratch.take<float>(O * B);
   auto* keys = scratch.take<T>(padded * W + VECTOR);
   auto* values = scratch.take<T>(padded * W);
-  auto* keys_transposed = scratch.take<T>(padded * O);
+  auto* keys_transposed = scratch.take<T>(padded * HIGH<T>);
   auto* grad_keys = scratch.take<float>(padded * O + VECTOR);
   auto* grad_values = scratch.take<float>(padded * O);
   auto* queries = scratch.take<T>(padded * W + VECTOR);
   auto* grads = scratch.take<T>(padded * W);
-  auto* grad_queries = scratch.take<float>(n * O + VECTOR);
-  gather_turned(qkv, h.row, h, queries);
-  gather_turned(qkv + DIM, h.row, h, keys);
-  gather(qkv + 2 * DIM, h.row, h, values);
-  gather(grad, context_row, h, grads);
-  transpose(keys, h, keys_transposed);
+  auto* grad_queries = scratch.take<float>(padded * O + VECTOR);
+  auto* products = scratch.take<float>(n);
+  gather(h, qkv, LOG2_SCALE, queries, keys, values);
+  gather_grads(h, grad, context, context_row, grads, products);
+  left_transposed(keys, h, keys_transposed);
 
   for (int64_t first = 0; first < n; first += B) {
     const int64_t count = std::min(B, n - first);
     const T *query = queries + first * W, *g = grads + first * W;
-    float log_sum[B] = {}, delta[B] = {};
+    float shift[B] = {}, grad_shift[B] = {};  // of the scores and their gradients
     for (int64_t c = 0; c < count; ++c) {
-      const T* o = context + (first + c) * context_row;
-      prefetch(o + AHEAD * context_row);
-      float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t d = 0; d < DIM; ++d) dot += load(g + c * W + d) * load(o + d);
-      delta[c] = dot;
-      log_sum[c] = lse[(first + c) * lse_row];
+      shift[c] = -lse[(first + c) * lse_row];
+      grad_shift[c] = -products[first + c];
     }
     right_transposed(query, count, query_columns);
     right_transposed(g, count, grad_columns);
     right_rows(query, count, query_rows);
     right_rows(g, count, grad_rows);
     for (int64_t at = 0; at < n; at += step) {
-      product(step, B, W, keys + at * W, W, query_columns, scores, false);
-      product(step, B, W, values + at * W, W, grad_columns, grad_scores, false);
+      product(step, B, W, keys + at * W, W, query_columns, scores, false, shift);
+      product(step, B, W, values + at * W, W, grad_columns, grad_scores, false, grad_shift);
       const int64_t real = std::min(step, n - at);
       for (int64_t c = 0; c < B; c += LANES) {
-        const Floats log_sums = floats(log_sum + c), deltas = floats(delta + c);
+        const Floats shifts = floats(shift + c), grad_shifts = floats(grad_shift + c);
         const auto store_two = [&](int64_t j, Floats pa, Floats qa, Floats pb, Floats qb) {
           store_rows(weights + j * B + c, pa, pb);
           store_rows(grad_weights + j * B + c, qa, qb);
           store_pairs(grad_pairs + j * B, c, qa, qb);
         };
         const auto weight_at = [&](int64_t j) {
-          return power_of_two<T>(LOG2_SCALE * floats(scores + j * B + c) - log_sums);
+          const Floats s = floats(scores + j * B + c);
+          return weight_of<T>(PAIRED<T> ? s : s + shifts);
         };
-        const auto grad_at = [&](int64_t j, Floats p) { return p * (floats(grad_scores + j * B + c) - deltas); };
+        const auto grad_at = [&](int64_t j, Floats p) {
+          const Floats g = floats(grad_scores + j * B + c);
+          return p * (PAIRED<T> ? g : g + grad_shifts);
+        };
         int64_t j = 0;
         for (; j + 1 < real; j += 2) {
           const Floats pa = weight_at(j), pb = weight_at(j + 1);
@@ -600,14 +757,11 @@ void backward_head(const Head& h, const T* qkv, const T* context, const T* grad,
       }
       product(step, O, B, weights, B, grad_rows, grad_values + at * O, first > 0);
       product(step, O, B, grad_weights, B, query_rows, grad_keys + at * O, first > 0);
-      product(O, B, step, keys_transposed + at, padded, grad_pairs, out, at > 0);
+      product(HIGH<T>, B, step, keys_transposed + at, padded, grad_pairs, out, at > 0);
     }
-    for (int64_t c = 0; c < count; ++c)
-      for (int64_t d = 0; d < DIM; ++d) grad_queries[(first + c) * O + d] = out[d * B + c];
+    rows_transposed(out, count, grad_queries + first * O, T{});
   }
-  scatter_turned(grad_queries, h, grad_qkv);
-  scatter_turned(grad_keys, h, grad_qkv + DIM);
-  scatter(grad_values, h, grad_qkv + 2 * DIM);
+  scatter(h, grad_queries, grad_keys, grad_values, grad_qkv);
 }
 
 template <typename T>
@@ -727,19 +881,12 @@ void layer_norm(bool backward, const X* x, const Y* added, X* sum, const float* 
 // ---- between matrix products, in BF16
 #ifdef HAS_BFLOAT16
 
-
-inline Words words(const BFloat16* x) {
-  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-}
-inline Floats floats(const BFloat16* x) { return from_bits(words(x) << 16); }
-inline void put_bf16(BFloat16* to, Floats x) { put(to, _mm512_cvtneps_pbh((__m512)x)); }
-
 // GELU is x * cdf(x), its derivative cdf(x) + x * density(x) with the normal distribution's; Abramowitz and Stegun
 // 26.2.17, which is off by less than 1e-7, with a power that is off by 3e-6.
 inline void normal(Floats x, Floats& cdf, Floats& density) {
-  density = 0.39894228f * power_of_two<BFloat16>(-0.5f * LOG2_E * x * x);
+  density = 0.39894228f * power_of_two<4>(-0.5f * LOG2_E * x * x);
   const Floats size = from_bits(bits(x) & 0x7fffffff), most = Floats{} + 1e37f;  // nothing here may be infinite
-  const Floats denominator = 1.0f + 0.2316419f * (size > most ? most : size);
+  const Floats denominator = 1.0f + 0.2316419f * (Floats)_mm512_min_ps((__m512)most, (__m512)size);  // NaN stays
   const Floats guess = (Floats)_mm512_rcp14_ps((__m512)denominator);
   const Floats t = guess * (2.0f - denominator * guess);  // a division would take longer than all else here
   Floats p = 1.330274429f * t - 1.821255978f;
@@ -748,34 +895,6 @@ inline void normal(Floats x, Floats& cdf, Floats& density) {
   p = p * t + 0.319381530f;
   const Floats tail = density * p * t;
   cdf = x < 0.0f ? tail : 1.0f - tail;
-}
-
-// One step of a transposition: for i and j without BIT, the words (i + BIT, j) and (i, j + BIT) trade places. Indices
-// from VECTOR on are those of the second of two operands.
-template <int BIT>
-inline void exchange(__m512i (&rows)[VECTOR]) {
-  const __m512i column = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __mmask16 set = _mm512_test_epi32_mask(column, _mm512_set1_epi32(BIT));
-  const __m512i other = _mm512_xor_epi32(column, _mm512_set1_epi32(BIT));
-  const __m512i upper = _mm512_mask_add_epi32(column, set, other, _mm512_set1_epi32(VECTOR));
-  const __m512i lower = _mm512_mask_add_epi32(other, set, column, _mm512_set1_epi32(VECTOR));
-  for (int i = 0; i < VECTOR; ++i) {
-    if (i & BIT) continue;
-    const __m512i a = rows[i], b = rows[i + BIT];
-    rows[i] = _mm512_permutex2var_epi32(a, upper, b);
-    rows[i + BIT] = _mm512_permutex2var_epi32(a, lower, b);
-  }
-}
-
-// A square of VECTOR x VECTOR words, rows `stride` words apart, transposed to rows `to_stride` BF16 apart.
-inline void transpose_square(const uint32_t* from, int64_t stride, BFloat16* to, int64_t to_stride) {
-  __m512i rows[VECTOR];
-  for (int i = 0; i < VECTOR; ++i) rows[i] = _mm512_loadu_si512(from + i * stride);
-  exchange<1>(rows);
-  exchange<2>(rows);
-  exchange<4>(rows);
-  exchange<8>(rows);
-  for (int i = 0; i < VECTOR; ++i) _mm512_storeu_si512(to + i * to_stride, rows[i]);
 }
 #endif
 
@@ -833,7 +952,8 @@ bool transpose_bfloat16(const BFloat16* x, BFloat16* transposed, int64_t rows, i
     }
     for (int64_t column = 0; column < columns; column += VECTOR)
       for (int64_t p = 0; p < STRIP / 2; p += VECTOR)
-        transpose_square(pairs + p * columns + column, columns, transposed + column * stride + first + 2 * p, stride);
+        transpose_square(pairs + p * columns + column, columns, transposed + column * stride + first + 2 * p,
+                         stride / 2);
     const int64_t end = first + STRIP;
     for (int64_t c = 0; end >= rows && c < columns; ++c)
       std::memset(static_cast<void*>(transposed + c * stride + end), 0, (stride - end) * sizeof(BFloat16));

@@ -4,7 +4,9 @@
 import os
 import shlex
 import subprocess
+import zlib
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,23 +62,42 @@ def test_attention(dim, dtype):
             assert error(x, y) < 1.5 * error(other, y)
 
 
-@pytest.mark.parametrize("dtype", CLOSE, ids=str)
-@pytest.mark.parametrize("sign", [1, -1])
-def test_scores_far_from_zero(sign, dtype):
-    """All of them: what pads a block has a score of 0, which is then far above or below the real ones."""
-    torch.manual_seed(0)
-    inputs = attention_inputs((5, 33), 16)
-    q, k, v = (torch.randn(38, 1, 16) for _ in range(3))
-    q, k = q * 0.1 + 20, sign * (k * 0.1 + 20)
+def agrees_where_scores_are_large(qkv, lengths, dtype):
+    """Heads of 16 channels without rotary angles, against float64 and PyTorch's own."""
+    inputs = attention_inputs(lengths, 16)
     inputs.cos_SR, inputs.sin_SR = torch.ones_like(inputs.cos_SR), torch.zeros_like(inputs.sin_SR)
     inputs.cos_N1D, inputs.sin_N1D = torch.ones_like(inputs.cos_N1D), torch.zeros_like(inputs.sin_N1D)
-    qkv, grad = torch.cat([q, k, v], -1).to(dtype).requires_grad_(), torch.randn(38, 1, 16).to(dtype)
+    qkv, grad = qkv.to(dtype).requires_grad_(), torch.randn(len(qkv), 1, 16).to(dtype)
     found = attention_and_gradient(layers_cpp.Kernels(16), qkv, inputs, grad)
     exact = attention_and_gradient(layers.Kernels(), qkv.detach().double().requires_grad_(), inputs, grad.double())
     plain = attention_and_gradient(layers.Kernels(), qkv, inputs, grad)
     rounding = 1_600 * torch.finfo(torch.float32).eps  # of the scores, and of what becomes of them
     for x, other, y in zip(found, plain, exact, strict=True):
         assert error(x, y) < 3 * error(other, y) + CLOSE[dtype] + rounding
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_far_from_zero(sign, dtype):
+    """All of them: what pads a block has a score of 0, which is then far above or below the real ones."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(38, 1, 16) for _ in range(3))
+    q, k = q * 0.1 + 20, sign * (k * 0.1 + 20)
+    agrees_where_scores_are_large(torch.cat([q, k, v], -1), (5, 33), dtype)
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("steps", [(0, 1, 9, 10), (3, 2, 1, 0), (0, 3, 0, 1), (-2, 0.2, 0.3, 0.1)], ids=str)
+def test_scores_that_rise_and_fall(steps, dtype):
+    """From 32 keys to the next 32, by so many times what leaves nothing of the smaller ones beside the larger.
+
+    Where they rise for one query, they fall for the next.
+    """
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(120, 1, 16) for _ in range(3))
+    q[..., 0] = torch.tensor([4.0, -4.0]).repeat(60)[:, None]
+    k[..., 0] = 25 * torch.tensor(steps).repeat_interleave(32)[:120, None]
+    agrees_where_scores_are_large(torch.cat([q, k, v], -1), (120,), dtype)
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
@@ -301,27 +322,57 @@ def test_gelu_far_out():
     assert y_TE[0, 5].isnan() and (y_TE[0, 6:] == 0).all()
 
 
-@pytest.mark.parametrize("other", ["mamx-tile mamx-bf16", "mno-amx-bf16", "mno-avx512bf16", "mno-avx512f"])
-def test_other_compilers_and_processors(other, monkeypatch):
-    """The kernels are compiled with AMX, which this processor may not have, or without some of what it can do."""
-    remains = layers_cpp.has_bfloat16(24) and "avx512" not in other
+@pytest.fixture
+def compiled_with(monkeypatch):
+    """Compiles the kernels anew with more flags; skips where the compiler does not know them."""
     caches = layers_cpp.library, layers_cpp.has_bfloat16
-    flags = [f"-{flag}" for flag in other.split()]
-    command = [*shlex.split(layers_cpp.get_cxx_compiler()), *flags, "-E", "-x", "c++", os.devnull]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip(f"this compiler does not know {other}")  # AMX came with gcc 11
-    monkeypatch.setattr(layers_cpp, "FLAGS", (*layers_cpp.FLAGS, *flags))
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        assert layers_cpp.has_bfloat16(24) == remains
-        for dtype in (torch.float32, torch.bfloat16) if remains else (torch.float32,):
-            test_attention(24, dtype)
-            test_attention(64, dtype)
-        test_layer_norm((torch.float32, torch.bfloat16))
-    finally:
+
+    def clear():
         for cache in caches:
             cache.cache_clear()
+
+    def compile_with(*flags, included=()):
+        command = [*shlex.split(layers_cpp.get_cxx_compiler()), *flags, "-E", "-x", "c++", os.devnull]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip(f"this compiler does not know {' '.join(flags)}")  # AMX came with gcc 11
+        monkeypatch.setattr(layers_cpp, "FLAGS", (*layers_cpp.FLAGS, *flags, *included))
+        clear()
+
+    yield compile_with
+    clear()
+
+
+AMX = ("-mamx-tile", "-mamx-bf16")
+
+
+@pytest.mark.parametrize("flags", [AMX, ("-mno-amx-bf16",), ("-mno-avx512bf16",), ("-mno-avx512f",)], ids=" ".join)
+def test_other_compilers_and_processors(compiled_with, flags):
+    """The kernels are compiled with AMX, which this processor may not have, or without some of what it can do."""
+    remains = layers_cpp.has_bfloat16(24) and "avx512" not in flags[0]
+    compiled_with(*flags)
+    assert layers_cpp.has_bfloat16(24) == remains
+    for dtype in (torch.float32, torch.bfloat16) if remains else (torch.float32,):
+        test_attention(24, dtype)
+        test_attention(64, dtype)
+    test_layer_norm((torch.float32, torch.bfloat16))
+
+
+@pytest.mark.skipif(available and not layers_cpp.has_bfloat16(24), reason="this processor has no BF16 products")
+@pytest.mark.parametrize("dim", [14, 24, 64])
+def test_tiles(compiled_with, dim):
+    """What is written for AMX, with tiles in plain C++, whether the processor has them or not."""
+    plain, tiles = attention_of_tiles(dim), Path(__file__).with_name("tiles.h")
+    version = f"-DTILES={zlib.crc32(tiles.read_bytes())}"  # or else what another one made would be found again
+    compiled_with(*AMX, included=("-include", str(tiles), version))
+    test_attention(dim, torch.bfloat16)
+    for x, y in zip(attention_of_tiles(dim), plain, strict=True):
+        assert error(x, y.double()) < 1e-2
+
+
+def attention_of_tiles(dim):
+    torch.manual_seed(0)
+    qkv, grad = torch.randn(200, 2, 3 * dim).bfloat16().requires_grad_(), torch.randn(200, 2, dim).bfloat16()
+    return attention_and_gradient(layers_cpp.Kernels(dim), qkv, attention_inputs((130, 70), dim), grad)
 
 
 def test_not_a_number_comes_through():
