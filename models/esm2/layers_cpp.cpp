@@ -53,7 +53,7 @@ constexpr int64_t LANES = 16;
 #else
 constexpr int64_t LANES = 8;
 #endif
-constexpr int64_t VECTOR = 16;  // what widths are padded to
+constexpr int64_t VECTOR = 16;  // words of 512 bits
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
@@ -77,7 +77,7 @@ inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
-// 2^x for x <= 0, or a little above; the NaN that operations make stays one. By a polynomial of degree 6, 4 or 3 the
+// 2^x for x up to 127; the NaN that operations make stays one. By a polynomial of degree 6, 4 or 3 the
 // relative error is 2e-7, 3e-6 or 8e-5.
 template <int DEGREE>
 inline Floats power_of_two(Floats x) {
@@ -123,10 +123,10 @@ inline Words words(const BFloat16* x) {
 }
 inline Floats floats(const BFloat16* x) { return from_bits(words(x) << 16); }
 inline void put_bf16(BFloat16* to, Floats x) { put(to, _mm512_cvtneps_pbh((__m512)x)); }
-inline __m512i two_rows(Floats a, Floats b) {  // a and behind it b
+inline __m512i two_rows(Floats a, Floats b) {  // a[0], a[1], ..., b[0], b[1], ...
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
 }
-inline __m512i in_turn(Floats a, Floats b) {
+inline __m512i in_turn(Floats a, Floats b) {  // a[0], b[0], a[1], b[1], ...
   alignas(64) static constexpr uint16_t from[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_permutexvar_epi16(_mm512_load_si512(from), two_rows(a, b));
@@ -148,29 +148,35 @@ inline void exchange(__m512i (&rows)[VECTOR]) {
     rows[i + BIT] = _mm512_permutex2var_epi32(a, lower, b);
   }
 }
-inline void transpose_words(__m512i (&rows)[VECTOR]) {
+inline void transpose_vectors(__m512i (&rows)[VECTOR]) {
   exchange<1>(rows);
   exchange<2>(rows);
   exchange<4>(rows);
   exchange<8>(rows);
 }
 
-// VECTOR rows of COLUMNS words, at most VECTOR, transposed. Strides are words.
-template <int64_t COLUMNS = VECTOR>
-inline void transpose_square(const void* from, int64_t stride, void* to, int64_t to_stride) {
-  __m512i rows[VECTOR];
-  for (int i = 0; i < VECTOR; ++i)
-    rows[i] = _mm512_maskz_loadu_epi32((1 << COLUMNS) - 1, static_cast<const uint32_t*>(from) + i * stride);
-  transpose_words(rows);
-  for (int i = 0; i < COLUMNS; ++i) _mm512_storeu_si512(static_cast<uint32_t*>(to) + i * to_stride, rows[i]);
+// ROWS by COLUMNS words, at most VECTOR each, transposed, and zeros behind them. Strides are words.
+template <int64_t ROWS, int64_t COLUMNS>
+inline void transpose_square(const uint32_t* from, int64_t stride, uint32_t* to, int64_t to_stride) {
+  __m512i rows[VECTOR] = {};
+  for (int i = 0; i < ROWS; ++i) rows[i] = _mm512_maskz_loadu_epi32((1 << COLUMNS) - 1, from + i * stride);
+  transpose_vectors(rows);
+  for (int i = 0; i < COLUMNS; ++i) _mm512_storeu_si512(to + i * to_stride, rows[i]);
 }
-// The same with more columns.
-template <int64_t COLUMNS>
-inline void transpose_band(const uint32_t* from, int64_t stride, uint32_t* to, int64_t to_stride) {
-  constexpr int64_t whole = COLUMNS / VECTOR * VECTOR;
-  for (int64_t c = 0; c < whole; c += VECTOR) transpose_square(from + c, stride, to + c * to_stride, to_stride);
-  if constexpr (COLUMNS > whole)
-    transpose_square<COLUMNS - whole>(from + whole, stride, to + whole * to_stride, to_stride);
+// The same with any numbers of both, and matrices of whatever takes that room.
+template <int64_t ROWS, int64_t COLUMNS>
+inline void transpose_words(const void* from, int64_t stride, void* to, int64_t to_stride) {
+  const auto* x = static_cast<const uint32_t*>(from);
+  auto* y = static_cast<uint32_t*>(to);
+  if constexpr (ROWS > VECTOR) {
+    transpose_words<VECTOR, COLUMNS>(x, stride, y, to_stride);
+    transpose_words<ROWS - VECTOR, COLUMNS>(x + VECTOR * stride, stride, y + VECTOR, to_stride);
+  } else if constexpr (COLUMNS > VECTOR) {
+    transpose_square<ROWS, VECTOR>(x, stride, y, to_stride);
+    transpose_words<ROWS, COLUMNS - VECTOR>(x + VECTOR, stride, y + VECTOR * to_stride, to_stride);
+  } else {
+    transpose_square<ROWS, COLUMNS>(x, stride, y, to_stride);
+  }
 }
 #endif
 
@@ -178,7 +184,7 @@ inline void transpose_band(const uint32_t* from, int64_t stride, uint32_t* to, i
 //
 // A task is one head of one sequence; it goes through blocks of BLOCK queries against all keys. Scores are kept
 // transposed, keys x queries: what belongs to a query (maximum, sum) is then a vector over columns, and no operation
-// runs across one.
+// runs across one. FP32 takes all keys at once, BF16 a few, whose scores stay in the first cache.
 
 constexpr int64_t rounded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -191,9 +197,9 @@ constexpr int64_t WHOLE = HALF + FILLED <= 2 * DIM ? FILLED : HALF;
 const float SCALE = 1.0f / std::sqrt(static_cast<float>(DIM)), LOG2_SCALE = SCALE * LOG2_E;
 constexpr int64_t ROUND = 32;  // keys are padded to a multiple of it
 
-// ---- matrix products: C [M, N] (+)= A [M, K] B [K, N]; C is FP32. In BF16 they are ours, of AMX or of AVX-512, B has
-// pairs of rows side by side, and C begins as it is (`add`), with `row` [N] in each row, or as zero. In FP32 they are
-// oneDNN's, through PyTorch, and `row` is left to who asks for them.
+// ---- matrix products: C [M, N] += A [M, K] B [K, N]; C is FP32, and begins as zero (no `begin`), as it is (`begin` is
+// C), or in BF16 with the row `begin` [N] in each row. In BF16 they are ours, of AMX or of AVX-512, and B has pairs of
+// rows side by side. In FP32 they are oneDNN's, through PyTorch, and whoever asks for them adds that row.
 
 // What K and M are filled up to: tiles take 32 and 16 of them at once, products by AVX-512 pairs and 8.
 #ifdef HAS_TILES
@@ -211,7 +217,7 @@ template <typename T>
 constexpr int64_t HIGH = PAIRED<T> ? rounded(DIM, M_ROUND) : DIM;
 // and as columns of B or C.
 template <typename T>
-constexpr int64_t OUT = PAIRED<T> ? rounded(DIM, 16) : DIM;
+constexpr int64_t OUT = PAIRED<T> ? rounded(DIM, VECTOR) : DIM;
 
 // Queries at once; in BF16, as many as leave all that is at hand in the first cache.
 template <typename T>
@@ -222,9 +228,9 @@ constexpr int64_t chunk(int64_t padded) {
   return PAIRED<T> ? ROUND : padded;
 }
 
-inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, float* c, bool add,
-                    const float* = nullptr) {
-  at::native::cpublas::brgemm(m, n, k, lda, n, n, add, a, b, c, false);
+inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, float* c,
+                    const float* begin) {
+  at::native::cpublas::brgemm(m, n, k, lda, n, n, begin == c, a, b, c, false);
 }
 #ifdef HAS_TILES
 const bool TILES_ALLOWED = at::native::cpublas::could_pack(at::kBFloat16) && at::cpu::init_amx();
@@ -232,20 +238,20 @@ const bool TILES_ALLOWED = at::native::cpublas::could_pack(at::kBFloat16) && at:
 // Tiles 0 to 3 are 32 x 32 of C, 4 and 5 their rows of A, 6 and 7 their columns of B. M and N are multiples of 16, K
 // of 32.
 inline __attribute__((always_inline)) void product_tiles(int64_t m, int64_t n, int64_t k, const BFloat16* a,
-                                                         int64_t lda, const BFloat16* b, float* c, bool add,
-                                                         const float* row) {
+                                                         int64_t lda, const BFloat16* b, float* c,
+                                                         const float* begin) {
+  const int64_t row = begin == c ? n : 0;  // from one of `begin` to the next
   __asm__ volatile("" ::: "memory");  // the compiler does not know what tiles read
   for (int64_t i = 0; i < m; i += 32) {
     for (int64_t j = 0; j < n; j += 32) {
       const bool below = i + 16 < m, beside = j + 16 < n;
       float *upper = c + i * n + j, *lower = upper + 16 * n;
-      if (add || row) {
-        const float *from = row ? row + j : upper, *from_lower = row ? from : lower;
-        const int64_t stride = row ? 0 : 4 * n;
-        _tile_loadd(0, from, stride);
-        if (beside) _tile_loadd(1, from + 16, stride);
-        if (below) _tile_loadd(2, from_lower, stride);
-        if (below && beside) _tile_loadd(3, from_lower + 16, stride);
+      if (begin) {
+        const float *from = begin + i * row + j, *from_lower = from + 16 * row;
+        _tile_loadd(0, from, 4 * row);
+        if (beside) _tile_loadd(1, from + 16, 4 * row);
+        if (below) _tile_loadd(2, from_lower, 4 * row);
+        if (below && beside) _tile_loadd(3, from_lower + 16, 4 * row);
       } else {
         _tile_zero(0);
         _tile_zero(1);
@@ -276,13 +282,12 @@ inline __attribute__((always_inline)) void product_tiles(int64_t m, int64_t n, i
 // ROWS x COLUMNS vectors of C, held in registers: each pair of A's numbers meets a vector of B's pairs.
 template <int ROWS, int COLUMNS>
 inline __attribute__((always_inline)) void product_part(int64_t n, int64_t k, const BFloat16* a, int64_t lda,
-                                                        const BFloat16* b, float* c, bool add, const float* row) {
+                                                        const BFloat16* b, float* c, const float* begin,
+                                                        int64_t row) {
   __m512 sums[ROWS][COLUMNS];
   for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < COLUMNS; ++j) {
-      const float* from = (row ? row : c + i * n) + j * VECTOR;
-      sums[i][j] = add || row ? _mm512_loadu_ps(from) : _mm512_setzero_ps();
-    }
+    for (int j = 0; j < COLUMNS; ++j)
+      sums[i][j] = begin ? _mm512_loadu_ps(begin + i * row + j * VECTOR) : _mm512_setzero_ps();
   for (int64_t l = 0; l < k; l += 2) {
     __m512i columns[COLUMNS];
     for (int j = 0; j < COLUMNS; ++j) columns[j] = _mm512_loadu_si512(b + l * n + 2 * j * VECTOR);
@@ -298,24 +303,25 @@ inline __attribute__((always_inline)) void product_part(int64_t n, int64_t k, co
 }
 // M is a multiple of 8, N of 16, K of 2.
 inline void product_vectors(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda, const BFloat16* b,
-                            float* c, bool add, const float* row) {
-  for (int64_t j = 0; j < n; j += 2 * VECTOR) {
-    const float* part = row ? row + j : nullptr;
-    for (int64_t i = 0; i < m; i += 8)
+                            float* c, const float* begin) {
+  const int64_t row = begin == c ? n : 0;  // from one of `begin` to the next
+  for (int64_t j = 0; j < n; j += 2 * VECTOR)
+    for (int64_t i = 0; i < m; i += 8) {
+      const float* from = begin ? begin + i * row + j : nullptr;
       if (j + VECTOR < n)
-        product_part<8, 2>(n, k, a + i * lda, lda, b + 2 * j, c + i * n + j, add, part);
+        product_part<8, 2>(n, k, a + i * lda, lda, b + 2 * j, c + i * n + j, from, row);
       else
-        product_part<8, 1>(n, k, a + i * lda, lda, b + 2 * j, c + i * n + j, add, part);
-  }
+        product_part<8, 1>(n, k, a + i * lda, lda, b + 2 * j, c + i * n + j, from, row);
+    }
 }
 
 inline __attribute__((always_inline)) void product(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
-                                                   const BFloat16* b, float* c, bool add,
-                                                   const float* row = nullptr) {
+                                                   const BFloat16* b, float* c, const float* begin) {
 #ifdef HAS_TILES
-  if (TILES_ALLOWED) return product_tiles(m, n, k, a, lda, b, c, add, row);
+  static_assert(HIGH<BFloat16> % 16 == 0 && WIDTH<BFloat16> % 32 == 0);
+  if (TILES_ALLOWED) return product_tiles(m, n, k, a, lda, b, c, begin);
 #endif
-  product_vectors(m, n, k, a, lda, b, c, add, row);
+  product_vectors(m, n, k, a, lda, b, c, begin);
 }
 #endif
 
@@ -410,7 +416,7 @@ void clear_rows(const Head& h, T* rows) {
   std::memset(static_cast<void*>(rows + h.length * WIDTH<T>), 0, (h.padded - h.length) * WIDTH<T> * sizeof(T));
 }
 
-// Of WHOLE numbers, so many at once as divide them.
+// The widest vector that divides WHOLE, or one number.
 typedef float Eight __attribute__((vector_size(32)));
 using Turned = std::conditional_t<WHOLE % LANES == 0, Floats, std::conditional_t<WHOLE % 8 == 0, Eight, float>>;
 constexpr int64_t TURNED = sizeof(Turned) / 4;
@@ -518,12 +524,7 @@ void left_transposed(const float* rows, const Head& h, float* to) {
   for (int64_t i = 0; i < h.padded; ++i)
     for (int64_t d = 0; d < DIM; ++d) to[d * h.padded + i] = rows[i * DIM + d];
 }
-// A result [DIM, BLOCK], transposed to rows [BLOCK, OUT].
-void rows_transposed(const float* from, int64_t count, float* to, float) {
-  for (int64_t c = 0; c < count; ++c)
-    for (int64_t d = 0; d < DIM; ++d) to[c * DIM + d] = from[d * BLOCK<float> + c];
-}
-// The same with each column times its factor, to `count` rows that are further apart.
+// A result [HIGH, BLOCK], each column times its factor, transposed to `count` rows that are further apart.
 void store_columns(const float* from, const float* factors, int64_t count, float* to, int64_t stride) {
   for (int64_t c = 0; c < count; ++c)
     for (int64_t d = 0; d < DIM; ++d) to[c * stride + d] = from[d * BLOCK<float> + c] * factors[c];
@@ -539,11 +540,8 @@ inline void store_rows(float* to, Floats a, Floats b) {
 inline void store_pairs(float* rows, int64_t column, Floats a, Floats b) { store_rows(rows + column, a, b); }
 #ifdef HAS_BFLOAT16
 void right_transposed(const BFloat16* rows, int64_t, BFloat16* to) {
-  constexpr int64_t block = BLOCK<BFloat16>, words = WIDTH<BFloat16> / 2;  // pairs of channels
-  const auto* from = reinterpret_cast<const uint32_t*>(rows);
-  auto* words_to = reinterpret_cast<uint32_t*>(to);
-  for (int64_t c = 0; c < block; c += VECTOR)
-    transpose_band<words>(from + c * words, words, words_to + c, block);
+  constexpr int64_t block = BLOCK<BFloat16>, width = WIDTH<BFloat16>;
+  transpose_words<block, width / 2>(rows, width / 2, to, block);  // of pairs of channels
 }
 void right_rows(const BFloat16* rows, int64_t, BFloat16* to) {
   constexpr int64_t width = WIDTH<BFloat16>, out = OUT<BFloat16>;
@@ -557,18 +555,12 @@ void right_rows(const BFloat16* rows, int64_t, BFloat16* to) {
 }
 void left_transposed(const BFloat16* rows, const Head& h, BFloat16* to) {
   constexpr int64_t block = BLOCK<BFloat16>, out = OUT<BFloat16>;
-  static_assert(block == 2 * VECTOR && ROUND % block == 0);
+  static_assert(ROUND % block == 0);
   alignas(64) BFloat16 pairs[block * out];
   for (int64_t i = 0; i < h.padded; i += block) {
     right_rows(rows + i * WIDTH<BFloat16>, block, pairs);
-    transpose_band<HIGH<BFloat16>>(reinterpret_cast<uint32_t*>(pairs), out, reinterpret_cast<uint32_t*>(to + i),
-                                   h.padded / 2);
+    transpose_words<block / 2, HIGH<BFloat16>>(pairs, out, to + i, h.padded / 2);
   }
-}
-void rows_transposed(const float* from, int64_t, float* to, BFloat16) {
-  constexpr int64_t block = BLOCK<BFloat16>, out = OUT<BFloat16>;
-  for (int64_t c = 0; c < block; c += VECTOR)
-    for (int64_t d = 0; d < out; d += VECTOR) transpose_square(from + d * block + c, block, to + c * out + d, out);
 }
 void store_columns(const float* from, const float* factors, int64_t count, BFloat16* to, int64_t stride) {
   constexpr int64_t block = BLOCK<BFloat16>;
@@ -576,11 +568,11 @@ void store_columns(const float* from, const float* factors, int64_t count, BFloa
     for (int64_t d = 0; d < DIM; d += 2 * VECTOR) {
       const Floats factor = floats(factors + c);
       const auto row = [&](int64_t e) { return floats(from + e * block + c) * factor; };
-      __m512i rows[VECTOR] = {};  // pairs of channels
-      const int64_t words = std::min(VECTOR, (DIM - d) / 2);
-      for (int64_t w = 0; w < words; ++w) rows[w] = in_turn(row(d + 2 * w), row(d + 2 * w + 1));
-      transpose_words(rows);
-      const __mmask16 mask = (1 << words) - 1;
+      __m512i rows[VECTOR] = {};  // of pairs of channels
+      const int64_t pairs = std::min(VECTOR, (DIM - d) / 2);
+      for (int64_t p = 0; p < pairs; ++p) rows[p] = in_turn(row(d + 2 * p), row(d + 2 * p + 1));
+      transpose_vectors(rows);
+      const __mmask16 mask = (1 << pairs) - 1;
       for (int64_t i = 0; i < VECTOR; ++i)
         if (c + i < count) _mm512_mask_storeu_epi32(to + (c + i) * stride + d, mask, rows[i]);
     }
@@ -592,6 +584,23 @@ inline void store_rows(BFloat16* to, Floats a, Floats b) {
 }
 inline void store_pairs(BFloat16* rows, int64_t column, Floats a, Floats b) { put(rows + 2 * column, in_turn(a, b)); }
 #endif
+
+// A result [HIGH, BLOCK], transposed to rows [BLOCK, OUT].
+template <typename T>
+void transpose_result(const float* from, int64_t count, float* to) {
+  constexpr int64_t block = BLOCK<T>, out = OUT<T>;
+#ifdef HAS_BFLOAT16
+  if constexpr (PAIRED<T>) return transpose_words<HIGH<T>, block>(from, block, to, out);
+#endif
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t d = 0; d < DIM; ++d) to[c * out + d] = from[d * block + c];
+}
+
+// Products of BF16 have begun with what else is to be added.
+template <typename T>
+inline Floats plus(Floats x, Floats added) {
+  return PAIRED<T> ? x : x + added;
+}
 
 // 2^x, as exact as T can make use of.
 template <typename T>
@@ -615,15 +624,15 @@ constexpr int64_t head_bytes(int64_t padded) {
 // Scores are logarithms to base 2 here and in the backward pass: queries are scaled by LOG2_SCALE.
 template <typename T>
 void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, float* lse, int64_t lse_row) {
-  constexpr int64_t B = BLOCK<T>, W = WIDTH<T>, O = HIGH<T>;
-  constexpr float FAR = 16.0f;
+  constexpr int64_t B = BLOCK<T>, W = WIDTH<T>, H = HIGH<T>;
+  constexpr float FAR = 16.0f;  // of the 127 that exponents leave room for
   const int64_t n = h.length, padded = h.padded, step = chunk<T>(padded);
   Scratch scratch(head_bytes<T>(padded));
   auto* query = scratch.take<T>(B * W);
   auto* weights = scratch.take<T>(step * B);
-  auto* out = scratch.take<float>(O * B);
+  auto* out = scratch.take<float>(H * B);
   auto* scores = scratch.take<float>(step * B);
-  auto* values_transposed = scratch.take<T>(padded * O);
+  auto* values_transposed = scratch.take<T>(padded * H);
   auto* keys = scratch.take<T>(padded * W + VECTOR);
   auto* values = scratch.take<T>(padded * W);
   auto* queries = scratch.take<T>(padded * W + VECTOR);
@@ -636,10 +645,11 @@ void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, 
     float shift[B] = {}, sum[B] = {};  // of the weights 2^(score + shift)
     for (int64_t at = 0; at < n; at += step) {
       const int64_t real = std::min(step, n - at);
-      product(step, B, W, keys + at * W, W, query, scores, false, shift);
-      // The shift is the negative of the first keys' largest score, and later only changed by one far above that.
+      const auto score = [&] { product(step, B, W, keys + at * W, W, query, scores, shift); };
+      score();
+      // The shift is minus the largest score of the first keys. It follows a later one only if that is FAR above.
       float largest[B];
-      bool far = at == 0;
+      bool follow = at == 0;
       for (int64_t c = 0; c < B; c += LANES) {
         Floats most = floats(scores + c), other = most;  // two, because one would wait for itself
         for (int64_t j = 1; j + 1 < real; j += 2) {
@@ -648,24 +658,25 @@ void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, 
         }
         most = larger(larger(floats(scores + (real - 1) * B + c), other), most);
         put(largest + c, most);
-        far = far || any_above(most, FAR);
+        follow = follow || any_above(most, FAR);
       }
-      for (int64_t c = 0; far && c < B; c += LANES) {
-        Floats most = floats(largest + c);
-        if (at > 0) most = larger(most, Floats{});
+      for (int64_t c = 0; follow && c < B; c += LANES) {
+        const Floats most = larger(Floats{} - (at == 0 ? 3e38f : 0.0f), floats(largest + c));  // the least is finite
         put(shift + c, floats(shift + c) - most);
-        if constexpr (!PAIRED<T>) continue;
-        for (int64_t j = 0; j < real; ++j) put(scores + j * B + c, floats(scores + j * B + c) - most);
-        if (at == 0) continue;
-        const Floats less = weight_of<T>(-most);
-        put(sum + c, floats(sum + c) * less);
-        for (int64_t d = 0; d < O; ++d) put(out + d * B + c, floats(out + d * B + c) * less);
+        if (at > 0) {
+          const Floats less = power_of_two<6>(-most);
+          put(sum + c, floats(sum + c) * less);
+          for (int64_t d = 0; d < H; ++d) put(out + d * B + c, floats(out + d * B + c) * less);
+        } else if constexpr (PAIRED<T>) {
+          for (int64_t j = 0; j < real; ++j) put(scores + j * B + c, floats(scores + j * B + c) - most);
+        }
       }
+      if (follow && at > 0) score();  // what the sums began with may have left nothing of them
       for (int64_t c = 0; c < B; c += LANES) {
         const Floats shifts = floats(shift + c);
         Floats total = floats(sum + c);
         const auto weight = [&](int64_t j) {
-          const Floats s = floats(scores + j * B + c), p = weight_of<T>(PAIRED<T> ? s : s + shifts);
+          const Floats p = weight_of<T>(plus<T>(floats(scores + j * B + c), shifts));
           total += p;
           return p;
         };
@@ -677,7 +688,7 @@ void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, 
         for (; j < step; j += 2) store_pairs(weights + j * B, c, j < real ? weight(j) : Floats{}, Floats{});
         put(sum + c, total);
       }
-      product(O, B, step, values_transposed + at, padded, weights, out, at > 0);
+      product(H, B, step, values_transposed + at, padded, weights, out, at > 0 ? out : nullptr);
     }
     for (int64_t c = 0; c < count; ++c) lse[(first + c) * lse_row] = std::log2(sum[c]) - shift[c];
     for (int64_t c = 0; c < B; ++c) sum[c] = 1.0f / sum[c];
@@ -688,7 +699,7 @@ void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, 
 template <typename T>
 void backward_head(const Head& h, const T* qkv, const T* context, const T* grad, int64_t context_row, const float* lse,
                    int64_t lse_row, T* grad_qkv) {
-  constexpr int64_t B = BLOCK<T>, W = WIDTH<T>, O = OUT<T>;
+  constexpr int64_t B = BLOCK<T>, W = WIDTH<T>, H = HIGH<T>, O = OUT<T>;
   const int64_t n = h.length, padded = h.padded, step = chunk<T>(padded);
   Scratch scratch(head_bytes<T>(padded));
   auto* query_columns = scratch.take<T>(B * W);
@@ -700,10 +711,10 @@ void backward_head(const Head& h, const T* qkv, const T* context, const T* grad,
   auto* weights = scratch.take<T>(step * B);
   auto* grad_weights = scratch.take<T>(step * B);
   auto* grad_pairs = scratch.take<T>(step * B);
-  auto* out = scratch.take<float>(O * B);
+  auto* out = scratch.take<float>(H * B);
   auto* keys = scratch.take<T>(padded * W + VECTOR);
   auto* values = scratch.take<T>(padded * W);
-  auto* keys_transposed = scratch.take<T>(padded * HIGH<T>);
+  auto* keys_transposed = scratch.take<T>(padded * H);
   auto* grad_keys = scratch.take<float>(padded * O + VECTOR);
   auto* grad_values = scratch.take<float>(padded * O);
   auto* queries = scratch.take<T>(padded * W + VECTOR);
@@ -727,8 +738,8 @@ void backward_head(const Head& h, const T* qkv, const T* context, const T* grad,
     right_rows(query, count, query_rows);
     right_rows(g, count, grad_rows);
     for (int64_t at = 0; at < n; at += step) {
-      product(step, B, W, keys + at * W, W, query_columns, scores, false, shift);
-      product(step, B, W, values + at * W, W, grad_columns, grad_scores, false, grad_shift);
+      product(step, B, W, keys + at * W, W, query_columns, scores, shift);
+      product(step, B, W, values + at * W, W, grad_columns, grad_scores, grad_shift);
       const int64_t real = std::min(step, n - at);
       for (int64_t c = 0; c < B; c += LANES) {
         const Floats shifts = floats(shift + c), grad_shifts = floats(grad_shift + c);
@@ -738,12 +749,10 @@ void backward_head(const Head& h, const T* qkv, const T* context, const T* grad,
           store_pairs(grad_pairs + j * B, c, qa, qb);
         };
         const auto weight_at = [&](int64_t j) {
-          const Floats s = floats(scores + j * B + c);
-          return weight_of<T>(PAIRED<T> ? s : s + shifts);
+          return weight_of<T>(plus<T>(floats(scores + j * B + c), shifts));
         };
         const auto grad_at = [&](int64_t j, Floats p) {
-          const Floats g = floats(grad_scores + j * B + c);
-          return p * (PAIRED<T> ? g : g + grad_shifts);
+          return p * plus<T>(floats(grad_scores + j * B + c), grad_shifts);
         };
         int64_t j = 0;
         for (; j + 1 < real; j += 2) {
@@ -755,11 +764,12 @@ void backward_head(const Head& h, const T* qkv, const T* context, const T* grad,
           store_two(j, pa, j < real ? grad_at(j, pa) : Floats{}, Floats{}, Floats{});
         }
       }
-      product(step, O, B, weights, B, grad_rows, grad_values + at * O, first > 0);
-      product(step, O, B, grad_weights, B, query_rows, grad_keys + at * O, first > 0);
-      product(HIGH<T>, B, step, keys_transposed + at, padded, grad_pairs, out, at > 0);
+      float *grad_v = grad_values + at * O, *grad_k = grad_keys + at * O;
+      product(step, O, B, weights, B, grad_rows, grad_v, first > 0 ? grad_v : nullptr);
+      product(step, O, B, grad_weights, B, query_rows, grad_k, first > 0 ? grad_k : nullptr);
+      product(H, B, step, keys_transposed + at, padded, grad_pairs, out, at > 0 ? out : nullptr);
     }
-    rows_transposed(out, count, grad_queries + first * O, T{});
+    transpose_result<T>(out, count, grad_queries + first * O);
   }
   scatter(h, grad_queries, grad_keys, grad_values, grad_qkv);
 }
@@ -938,7 +948,7 @@ bool transpose_bfloat16(const BFloat16* x, BFloat16* transposed, int64_t rows, i
   bool done = true;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) reduction(&& : done)
   for (int64_t first = 0; first < rows; first += STRIP) {
-    uint32_t* pairs = nullptr;  // two rows as one, for `transpose_square`
+    uint32_t* pairs = nullptr;  // two rows as one, for `transpose_words`
     const int64_t size = STRIP / 2 * columns;
     done = done && succeeds([&pairs, size] { pairs = Scratch(4 * size).take<uint32_t>(size); });
     if (!done) continue;
@@ -952,8 +962,8 @@ bool transpose_bfloat16(const BFloat16* x, BFloat16* transposed, int64_t rows, i
     }
     for (int64_t column = 0; column < columns; column += VECTOR)
       for (int64_t p = 0; p < STRIP / 2; p += VECTOR)
-        transpose_square(pairs + p * columns + column, columns, transposed + column * stride + first + 2 * p,
-                         stride / 2);
+        transpose_words<VECTOR, VECTOR>(pairs + p * columns + column, columns,
+                                        transposed + column * stride + first + 2 * p, stride / 2);
     const int64_t end = first + STRIP;
     for (int64_t c = 0; end >= rows && c < columns; ++c)
       std::memset(static_cast<void*>(transposed + c * stride + end), 0, (stride - end) * sizeof(BFloat16));

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU's kernels against PyTorch in float64, and whole models against those with plain layers."""
 
+import ctypes
 import os
 import shlex
 import subprocess
 import zlib
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -88,30 +89,50 @@ def test_scores_far_from_zero(sign, dtype):
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("steps", [(0, 1, 9, 10), (3, 2, 1, 0), (0, 3, 0, 1), (-2, 0.2, 0.3, 0.1)], ids=str)
-def test_scores_that_rise_and_fall(steps, dtype):
-    """From 32 keys to the next 32, by so many times what leaves nothing of the smaller ones beside the larger.
-
-    Where they rise for one query, they fall for the next.
-    """
+@pytest.mark.parametrize("queries", ["up and down", "all slopes", "the last of 32"])
+def test_scores_that_rise_and_fall(queries, steps, dtype):
+    """From 32 keys to the next 32, by up to 36 powers of 2 a step."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(120, 1, 16) for _ in range(3))
-    q[..., 0] = torch.tensor([4.0, -4.0]).repeat(60)[:, None]
+    slopes = {
+        "up and down": torch.tensor([4.0, -4.0]).repeat(60),
+        "all slopes": torch.linspace(-4, 4, 120)[torch.randperm(120)],
+        "the last of 32": torch.where(torch.arange(120) % 32 == 31, 4.0, 0.0),
+    }
+    q[..., 0] = slopes[queries][:, None]
     k[..., 0] = 25 * torch.tensor(steps).repeat_interleave(32)[:120, None]
     agrees_where_scores_are_large(torch.cat([q, k, v], -1), (120,), dtype)
 
 
+@pytest.mark.parametrize("least", [-2.5e6, -3e38], ids=str)
+def test_first_scores_far_below(least):
+    """What they begin with costs later scores no digits."""
+    if not layers_cpp.has_bfloat16(16):
+        pytest.skip("this processor has no BF16 products")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(120, 1, 16) for _ in range(3))
+    q[..., 0], k[..., 0] = 4, torch.where(torch.arange(120) < 32, least, 0.0)[:, None]
+    inputs, later = attention_inputs((120,), 16), attention_inputs((88,), 16)
+    for x in (inputs, later):
+        x.cos_SR, x.sin_SR = torch.ones_like(x.cos_SR), torch.zeros_like(x.sin_SR)
+    qkv = torch.cat([q, k, v], -1).bfloat16()
+    context = layers_cpp.Kernels(16).attention(qkv, inputs)[32:]
+    assert error(context, layers_cpp.Kernels(16).attention(qkv[32:], later).double()) < 1e-2
+
+
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
-def test_a_sequence_does_not_see_its_neighbours(dtype):
+@pytest.mark.parametrize("dim", [14, 16, 24])
+def test_a_sequence_does_not_see_its_neighbours(dim, dtype):
     """To the bit: alone, first, last, and on another number of threads."""
     torch.manual_seed(0)
-    kernels, own, other = layers_cpp.Kernels(16), torch.randn(70, 2, 48).to(dtype), torch.randn(90, 2, 48).to(dtype)
+    kernels, own, other = layers_cpp.Kernels(dim), *(torch.randn(n, 2, 3 * dim).to(dtype) for n in (70, 90))
     results = []
     for parts, at in (([own], 0), ([own, other], 0), ([other, own], 90)):
         for num_threads in (1, 2):
             qkv = torch.cat(parts).requires_grad_()
             torch.set_num_threads(num_threads)
             found = attention_and_gradient(
-                kernels, qkv, attention_inputs([len(x) for x in parts], 16), torch.ones_like(qkv[..., :16])
+                kernels, qkv, attention_inputs([len(x) for x in parts], dim), torch.ones_like(qkv[..., :dim])
             )
             results.append([x[at : at + 70] for x in found])
     assert all(torch.equal(x, y) for result in results for x, y in zip(result, results[0], strict=True))
@@ -357,34 +378,58 @@ def test_other_compilers_and_processors(compiled_with, flags):
     test_layer_norm((torch.float32, torch.bfloat16))
 
 
-@pytest.mark.skipif(available and not layers_cpp.has_bfloat16(24), reason="this processor has no BF16 products")
-@pytest.mark.parametrize("dim", [14, 24, 64])
-def test_tiles(compiled_with, dim):
-    """What is written for AMX, with tiles in plain C++, whether the processor has them or not."""
-    plain, tiles = attention_of_tiles(dim), Path(__file__).with_name("tiles.h")
-    version = f"-DTILES={zlib.crc32(tiles.read_bytes())}"  # or else what another one made would be found again
-    compiled_with(*AMX, included=("-include", str(tiles), version))
-    test_attention(dim, torch.bfloat16)
-    for x, y in zip(attention_of_tiles(dim), plain, strict=True):
-        assert error(x, y.double()) < 1e-2
-
-
-def attention_of_tiles(dim):
+def attention_of_two_sequences(dim):
     torch.manual_seed(0)
     qkv, grad = torch.randn(200, 2, 3 * dim).bfloat16().requires_grad_(), torch.randn(200, 2, dim).bfloat16()
     return attention_and_gradient(layers_cpp.Kernels(dim), qkv, attention_inputs((130, 70), dim), grad)
 
 
-def test_not_a_number_comes_through():
-    """Only where it belongs, and in every kernel: q reaches its own token, k and v the sequence, each in one head."""
+@pytest.mark.parametrize("dim", [14, 24, 64])
+def test_tiles(compiled_with, dim):
+    """What is written for AMX, with tiles in plain C++, whether the processor has them or not."""
+    if not layers_cpp.has_bfloat16(dim):
+        pytest.skip("this processor has no BF16 products")
+    plain, tiles = attention_of_two_sequences(dim), Path(__file__).with_name("tiles.h")
+    version = f"-DTILES={zlib.crc32(tiles.read_bytes())}"  # or else what another one made would be found again
+    compiled_with(*AMX, included=("-include", str(tiles), version))
+    for x, y in zip(attention_of_two_sequences(dim), plain, strict=True):
+        assert error(x, y.double()) < 1e-2
+    assert ctypes.c_long.in_dll(layers_cpp.library(dim), "tile_products").value > 0
+    test_attention(dim, torch.bfloat16)
+    not_a_number_comes_through(dim, torch.bfloat16)
+
+
+def not_a_number_comes_through(dim, dtype):
+    """Only where it belongs, in each of two heads and sequences, whichever keys are looked at together."""
+    for part, token in product(range(3), (5, 32, 40, 71)):
+        qkv = torch.randn(100, 2, 3 * dim)
+        qkv[token, 1, part * dim] = float("nan")
+        own = slice(70) if token < 70 else slice(70, 100)
+        qkv, grad = qkv.to(dtype).requires_grad_(), torch.ones(100, 2, dim, dtype=dtype)
+        found = attention_and_gradient(layers_cpp.Kernels(dim), qkv, attention_inputs((70, 30), dim), grad)
+        context, grad_qkv = (x.isnan() for x in found)
+        reached = torch.zeros_like(context)
+        if part == 0:  # its own row
+            reached[token, 1] = True
+        elif part == 1:  # all rows
+            reached[own, 1] = True
+        else:  # one channel of all
+            reached[own, 1, 0] = True
+        assert torch.equal(context, reached)
+        assert grad_qkv[token, 1].any() and not grad_qkv[:, 0].any()
+        grad_qkv[own] = False
+        assert not grad_qkv.any()
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("dim", [14, 16, 24])
+def test_not_a_number_comes_through_attention(dim, dtype):
+    torch.manual_seed(0)
+    not_a_number_comes_through(dim, dtype)
+
+
+def test_not_a_number_comes_through_all_else():
     for dtype in CLOSE:
-        for part in range(3):
-            qkv = torch.randn(50, 2, 48)
-            qkv[5, 1, 16 * part] = float("nan")
-            context = layers_cpp.Kernels(16).attention(qkv.to(dtype), attention_inputs((20, 30), 16))
-            reached = torch.zeros(50, 2, dtype=torch.bool)
-            reached[5 if part == 0 else slice(20), 1] = True
-            assert torch.equal(context.isnan().any(-1), reached)
         if dtype == torch.bfloat16 and layers_cpp.has_bfloat16(16):
             inputs, grad = linear_maps(40, 32, 64, 32)  # oneDNN's own products mix up rows of other widths
             inputs[0].data[3, 5] = float("nan")

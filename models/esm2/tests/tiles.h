@@ -6,6 +6,7 @@
 #include <ATen/native/CPUBlas.h>
 #include <immintrin.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -17,12 +18,16 @@ namespace at::native::cpublas {
 inline bool tiles_emulated(ScalarType) { return true; }
 }  // namespace at::native::cpublas
 
+extern "C" {
+std::atomic<long> tile_products{0};
+}
+
 namespace emulated {
 
 constexpr int ROWS = 16, ROW_BYTES = 64;
 
 inline thread_local bool configured = false;
-inline thread_local char tiles[8][ROWS][ROW_BYTES];
+alignas(64) inline thread_local char tiles[8][ROWS][ROW_BYTES];
 inline thread_local float mistake = 0;  // or NaN, in all sums from then on
 
 inline void expect(bool right) {
@@ -61,6 +66,7 @@ inline float wide(uint16_t x) {
   return y;
 }
 inline void multiply_add(int c, int a, int b) {
+  ++tile_products;
   auto* sums = reinterpret_cast<float(*)[16]>(tile(c));
   auto* left = reinterpret_cast<uint16_t(*)[32]>(tile(a));
   auto* right = reinterpret_cast<uint16_t(*)[32]>(tile(b));
