@@ -140,9 +140,15 @@ def outcomes(junit: Path, folder: Path) -> dict[str, str]:
     return found
 
 
+def _takes_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which what a script runs in the background ignores
+
+
 def run_pytest(file: Path, timeout_s: float, *options: str) -> int | None:
     """Its tests in a process of their own, their output shown as it comes; pytest's exit code, None for a timeout."""
-    process = subprocess.Popen(pytest_on(file, "-v", *options), cwd=file.parents[1], start_new_session=True)
+    process = subprocess.Popen(
+        pytest_on(file, "-v", *options), cwd=file.parents[1], start_new_session=True, preexec_fn=_takes_interrupts
+    )
     try:
         return process.wait(timeout_s)
     except subprocess.TimeoutExpired:

@@ -53,7 +53,7 @@ constexpr int64_t LANES = 16;
 #else
 constexpr int64_t LANES = 8;
 #endif
-constexpr int64_t VECTOR = 16;  // words of 512 bits
+constexpr int64_t VECTOR = 16;  // words of 32 bits in AVX-512's vectors
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
@@ -197,9 +197,9 @@ constexpr int64_t WHOLE = HALF + FILLED <= 2 * DIM ? FILLED : HALF;
 const float SCALE = 1.0f / std::sqrt(static_cast<float>(DIM)), LOG2_SCALE = SCALE * LOG2_E;
 constexpr int64_t ROUND = 32;  // keys are padded to a multiple of it
 
-// ---- matrix products: C [M, N] += A [M, K] B [K, N]; C is FP32, and begins as zero (no `begin`), as it is (`begin` is
-// C), or in BF16 with the row `begin` [N] in each row. In BF16 they are ours, of AMX or of AVX-512, and B has pairs of
-// rows side by side. In FP32 they are oneDNN's, through PyTorch, and whoever asks for them adds that row.
+// ---- matrix products: C [M, N] = A [M, K] B [K, N] in FP32, added to what sums `begin` with: nothing, C as it is, or
+// in BF16 a row [N], the same for all. In BF16 they are ours, of AMX or of AVX-512, and B has pairs of rows side by side.
+// In FP32 they are oneDNN's, through PyTorch, and whoever asks for them adds that row.
 
 // What K and M are filled up to: tiles take 32 and 16 of them at once, products by AVX-512 pairs and 8.
 #ifdef HAS_TILES
@@ -645,33 +645,38 @@ void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, 
     float shift[B] = {}, sum[B] = {};  // of the weights 2^(score + shift)
     for (int64_t at = 0; at < n; at += step) {
       const int64_t real = std::min(step, n - at);
-      const auto score = [&] { product(step, B, W, keys + at * W, W, query, scores, shift); };
-      score();
-      // The shift is minus the largest score of the first keys. It follows a later one only if that is FAR above.
       float largest[B];
-      bool follow = at == 0;
-      for (int64_t c = 0; c < B; c += LANES) {
-        Floats most = floats(scores + c), other = most;  // two, because one would wait for itself
-        for (int64_t j = 1; j + 1 < real; j += 2) {
-          most = larger(floats(scores + j * B + c), most);
-          other = larger(floats(scores + (j + 1) * B + c), other);
+      const auto score = [&](const float* begin) {  // whether any is FAR above 0
+        product(step, B, W, keys + at * W, W, query, scores, begin);
+        bool far = false;
+        for (int64_t c = 0; c < B; c += LANES) {
+          Floats most = floats(scores + c), other = most;  // two, because one would wait for itself
+          for (int64_t j = 1; j + 1 < real; j += 2) {
+            most = larger(floats(scores + j * B + c), most);
+            other = larger(floats(scores + (j + 1) * B + c), other);
+          }
+          most = larger(larger(floats(scores + (real - 1) * B + c), other), most);
+          put(largest + c, most);
+          far = far || any_above(most, FAR);
         }
-        most = larger(larger(floats(scores + (real - 1) * B + c), other), most);
-        put(largest + c, most);
-        follow = follow || any_above(most, FAR);
-      }
-      for (int64_t c = 0; follow && c < B; c += LANES) {
-        const Floats most = larger(Floats{} - (at == 0 ? 3e38f : 0.0f), floats(largest + c));  // the least is finite
-        put(shift + c, floats(shift + c) - most);
+        return far;
+      };
+      // The shift is minus the largest score of the first keys. It follows later ones only when one is FAR above, and
+      // then from scores of which it has taken no digits.
+      const bool far = score(at > 0 ? shift : nullptr);
+      if (at > 0 && far) score(nullptr);
+      for (int64_t c = 0; (at == 0 || far) && c < B; c += LANES) {
+        const Floats before = -floats(shift + c), most = larger(Floats{} - 3e38f, floats(largest + c));
+        const Floats now = at > 0 ? larger(before, most) : most;
+        put(shift + c, -now);
         if (at > 0) {
-          const Floats less = power_of_two<6>(-most);
+          const Floats less = power_of_two<6>(before - now);
           put(sum + c, floats(sum + c) * less);
           for (int64_t d = 0; d < H; ++d) put(out + d * B + c, floats(out + d * B + c) * less);
-        } else if constexpr (PAIRED<T>) {
-          for (int64_t j = 0; j < real; ++j) put(scores + j * B + c, floats(scores + j * B + c) - most);
         }
+        if constexpr (PAIRED<T>)
+          for (int64_t j = 0; j < real; ++j) put(scores + j * B + c, floats(scores + j * B + c) - now);
       }
-      if (follow && at > 0) score();  // what the sums began with may have left nothing of them
       for (int64_t c = 0; c < B; c += LANES) {
         const Floats shifts = floats(shift + c);
         Floats total = floats(sum + c);

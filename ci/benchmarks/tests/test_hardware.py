@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -120,7 +121,11 @@ def gpu_file(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_what_is_lost_is_told(text, timeout, expected, gpu_file, monkeypatch, capfd):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    found = hardware.measure(gpu_file(text), None, timeout)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a script's background
+    try:
+        found = hardware.measure(gpu_file(text), None, timeout)
+    finally:
+        signal.signal(signal.SIGINT, before)
     name = "recipes/one/tests/test_it.py"
     assert found == {name if key == "file" else f"{name}::test_{key}": value for key, value in expected.items()}
     assert (f"error: {name}: " in capfd.readouterr().err) == ("file" in expected)
