@@ -507,7 +507,7 @@ class TransformerLayer(layers.TransformerLayer):
             part.kernels = kernels
         if hidden_size % VECTOR == intermediate_size % VECTOR == 0:
             for part in (self.self_attention.layernorm_qkv, self.self_attention.proj, self.layernorm_mlp):
-                part.matmul = kernels.matmul
+                part.matmul = kernels.linear
 
     def forward(self, x_NE: Tensor, inputs: AttentionInputs) -> Tensor:
         """[N, E] to [N, E]."""
@@ -525,7 +525,6 @@ class Kernels(layers.Kernels):
         library(head_dim)  # compiled before anything runs
         self.head_dim, self.has_bfloat16 = head_dim, has_bfloat16(head_dim)
         self.onednn_in_float32 = onednn_in_float32()  # asked here: torch.compile cannot follow
-        self.matmul = self.linear  # one object, which a layer's can be told from
 
     def _takes(self, x: Tensor) -> bool:
         known = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and self.has_bfloat16)
@@ -571,7 +570,8 @@ class Kernels(layers.Kernels):
         return linear(x_NE.flatten(0, -2), weight, bias, self.head_dim).unflatten(0, x_NE.shape[:-1])
 
     def mlp(self, x_NE: Tensor, part: layers.LayerNormMLP) -> Tensor:
-        if part.matmul is not self.matmul or not self._in_bfloat16(x_NE):  # another one may have been put there
+        own = getattr(part.matmul, "__func__", None) is Kernels.linear  # no other has been put there
+        if not own or not self._in_bfloat16(x_NE):
             return super().mlp(x_NE, part)
         weights = (part.fc1_weight.bfloat16(), part.fc1_bias, part.fc2_weight.bfloat16(), part.fc2_bias)
         return mlp(x_NE.flatten(0, -2).bfloat16(), *weights, self.head_dim)[0].unflatten(0, x_NE.shape[:-1])

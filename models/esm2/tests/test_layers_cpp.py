@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU's kernels against PyTorch in float64, and whole models against those with plain layers."""
 
+import copy
 import ctypes
 import os
+import pickle
 import shlex
 import subprocess
 import zlib
@@ -63,11 +65,16 @@ def test_attention(dim, dtype):
             assert error(x, y) < 1.5 * error(other, y)
 
 
-def agrees_where_scores_are_large(qkv, lengths, dtype):
-    """Heads of 16 channels without rotary angles, against float64 and PyTorch's own."""
-    inputs = attention_inputs(lengths, 16)
+def inputs_without_angles(lengths, dim):
+    inputs = attention_inputs(lengths, dim)
     inputs.cos_SR, inputs.sin_SR = torch.ones_like(inputs.cos_SR), torch.zeros_like(inputs.sin_SR)
     inputs.cos_N1D, inputs.sin_N1D = torch.ones_like(inputs.cos_N1D), torch.zeros_like(inputs.sin_N1D)
+    return inputs
+
+
+def agrees_where_scores_are_large(qkv, lengths, dtype):
+    """Heads of 16 channels without rotary angles, against float64 and PyTorch's own."""
+    inputs = inputs_without_angles(lengths, 16)
     qkv, grad = qkv.to(dtype).requires_grad_(), torch.randn(len(qkv), 1, 16).to(dtype)
     found = attention_and_gradient(layers_cpp.Kernels(16), qkv, inputs, grad)
     exact = attention_and_gradient(layers.Kernels(), qkv.detach().double().requires_grad_(), inputs, grad.double())
@@ -117,8 +124,7 @@ def test_first_scores_far_below(least, later):
     whole = torch.cat([q, k, v], -1).bfloat16()
     results = []
     for qkv, own_grad in ((whole, grad), (whole[32:], grad[32:])):
-        inputs = attention_inputs((len(qkv),), 16)
-        inputs.cos_SR, inputs.sin_SR = torch.ones_like(inputs.cos_SR), torch.zeros_like(inputs.sin_SR)
+        inputs = inputs_without_angles((len(qkv),), 16)
         found = attention_and_gradient(layers_cpp.Kernels(16), qkv.requires_grad_(), inputs, own_grad.bfloat16())
         context, grad_qkv = (x[-88:].double() for x in found)
         # The least weight is 2^-64, which times the largest keys would be seen in queries.
@@ -451,6 +457,24 @@ def test_not_a_number_comes_through_all_else():
 
 
 WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 160}
+
+
+@pytest.mark.parametrize("copied", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
+                         ids=["as made", "copied", "pickled"])  # fmt: skip
+def test_the_feed_forward_part_is_one_operator(copied, monkeypatch):
+    """In a copy too; not where another product has been put in its place."""
+    if not layers_cpp.has_bfloat16(16):
+        pytest.skip("this processor has no BF16 products")
+    calls, mlp = [], layers_cpp.mlp
+    monkeypatch.setattr(layers_cpp, "mlp", lambda *given: calls.append(1) or mlp(*given))
+    layer, inputs = copied(layers_cpp.TransformerLayer(64, 160, 4, 1e-5)).bfloat16(), attention_inputs((20, 40), 16)
+    for x in layer.parameters():
+        torch.nn.init.normal_(x, std=0.1)
+    layer(torch.randn(60, 64).bfloat16(), inputs)
+    assert len(calls) == 1
+    layer.layernorm_mlp.matmul = F.linear
+    layer(torch.randn(60, 64).bfloat16(), inputs)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("size", [ODD, WIDE], ids=["odd", "wide"])

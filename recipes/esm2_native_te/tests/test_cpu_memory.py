@@ -28,10 +28,8 @@ def block(mib):
 
 def run(text, **more):
     command = [sys.executable, "-c", START + text]
-    mine = {
-        key: value for key, value in environment().items() if not key.endswith("_CACHE_CAPACITY")
-    }  # of other tests
-    done = subprocess.run(command, cwd=RECIPE, env=mine | more, capture_output=True, text=True, timeout=120)
+    kept = {key: value for key, value in environment().items() if not key.endswith("_CACHE_CAPACITY")}  # other tests'
+    done = subprocess.run(command, cwd=RECIPE, env=kept | more, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
