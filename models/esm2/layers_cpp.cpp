@@ -118,8 +118,8 @@ inline void store(BFloat16* to, float x) { *reinterpret_cast<uint16_t*>(to) = st
 #ifdef HAS_BFLOAT16
 // ---- vectors of BF16
 
-inline Words words(const BFloat16* x) {
-  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+inline Words words(const BFloat16* x, __mmask16 mask = 0xffff) {  // zeros where it is not set
+  return (Words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x));
 }
 inline Floats floats(const BFloat16* x) { return from_bits(words(x) << 16); }
 inline void put_bf16(BFloat16* to, Floats x) { put(to, _mm512_cvtneps_pbh((__m512)x)); }
@@ -548,9 +548,8 @@ void right_rows(const BFloat16* rows, int64_t, BFloat16* to) {
   for (int64_t i = 0; i < BLOCK<BFloat16>; i += 2)
     for (int64_t d = 0; d < out; d += VECTOR) {
       const __mmask16 mask = (1 << std::min(VECTOR, DIM - d)) - 1;
-      const auto row = [&](const BFloat16* x) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)); };
       const BFloat16* from = rows + i * width + d;
-      put(to + i * out + 2 * d, _mm512_or_epi32(row(from), _mm512_slli_epi32(row(from + width), 16)));
+      put(to + i * out + 2 * d, words(from, mask) | words(from + width, mask) << 16);
     }
 }
 void left_transposed(const BFloat16* rows, const Head& h, BFloat16* to) {
