@@ -86,13 +86,13 @@ class Gate:
 
     def count(self, batches: list, data_wait_s: float) -> None:
         """What a step trains on, and how long it waited for that."""
-        counts = self.counts
+        counts, labels_only = self.counts, self.facts.get("layer_backend") in ("cpp", "torch")
         counts["data_wait_s"] += data_wait_s
         for batch in batches:
             counts["tokens"] += batch.num_tokens
             counts["labels"] += batch.num_labels
             counts["slots"] += batch.num_slots
-            counts["flops"] += training_flops(self.shape, batch.seq_lens, batch.num_labels)
+            counts["flops"] += training_flops(self.shape, batch.seq_lens, batch.num_labels, labels_only=labels_only)
 
     def step(self, loss: float | None) -> None:
         """A step is over; `loss` is in nats a masked residue, None where the loop does not read it."""

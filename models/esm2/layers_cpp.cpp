@@ -182,9 +182,9 @@ inline void transpose_words(const void* from, int64_t stride, void* to, int64_t 
 
 // ---- attention
 //
-// A task is one head of one sequence; it goes through blocks of BLOCK queries against all keys. Scores are kept
-// transposed, keys x queries: what belongs to a query (maximum, sum) is then a vector over columns, and no operation
-// runs across one. FP32 takes all keys at once, BF16 a few, whose scores stay in the first cache.
+// A task is one head of one sequence; it goes through blocks of BLOCK queries, which may be those of some tokens only,
+// against all keys. Scores are kept transposed, keys x queries: what belongs to a query (maximum, sum) is then a vector
+// over columns, and no operation runs across one. FP32 takes all keys at once, BF16 a few, whose scores stay in the first cache.
 
 constexpr int64_t rounded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -397,6 +397,13 @@ class Scratch {
 struct Head {
   int64_t length, padded, row;  // tokens, tokens rounded up, elements from one token to the next in qkv
   const float *cos, *sin;       // [length, WHOLE]
+  const int64_t* wanted;        // the tokens that ask, in rising order; none: all of them
+  int64_t queries, start;       // how many those are; the number of the sequence's first token, as `wanted` counts
+
+  // Whether a token is the next that asks, after `query` others.
+  bool asks(int64_t token, int64_t query) const {
+    return !wanted || (query < queries && wanted[query] - start == token);
+  }
 };
 
 constexpr int64_t AHEAD = 16;  // rows; they are too far apart for the processor to see them coming
@@ -412,8 +419,9 @@ inline void clear_behind(T* row) {
   std::memset(static_cast<void*>(row + DIM), 0, (WIDTH<T> - DIM) * sizeof(T));
 }
 template <typename T>
-void clear_rows(const Head& h, T* rows) {
-  std::memset(static_cast<void*>(rows + h.length * WIDTH<T>), 0, (h.padded - h.length) * WIDTH<T> * sizeof(T));
+void clear_rows(int64_t count, T* rows) {
+  const int64_t more = rounded(count, ROUND) - count;
+  std::memset(static_cast<void*>(rows + count * WIDTH<T>), 0, more * WIDTH<T> * sizeof(T));
 }
 
 // The widest vector that divides WHOLE, or one number.
@@ -462,23 +470,29 @@ inline __attribute__((always_inline)) void turn(const From* from, const float* c
 // A head's rows, which are far apart, side by side [padded, WIDTH]; queries and keys turned, the former also scaled.
 template <typename T>
 void gather(const Head& h, const T* qkv, float scale, T* queries, T* keys, T* values) {
+  int64_t query = 0;
   for (int64_t i = 0; i < h.length; ++i) {
     const T* from = qkv + i * h.row;
     prefetch<0>(from + AHEAD * h.row, 3 * DIM);
     const float *cos = h.cos + i * WHOLE, *sin = h.sin + i * WHOLE;
     const int64_t at = i * WIDTH<T>;
-    turn<false>(from, cos, sin, scale, queries + at);
+    if (h.asks(i, query)) {
+      turn<false>(from, cos, sin, scale, queries + query * WIDTH<T>);
+      clear_behind(queries + query * WIDTH<T>);
+      ++query;
+    }
     turn<false>(from + DIM, cos, sin, 1.0f, keys + at);
     std::memcpy(values + at, from + 2 * DIM, DIM * sizeof(T));
-    for (T* rows : {queries, keys, values}) clear_behind(rows + at);
+    for (T* rows : {keys, values}) clear_behind(rows + at);
   }
-  for (T* rows : {queries, keys, values}) clear_rows(h, rows);
+  clear_rows(h.queries, queries);
+  for (T* rows : {keys, values}) clear_rows(h.length, rows);
 }
 
-// The gradients of a head's context, side by side as well, and their products with it [length].
+// The gradients of a head's context, side by side as well, and their products with it [queries].
 template <typename T>
 void gather_grads(const Head& h, const T* grad, const T* context, int64_t stride, T* grads, float* products) {
-  for (int64_t i = 0; i < h.length; ++i) {
+  for (int64_t i = 0; i < h.queries; ++i) {
     const T *g = grad + i * stride, *c = context + i * stride;
     prefetch<0>(g + AHEAD * stride, DIM);
     prefetch<0>(c + AHEAD * stride, DIM);
@@ -489,18 +503,22 @@ void gather_grads(const Head& h, const T* grad, const T* context, int64_t stride
     std::memcpy(grads + i * WIDTH<T>, g, DIM * sizeof(T));
     clear_behind(grads + i * WIDTH<T>);
   }
-  clear_rows(h, grads);
+  clear_rows(h.queries, grads);
 }
 
 // The gradients of a head's rows [length, OUT] to where those come from: queries' and keys' turned back, and scaled.
-// What they write too much is overwritten by what comes next to them.
+// What they write too much is overwritten by what comes next to them. A query that was not asked has none.
 template <typename T>
 void scatter(const Head& h, const float* queries, const float* keys, const float* values, T* grad_qkv) {
+  int64_t query = 0;
   for (int64_t i = 0; i < h.length; ++i) {
     T* __restrict to = grad_qkv + i * h.row;
     prefetch<1>(to + AHEAD * h.row, 3 * DIM);
     const float *cos = h.cos + i * WHOLE, *sin = h.sin + i * WHOLE, *__restrict v = values + i * OUT<T>;
-    turn<true>(queries + i * OUT<T>, cos, sin, SCALE, to);
+    if (h.asks(i, query))
+      turn<true>(queries + query++ * OUT<T>, cos, sin, SCALE, to);
+    else
+      std::memset(static_cast<void*>(to), 0, DIM * sizeof(T));
     turn<true>(keys + i * OUT<T>, cos, sin, 1.0f / LOG2_E, to + DIM);  // queries were scaled by LOG2_SCALE
     for (int64_t d = 0; d < DIM; ++d) store(to + 2 * DIM + d, v[d]);
   }
@@ -625,6 +643,7 @@ template <typename T>
 void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, float* lse, int64_t lse_row) {
   constexpr int64_t B = BLOCK<T>, W = WIDTH<T>, H = HIGH<T>;
   constexpr float FAR = 16.0f;  // of the 127 that exponents leave room for
+  if (h.queries == 0) return;
   const int64_t n = h.length, padded = h.padded, step = chunk<T>(padded);
   Scratch scratch(head_bytes<T>(padded));
   auto* query = scratch.take<T>(B * W);
@@ -638,8 +657,8 @@ void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, 
   gather(h, qkv, LOG2_SCALE, queries, keys, values);
   left_transposed(values, h, values_transposed);
 
-  for (int64_t first = 0; first < n; first += B) {
-    const int64_t count = std::min(B, n - first);
+  for (int64_t first = 0; first < h.queries; first += B) {
+    const int64_t count = std::min(B, h.queries - first);
     right_transposed(queries + first * W, count, query);
     float shift[B] = {}, sum[B] = {};  // of the weights 2^(score + shift)
     for (int64_t at = 0; at < n; at += step) {
@@ -704,6 +723,9 @@ template <typename T>
 void backward_head(const Head& h, const T* qkv, const T* context, const T* grad, int64_t context_row, const float* lse,
                    int64_t lse_row, T* grad_qkv) {
   constexpr int64_t B = BLOCK<T>, W = WIDTH<T>, H = HIGH<T>, O = OUT<T>;
+  for (int64_t i = 0; h.queries == 0 && i < h.length; ++i)
+    std::memset(static_cast<void*>(grad_qkv + i * h.row), 0, 3 * DIM * sizeof(T));
+  if (h.queries == 0) return;
   const int64_t n = h.length, padded = h.padded, step = chunk<T>(padded);
   Scratch scratch(head_bytes<T>(padded));
   auto* query_columns = scratch.take<T>(B * W);
@@ -724,13 +746,13 @@ void backward_head(const Head& h, const T* qkv, const T* context, const T* grad,
   auto* queries = scratch.take<T>(padded * W + VECTOR);
   auto* grads = scratch.take<T>(padded * W);
   auto* grad_queries = scratch.take<float>(padded * O + VECTOR);
-  auto* products = scratch.take<float>(n);
+  auto* products = scratch.take<float>(h.queries);
   gather(h, qkv, LOG2_SCALE, queries, keys, values);
   gather_grads(h, grad, context, context_row, grads, products);
   left_transposed(keys, h, keys_transposed);
 
-  for (int64_t first = 0; first < n; first += B) {
-    const int64_t count = std::min(B, n - first);
+  for (int64_t first = 0; first < h.queries; first += B) {
+    const int64_t count = std::min(B, h.queries - first);
     const T *query = queries + first * W, *g = grads + first * W;
     float shift[B] = {}, grad_shift[B] = {};  // of the scores and their gradients
     for (int64_t c = 0; c < count; ++c) {
@@ -780,7 +802,8 @@ void backward_head(const Head& h, const T* qkv, const T* context, const T* grad,
 
 template <typename T>
 bool run(bool backward, const T* qkv, const float* cos, const float* sin, const int32_t* cu_seqlens, int64_t num_seqs,
-         int64_t num_heads, T* context, float* lse, const T* grad, T* grad_qkv, int64_t num_threads) {
+         int64_t num_heads, const int64_t* wanted, int64_t num_wanted, T* context, float* lse, const T* grad,
+         T* grad_qkv, int64_t num_threads) {
   bool done = true;
 #pragma omp parallel num_threads(num_threads) reduction(&& : done)
   {
@@ -790,9 +813,16 @@ bool run(bool backward, const T* qkv, const float* cos, const float* sin, const 
       const int64_t start = cu_seqlens[task / num_heads], head = task % num_heads;
       const int64_t length = cu_seqlens[task / num_heads + 1] - start, row = 3 * num_heads * DIM;
       if (length == 0 || !done) continue;
-      const Head h{length, rounded(length, ROUND), row, cos, sin};
-      const int64_t at = start * row + head * 3 * DIM, to = (start * num_heads + head) * DIM;
-      float* sums = lse + start * num_heads + head;
+      int64_t first = start, queries = length;  // where its queries begin among all, and how many they are
+      if (num_wanted >= 0) {
+        const int64_t *from = std::lower_bound(wanted, wanted + num_wanted, start);
+        first = from - wanted;
+        queries = std::lower_bound(from, wanted + num_wanted, start + length) - from;
+      }
+      const Head h{length, rounded(length, ROUND), row, cos, sin, num_wanted < 0 ? nullptr : wanted + first, queries,
+                   start};
+      const int64_t at = start * row + head * 3 * DIM, to = (first * num_heads + head) * DIM;
+      float* sums = lse + first * num_heads + head;
       done = succeeds([&] {
         if (backward)
           backward_head(h, qkv + at, context + to, grad + to, num_heads * DIM, sums, num_heads, grad_qkv + at);
@@ -917,9 +947,10 @@ inline void normal(Floats x, Floats& cdf, Floats& density) {
 // Called from Python by name: what differs between types is the suffix. The result is whether it worked.
 #define ATTENTION(NAME, T)                                                                                           \
   bool attention_##NAME(bool backward, const T* qkv, const float* cos, const float* sin, const int32_t* cu_seqlens,  \
-                        int64_t num_seqs, int64_t num_heads, T* context, float* lse, const T* grad, T* grad_qkv,     \
-                        int64_t num_threads) {                                                                       \
-    return run(backward, qkv, cos, sin, cu_seqlens, num_seqs, num_heads, context, lse, grad, grad_qkv, num_threads); \
+                        int64_t num_seqs, int64_t num_heads, const int64_t* wanted, int64_t num_wanted, T* context,  \
+                        float* lse, const T* grad, T* grad_qkv, int64_t num_threads) {                               \
+    return run(backward, qkv, cos, sin, cu_seqlens, num_seqs, num_heads, wanted, num_wanted, context, lse, grad,     \
+               grad_qkv, num_threads);                                                                               \
   }
 #define LAYER_NORM(NAME, X, Y)                                                                                      \
   bool layer_norm_##NAME(bool backward, const X* x, const Y* added, X* sum, const float* weight, const float* bias, \

@@ -105,8 +105,11 @@ def _name(*tensors: Tensor) -> str:
     return "_".join(str(x.dtype).removeprefix("torch.") for x in tensors)
 
 
-def _checked(qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables, with rows that are whole vectors, and the borders. Raises ValueError for borders that do not fit."""
+def _checked(qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor, wanted_L: Tensor | None) -> tuple:
+    """What the kernel takes: tables, with rows that are whole vectors, borders, numbers of both, wanted tokens.
+
+    Raises ValueError for borders and tokens that do not fit.
+    """
     borders = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(borders)]
     if borders[0] != 0 or borders[-1] != qkv_THC.shape[0] or min(lengths) < 0 or max(lengths) > cos_SR.shape[0]:
@@ -114,61 +117,68 @@ def _checked(qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor
             f"cu_seqlens {borders} must rise from 0 to the {qkv_THC.shape[0]} tokens, by at most max_seqlen "
             f"{cos_SR.shape[0]} each."
         )
+    if wanted_L is not None:
+        wanted_L = wanted_L.to("cpu", torch.int64).contiguous()
+        edges = torch.tensor([-1, len(qkv_THC)])
+        if not (torch.cat((edges[:1], wanted_L, edges[1:])).diff() > 0).all():
+            raise ValueError(
+                f"wanted tokens must rise, each at least 0 and below {len(qkv_THC)}: {wanted_L.tolist()}."
+            )
     columns = _function(qkv_THC.shape[-1] // 3, "padded_half", ctypes.c_int64)()
     tables = (F.pad(x.float(), (0, columns - x.shape[-1])).contiguous() for x in (cos_SR, sin_SR))
-    return *tables, cu_seqlens.to("cpu", torch.int32).contiguous()
+    borders = cu_seqlens.to("cpu", torch.int32).contiguous()
+    return *tables, borders, len(lengths), qkv_THC.shape[1], wanted_L, -1 if wanted_L is None else len(wanted_L)
 
 
 # ---- operators of PyTorch, so that autograd, torch.compile and the profiler know them
 
 
 @torch.library.custom_op("esm2::attention", mutates_args=())
-def attention(qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax attention within each sequence, with rotary positions: context [T, H, D].
+def attention(
+    qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor, wanted_L: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention within each sequence, with rotary positions: context [T, H, D], or of wanted tokens [L, H, D].
 
-    `qkv_THC` are q, k, v of each head, C = 3 D; `cu_seqlens` is int32. The second output is what the backward pass
-    needs of the softmax: the log2-sum-exp2 of each token's scores, FP32 [T, H].
+    `qkv_THC` are q, k, v of each head, C = 3 D; `cu_seqlens` is int32. `wanted_L` are the tokens that ask, int64 and
+    rising (None: all). The second output is what the backward pass needs of the softmax: the log2-sum-exp2 of each
+    asking token's scores, FP32 [T, H] or [L, H].
     """
-    (_, num_heads, width), num_seqs = qkv_THC.shape, len(cu_seqlens) - 1
-    qkv_THC, context, lse = qkv_THC.contiguous(), *_attention_outputs(qkv_THC)
-    tables = _checked(qkv_THC, cos_SR, sin_SR, cu_seqlens)
-    outputs = (context, lse, None, None)
-    _call(width // 3, f"attention_{_name(qkv_THC)}", False, qkv_THC, *tables, num_seqs, num_heads, *outputs)
+    qkv_THC = qkv_THC.contiguous()
+    context, lse = _attention_outputs(qkv_THC, cos_SR, sin_SR, cu_seqlens, wanted_L)
+    inputs = (qkv_THC, *_checked(qkv_THC, cos_SR, sin_SR, cu_seqlens, wanted_L))
+    _call(context.shape[-1], f"attention_{_name(qkv_THC)}", False, *inputs, context, lse, None, None)
     return context, lse
 
 
 @attention.register_fake
-def _attention_outputs(qkv_THC: Tensor, *_) -> tuple[Tensor, Tensor]:
+def _attention_outputs(qkv_THC: Tensor, cos_SR, sin_SR, cu_seqlens, wanted_L: Tensor | None) -> tuple[Tensor, Tensor]:
     num_tokens, num_heads, width = qkv_THC.shape
-    return qkv_THC.new_empty(num_tokens, num_heads, width // 3), qkv_THC.new_empty(
-        num_tokens, num_heads, dtype=torch.float32
-    )
+    asking = num_tokens if wanted_L is None else wanted_L.shape[0]
+    return qkv_THC.new_empty(asking, num_heads, width // 3), qkv_THC.new_empty(asking, num_heads, dtype=torch.float32)
 
 
 @torch.library.custom_op("esm2::attention_backward", mutates_args=())
 def attention_backward(
-    grad_THD: Tensor,
+    grad_NHD: Tensor,
     qkv_THC: Tensor,
     cos_SR: Tensor,
     sin_SR: Tensor,
     cu_seqlens: Tensor,
-    context_THD: Tensor,
-    lse_TH: Tensor,
+    wanted_L: Tensor | None,
+    context_NHD: Tensor,
+    lse_NH: Tensor,
 ) -> Tensor:
-    """The gradient of `qkv_THC`."""
-    (_, num_heads, width), num_seqs = qkv_THC.shape, len(cu_seqlens) - 1
-    qkv_THC, grad_THD = qkv_THC.contiguous(), grad_THD.contiguous()
+    """The gradient of `qkv_THC`; N is T, or L with `wanted_L`."""
+    qkv_THC, grad_NHD = qkv_THC.contiguous(), grad_NHD.contiguous()
     grad_qkv_THC = torch.empty_like(qkv_THC)
-    tables = _checked(qkv_THC, cos_SR, sin_SR, cu_seqlens)
-    _call(
-        width // 3, f"attention_{_name(qkv_THC)}", True, qkv_THC, *tables, num_seqs, num_heads, context_THD, lse_TH,
-        grad_THD, grad_qkv_THC,
-    )  # fmt: skip
+    inputs = (qkv_THC, *_checked(qkv_THC, cos_SR, sin_SR, cu_seqlens, wanted_L))
+    outputs = (context_NHD, lse_NH, grad_NHD, grad_qkv_THC)
+    _call(context_NHD.shape[-1], f"attention_{_name(qkv_THC)}", True, *inputs, *outputs)
     return grad_qkv_THC
 
 
 @attention_backward.register_fake
-def _(grad_THD: Tensor, qkv_THC: Tensor, *_) -> Tensor:
+def _(grad_NHD: Tensor, qkv_THC: Tensor, *_) -> Tensor:
     return qkv_THC.new_empty(qkv_THC.shape)
 
 
@@ -178,9 +188,9 @@ def _save_attention(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
-def _attention_gradients(ctx, grad_THD, _):
-    grad_THC = None if grad_THD is None else attention_backward(grad_THD, *ctx.saved_tensors)
-    return grad_THC, None, None, None
+def _attention_gradients(ctx, grad_NHD, _):
+    grad_THC = None if grad_NHD is None else attention_backward(grad_NHD, *ctx.saved_tensors)
+    return grad_THC, None, None, None, None
 
 
 attention.register_autograd(_attention_gradients, setup_context=_save_attention)
@@ -509,9 +519,9 @@ class TransformerLayer(layers.TransformerLayer):
             for part in (self.self_attention.layernorm_qkv, self.self_attention.proj, self.layernorm_mlp):
                 part.matmul = kernels.linear
 
-    def forward(self, x_NE: Tensor, inputs: AttentionInputs) -> Tensor:
-        """[N, E] to [N, E]."""
-        return self.layernorm_mlp(x_NE, self.self_attention(x_NE, inputs))
+    def forward(self, x_NE: Tensor, inputs: AttentionInputs, wanted_L: Tensor | None = None) -> Tensor:
+        """[N, E] to [N, E], or of wanted tokens [L, E]."""
+        return self.layernorm_mlp(layers.take_wanted(x_NE, wanted_L), self.self_attention(x_NE, inputs, wanted_L))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -537,10 +547,10 @@ class Kernels(layers.Kernels):
         on_cpu = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
         return self.onednn_in_float32 and on_cpu and _compute_dtype(tensors[0]) == torch.float32
 
-    def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs) -> Tensor:
+    def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs, wanted_L: Tensor | None = None) -> Tensor:
         if inputs.cu_seqlens is None or not self._takes(qkv_NHC):
-            return super().attention(qkv_NHC, inputs)
-        return attention(qkv_NHC, inputs.cos_SR, inputs.sin_SR, inputs.cu_seqlens)[0]
+            return super().attention(qkv_NHC, inputs, wanted_L)
+        return attention(qkv_NHC, inputs.cos_SR, inputs.sin_SR, inputs.cu_seqlens, wanted_L)[0]
 
     def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float) -> Tensor:
         dtype = _compute_dtype(x_NE)

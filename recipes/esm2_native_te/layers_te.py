@@ -11,7 +11,7 @@ import transformer_engine.pytorch as te
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from layers import AttentionInputs, rotate
+from layers import AttentionInputs, rotate, take_wanted
 
 
 # FP8 state has to be put back before a layer is recomputed; only TransformerEngine's own function does that.
@@ -63,8 +63,11 @@ class TransformerLayer(GradientCheckpointingLayer, te.TransformerLayer):
         context_TKD = output.unflatten(-1, (core.num_gqa_groups_per_partition, -1))
         return context_parallel.heads_to_tokens(context_TKD, self.self_attention.num_attention_heads).flatten(-2)
 
-    def forward(self, x_NE: Tensor, inputs: AttentionInputs) -> Tensor:
-        """[N, E] to [N, E]."""
+    def forward(self, x_NE: Tensor, inputs: AttentionInputs, wanted_L: Tensor | None = None) -> Tensor:
+        """[N, E] to [N, E], or of wanted tokens [L, E]; the others are computed all the same."""
+        return take_wanted(self._all_tokens(x_NE, inputs), wanted_L)
+
+    def _all_tokens(self, x_NE: Tensor, inputs: AttentionInputs) -> Tensor:
         self.inputs = inputs
         angles_S11D = None if inputs.context_parallel else inputs.angles_SD[:, None, None]
         if inputs.cu_seqlens is not None:

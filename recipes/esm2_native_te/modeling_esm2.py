@@ -183,11 +183,12 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(layer_class(*size) for _ in range(config.num_hidden_layers))
         self.emb_layer_norm_after = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, x_NE: Tensor, inputs: AttentionInputs) -> Tensor:
-        """[N, E] to [N, E]."""
-        for layer in self.layer:
+    def forward(self, x_NE: Tensor, inputs: AttentionInputs, wanted_L: Tensor | None = None) -> Tensor:
+        """[N, E] to [N, E], or of wanted tokens [L, E]."""
+        *others, last = self.layer
+        for layer in others:
             x_NE = layer(x_NE, inputs)
-        return self.emb_layer_norm_after(x_NE)
+        return self.emb_layer_norm_after(last(x_NE, inputs, wanted_L))
 
 
 class ContactRegression(nn.Module):
@@ -257,8 +258,13 @@ class Esm2Model(Esm2PreTrainedModel):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        wanted_L: Tensor | None = None,
     ) -> BaseModelOutput:
-        """Padded: `input_ids` [B, S], `attention_mask` [B, S] (None: no padding). Packed: [T], with `cu_seqlens`."""
+        """Padded: `input_ids` [B, S], `attention_mask` [B, S] (None: no padding). Packed: [T], with `cu_seqlens`.
+
+        `wanted_L`: the tokens whose vectors are wanted, by their numbers in the flattened `input_ids`, rising; the
+        output is then [L, E], and what only the others would need is not computed.
+        """
         if (input_ids.ndim == 1) != (cu_seqlens is not None):
             raise ValueError(
                 f"input_ids of {input_ids.ndim} dimension(s) {'with' if cu_seqlens is not None else 'without'} "
@@ -268,7 +274,7 @@ class Esm2Model(Esm2PreTrainedModel):
         if self.context_parallel and cu_seqlens is None:
             raise ValueError("Context parallelism takes packed batches only: [T], with cu_seqlens.")
         x_NE = self.embeddings(input_ids, mask_BS, cu_seqlens, self.context_parallel)
-        x_NE = self.encoder(x_NE, self.attention_inputs(input_ids, mask_BS, cu_seqlens, max_seqlen))
+        x_NE = self.encoder(x_NE, self.attention_inputs(input_ids, mask_BS, cu_seqlens, max_seqlen), wanted_L)
         return BaseModelOutput(last_hidden_state=x_NE)
 
     def attention_inputs(
@@ -315,17 +321,18 @@ class Esm2ForMaskedLM(Esm2PreTrainedModel):
         that still reaches every parameter, because ranks must agree on what they reduce. With `context_parallel` both
         are of this rank's tokens alone.
         """
-        x_NE = self.esm(input_ids, attention_mask, cu_seqlens, max_seqlen).last_hidden_state
+        wanted_L = None
+        if labels is not None:
+            if self.esm.context_parallel:
+                labels = self.esm.context_parallel.part(labels)
+            wanted_L = (labels != -100).flatten().nonzero().squeeze(1)
+        x_NE = self.esm(input_ids, attention_mask, cu_seqlens, max_seqlen, wanted_L).last_hidden_state
         # Not a second Parameter but the same one, used in the forward pass of the module that owns both (FSDP2: the
         # root), so keep the embedding in one sharding group with the head.
-        embedding_PE = self.esm.embeddings.word_embeddings.weight
+        logits = self.lm_head(x_NE, self.esm.embeddings.word_embeddings.weight)
         if labels is None:
-            return MaskedLMOutput(logits=self.lm_head(x_NE, embedding_PE))
-        if self.esm.context_parallel:
-            labels = self.esm.context_parallel.part(labels)
-        is_labelled_N = labels != -100
-        labels_L = labels[is_labelled_N]
-        logits_LV = self.lm_head(x_NE[is_labelled_N], embedding_PE)
+            return MaskedLMOutput(logits=logits)
+        logits_LV, labels_L = logits, labels.flatten()[wanted_L]
         if num_items_in_batch is None:
             num_items_in_batch = max(len(labels_L), 1)
         loss = F.cross_entropy(logits_LV.float(), labels_L, reduction="sum") / num_items_in_batch
@@ -388,15 +395,28 @@ def initial_value(name: str, shape: torch.Size, config: Esm2Config, seed: int) -
     return value
 
 
-def training_flops(config: Esm2Config, seq_lens: Iterable[int], num_labels: int) -> int:
+def training_flops(
+    config: Esm2Config, seq_lens: Iterable[int], num_labels: int, labels_only: bool = False
+) -> int | float:
     """Floating-point operations of one training step: three times those of the forward pass.
 
     Forward: layers * [2 (4 E^2 + 2 E F) T + 4 E sum(length^2)] + 2 (E^2 + E P) L, with F the feed-forward width, over
-    real tokens. Recomputation and padding do not count.
+    real tokens. Recomputation and padding do not count. This is the usual count; `labels_only` leaves out what the
+    last layer does not compute if it is asked for labelled tokens alone: 2 (E^2 + 2 E F) (T - L), and of its attention
+    the share of T that has no label.
     """
     seq_lens = list(seq_lens)
-    width, num_layers = config.hidden_size, config.num_hidden_layers
-    products = 2 * (4 * width**2 + 2 * width * config.intermediate_size) * sum(seq_lens)
+    width, wide, num_layers, tokens = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        sum(seq_lens),
+    )
+    products = 2 * (4 * width**2 + 2 * width * wide) * tokens
     attention = 4 * width * sum(length**2 for length in seq_lens)
     head = 2 * (width**2 + width * config.padded_vocab_size) * num_labels
-    return 3 * (num_layers * (products + attention) + head)
+    forward = num_layers * (products + attention) + head
+    if labels_only and tokens:
+        others = tokens - num_labels
+        forward -= 2 * (width**2 + 2 * width * wide) * others + attention * others / tokens
+    return 3 * forward

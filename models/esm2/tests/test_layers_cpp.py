@@ -41,8 +41,8 @@ def attention_inputs(lengths, dim):
     return layers.AttentionInputs(angles_SD, None, cu_seqlens, positions_T, max(lengths))
 
 
-def attention_and_gradient(kernels, qkv, inputs, grad):
-    context = kernels.attention(qkv, inputs)
+def attention_and_gradient(kernels, qkv, inputs, grad, wanted_L=None):
+    context = kernels.attention(qkv, inputs, wanted_L)
     return context.detach(), *torch.autograd.grad(context, qkv, grad)
 
 
@@ -63,6 +63,42 @@ def test_attention(dim, dtype):
         plain = attention_and_gradient(layers.Kernels(), qkv, inputs, grad)
         for x, other, y in zip(found, plain, exact, strict=True):
             assert error(x, y) < 1.5 * error(other, y)
+
+
+ASKING = {
+    "none": [],
+    "one": [131],
+    "the first": [0],
+    "the last": [sum(LENGTHS) - 1],
+    "few": sorted({*range(3, sum(LENGTHS), 7), 65, 66, 129, 130}),
+    "all of some sequences": [*range(1, 3), *range(130, 195), *range(345, 376)],
+    "most": [i for i in range(sum(LENGTHS)) if i % 5],
+}
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("dim", [10, 16, 24, 64])
+@pytest.mark.parametrize("asking", ASKING)
+def test_attention_of_wanted_tokens(asking, dim, dtype):
+    """As if all had asked and the others' answers had been of no use, in memory that was full of NaN."""
+    torch.manual_seed(dim)
+    kernels, inputs = layers_cpp.Kernels(dim), attention_inputs(LENGTHS, dim)
+    wanted = torch.tensor(ASKING[asking], dtype=torch.long)
+    qkv = (2 * torch.randn(sum(LENGTHS), 3, 3 * dim)).to(dtype).requires_grad_()
+    grad = torch.randn(len(wanted), 3, dim).to(dtype)
+    poison = [torch.full((size,), float("nan")) for size in 2 * (qkv.numel(), grad.numel())]
+    del poison
+    context, grad_qkv = attention_and_gradient(kernels, qkv, inputs, grad, wanted)
+    every_grad = torch.zeros(len(qkv), 3, dim, dtype=dtype).index_copy(0, wanted, grad)
+    every_context, expected_grad = attention_and_gradient(kernels, qkv, inputs, every_grad)
+    assert context.shape == grad.shape and grad_qkv.shape == qkv.shape
+    if len(wanted):  # one block's queries round together
+        assert error(context, every_context[wanted].double()) < CLOSE[dtype] / 3
+        assert error(grad_qkv, expected_grad.double()) < CLOSE[dtype] / 3
+    others = torch.ones(len(qkv), dtype=torch.bool).index_fill(0, wanted, False)
+    assert not grad_qkv[others, :, :dim].any()
+    sequences = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    assert not grad_qkv[~torch.isin(sequences, sequences[wanted])].any()
 
 
 def inputs_without_angles(lengths, dim):
@@ -214,7 +250,7 @@ def plain_mlp(x, weight_1, bias_1, weight_2, bias_2):
     return F.linear(F.gelu(F.linear(x, weight_1, bias_1.to(x.dtype))), weight_2, bias_2.to(x.dtype))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 63, 64, 131])
+@pytest.mark.parametrize("num_tokens", [0, 1, 63, 64, 131])
 @pytest.mark.parametrize("widths", [(32, 96), (96, 32), (48, 48), (32, 80, 32)], ids=str)
 def test_linear_maps(widths, num_tokens):
     """In BF16: as near to the exact result as PyTorch's own operations."""
@@ -230,7 +266,10 @@ def test_linear_maps(widths, num_tokens):
     results = [value_and_gradients(kernel, inputs, grad), value_and_gradients(plain, inputs, grad)]
     results.append(value_and_gradients(plain, exact_inputs, grad.double()))
     for found, other, exact in zip(*results, strict=True):
-        assert found.dtype == other.dtype and found.is_contiguous()
+        assert found.dtype == other.dtype and found.is_contiguous() and found.shape == exact.shape
+        if not exact.any():  # of no tokens
+            assert not found.any()
+            continue
         assert error(found, exact) < 1.5 * error(other, exact) + 1e-6
 
 
@@ -387,6 +426,7 @@ def test_other_compilers_and_processors(compiled_with, flags):
     for dtype in (torch.float32, torch.bfloat16) if remains else (torch.float32,):
         test_attention(24, dtype)
         test_attention(64, dtype)
+        test_attention_of_wanted_tokens("few", 24, dtype)
     test_layer_norm((torch.float32, torch.bfloat16))
 
 
@@ -408,6 +448,7 @@ def test_tiles(compiled_with, dim):
         assert error(x, y.double()) < 1e-2
     assert ctypes.c_long.in_dll(layers_cpp.library(dim), "tile_products").value > 0
     test_attention(dim, torch.bfloat16)
+    test_attention_of_wanted_tokens("few", dim, torch.bfloat16)
     not_a_number_comes_through(dim, torch.bfloat16)
 
 
@@ -547,6 +588,15 @@ def test_borders_that_do_not_fit_are_refused():
             kernels.attention(qkv, inputs)
 
 
+def test_wanted_tokens_that_do_not_fit_are_refused():
+    kernels, inputs, qkv = layers_cpp.Kernels(16), attention_inputs((20, 30), 16), torch.randn(50, 2, 48)
+    expected = kernels.attention(qkv, inputs)
+    assert torch.equal(kernels.attention(qkv, inputs, torch.arange(0, 50, 3, dtype=torch.int32)), expected[::3])
+    for wrong in ([-1, 3], [3, 3], [4, 3], [3, 50]):
+        with pytest.raises(ValueError, match=r"wanted tokens must rise, each at least 0 and below 50: \["):
+            kernels.attention(qkv, inputs, torch.tensor(wrong))
+
+
 def test_float16_goes_the_plain_way(make_model, make_batches):
     with torch.autocast("cpu", torch.float16), torch.no_grad():
         assert make_model(layer_backend="cpp")(**make_batches()[1]).loss.isfinite()
@@ -556,7 +606,9 @@ def test_operators_keep_torchs_rules():
     """What torch.compile relies on: shapes without data, no hidden change of inputs, gradients registered."""
     cases = (
         (layers_cpp.attention, (torch.randn(50, 3, 48, requires_grad=True), torch.rand(30, 8), torch.rand(30, 8),
-                                torch.tensor([0, 20, 50], dtype=torch.int32))),
+                                torch.tensor([0, 20, 50], dtype=torch.int32), None)),
+        (layers_cpp.attention, (torch.randn(50, 3, 48, requires_grad=True), torch.rand(30, 8), torch.rand(30, 8),
+                                torch.tensor([0, 20, 50], dtype=torch.int32), torch.arange(0, 50, 3))),
         (layers_cpp.layer_norm, (torch.randn(70, 33, requires_grad=True), torch.rand(33, requires_grad=True),
                                  torch.rand(33, requires_grad=True), 1e-5, torch.float32, 16)),
         (layers_cpp.add_layer_norm, (*(torch.randn(70, 33, requires_grad=True) for _ in range(2)),

@@ -104,6 +104,52 @@ def test_head_on_labels_only(make_model, make_batches):
         torch.testing.assert_close(halved.loss, output.loss / 2)
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+def test_wanted_tokens(make_model, make_batches, layout, num_layers, backend, checkpointing):
+    """Outputs and gradients are as if all tokens had been computed, and the others left aside."""
+    model = make_model(ODD | {"num_hidden_layers": num_layers}, layer_backend=backend).esm
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    batch = make_batches((17, 5, 40))[layout]
+    num_tokens = batch.pop("labels").numel()
+    for wanted in (
+        torch.tensor([3, 4, 11, num_tokens - 1]),
+        torch.arange(num_tokens),
+        torch.tensor([], dtype=torch.long),
+    ):
+        model.zero_grad()
+        found_LE = model(**batch, wanted_L=wanted).last_hidden_state
+        factors_LE = torch.randn(found_LE.shape)
+        (found_LE * factors_LE).sum().backward()
+        found = {name: x.grad for name, x in model.named_parameters()}
+        model.zero_grad()
+        expected_LE = model(**batch).last_hidden_state.flatten(0, -2)[wanted]
+        (expected_LE * factors_LE).sum().backward()
+        assert found_LE.shape == (len(wanted), ODD["hidden_size"])
+        torch.testing.assert_close(found_LE, expected_LE, rtol=1e-5, atol=1e-5)
+        for name, x in model.named_parameters():
+            torch.testing.assert_close(found[name], x.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
+def test_last_layer_computes_labelled_tokens_only(make_model, make_batches, layout, backend):
+    model, batch, rows = make_model(layer_backend=backend), make_batches()[layout], {}
+    for name, module in model.esm.encoder.named_modules():
+        if hasattr(module, "matmul"):
+            module.matmul = lambda x, *weights, name=name: (
+                rows.setdefault(name, x.shape[:-1]) and F.linear(x, *weights)
+            )
+    model(**batch)
+    all_tokens, labels = batch["input_ids"].shape, ((batch["labels"] != -100).sum(),)
+    parts = ("self_attention.layernorm_qkv", "self_attention.proj", "layernorm_mlp")
+    assert [rows[f"layer.0.{part}"] for part in parts] == [all_tokens] * 3
+    assert [rows[f"layer.1.{part}"] for part in parts] == [all_tokens, labels, labels]
+
+
 @pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
 def test_no_labels(make_model, make_batches, layout):
     batch = make_batches()[layout]
@@ -265,9 +311,18 @@ def test_training_flops(make_model, make_batches):
     # The counter knows matrix products, not the CPU's fused attention.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(**packed)
-    assert training_flops(model.config, lengths, num_labels) == 3 * counter.get_total_flops()
+    # The plain layers' attention is of all tokens, also in the last one.
+    beside = 3 * 4 * 60 * sum(length**2 for length in lengths) * (1 - num_labels / sum(lengths))
+    expected = 3 * counter.get_total_flops() - beside
+    assert training_flops(model.config, lengths, num_labels, labels_only=True) == pytest.approx(expected, rel=1e-12)
+    packed.pop("labels")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(**packed)
+    assert training_flops(model.config, lengths, sum(lengths)) == 3 * counter.get_total_flops()
     # By hand, for one protein of 10 tokens with 2 labels and E = 60, F = 91, P = 64.
     products = 10 * 2 * (60 * 180 + 60 * 60 + 60 * 91 + 91 * 60)
     attention = 2 * (2 * 10 * 10 * 60)
     head = 2 * 2 * (60 * 60 + 60 * 64)
     assert training_flops(model.config, [10], 2) == 3 * (2 * (products + attention) + head)
+    last = 10 * 2 * 60 * 180 + 2 * 2 * (60 * 60 + 60 * 91 + 91 * 60) + 2 * (2 * 2 * 10 * 60)
+    assert training_flops(model.config, [10], 2, labels_only=True) == 3 * (products + attention + last + head)

@@ -211,17 +211,24 @@ def learning_rate(step: int, lr: float, num_warmup_steps: int, end: int, min_lr_
     return lr * (min_lr_fraction + (1 - min_lr_fraction) * left)
 
 
-def flops(seq_lens: list[int], num_labels: int, layers: int, width: int, feed_forward: int) -> int:
-    """Of forward and backward pass: every matrix product [m, k] x [k, n] is 2 m k n, and there and back 3 of them."""
+def flops(
+    seq_lens: list[int], num_labels: int, layers: int, width: int, feed_forward: int, labels_only: bool = False
+) -> float:
+    """Of forward and backward pass: every matrix product [m, k] x [k, n] is 2 m k n, and there and back 3 of them.
+
+    With `labels_only`, the tokens that go on from the last layer's keys and values are those with a label, each
+    protein's share of them being alike.
+    """
     products = []
     for length in seq_lens:
-        for _ in range(layers):
+        for layer in range(layers):
+            on = length * num_labels / sum(seq_lens) if labels_only and layer == layers - 1 else length
             products.append((length, width, 3 * width))  # q, k, v
-            products.append((length, width, length))  # scores of all heads, whose channels add up to the width
-            products.append((length, length, width))  # contexts of all heads
-            products.append((length, width, width))
-            products.append((length, width, feed_forward))
-            products.append((length, feed_forward, width))
+            products.append((on, width, length))  # scores of all heads, whose channels add up to the width
+            products.append((on, length, width))  # contexts of all heads
+            products.append((on, width, width))
+            products.append((on, width, feed_forward))
+            products.append((on, feed_forward, width))
     for _ in range(num_labels):
         products.append((1, width, width))
         products.append((1, width, 64))  # the vocabulary, padded
@@ -267,13 +274,15 @@ def train(settings: Settings, texts: list[str | None], first: dict[str, Tensor],
     micro_batches = settings.plan(rows, settings.seed).starting_at(0, 0, 0)
     steps, num_tokens = [], 0
     for step in range(1, settings.num_train_steps + 1):
-        sequences, padded_slots = [], 0
+        sequences, padded_slots, sizes = [], 0, []
         for micro_batch in islice(micro_batches, settings.micro_batches_per_step):
             some = rows.masked(micro_batch, settings.mlm_probability)
             padded_slots += len(some) * max(len(tokens) for tokens, _ in some)
+            sizes.append(
+                ([len(tokens) for tokens, _ in some], sum(label is not None for _, labels in some for label in labels))
+            )
             sequences += some
-        num_labels = sum(label is not None for _, labels in sequences for label in labels)
-        seq_lens = [len(tokens) for tokens, _ in sequences]
+        seq_lens = [length for lengths, _ in sizes for length in lengths]
         num_tokens += sum(seq_lens)
 
         loss, gradients = loss_and_gradients(sequences, weights, num_heads)
@@ -289,7 +298,7 @@ def train(settings: Settings, texts: list[str | None], first: dict[str, Tensor],
             )  # fmt: skip
         steps.append({
             "loss": loss, "grad_norm": norm, "learning_rate": rate, "num_tokens": num_tokens, "factor": factor,
-            "padded_fill": sum(seq_lens) / padded_slots, "seq_lens": seq_lens, "num_labels": num_labels,
+            "padded_fill": sum(seq_lens) / padded_slots, "micro_batches": sizes,
             "weights": dict(weights), "validation": validate(settings, texts, weights, num_heads),
         })  # fmt: skip
     return steps

@@ -354,7 +354,7 @@ def test_runs_are_those_of_the_reference(trainer, packed, settings, start, tmp_p
             assert line[key] == pytest.approx(expected[key], rel=5e-6), (step, key)
         assert line["num_tokens"] == expected["num_tokens"]
         assert line["fill"] == pytest.approx(1.0 if packed else expected["padded_fill"], rel=1e-12)
-        flops = reference.flops(expected["seq_lens"], expected["num_labels"], 2, 48, 80)
+        flops = sum(reference.flops(*size, 2, 48, 80, labels_only=True) for size in expected["micro_batches"])
         assert line["model_tflops"] * 1e12 * line["step_time_s"] == pytest.approx(flops, rel=1e-9)
         if step in validation:
             found, wanted = validation[step], expected["validation"]
@@ -503,12 +503,14 @@ def test_other_crops_would_be_seen(seen, start):
 
 @pytest.mark.parametrize("layers, width, feed_forward", [(2, 48, 80), (5, 24, 7)])
 @pytest.mark.parametrize("seq_lens, num_labels", [([3], 1), ([17, 5, 40], 11), ([1024, 1], 0)])
-def test_operations_by_hand(layers, width, feed_forward, seq_lens, num_labels):
+@pytest.mark.parametrize("labels_only", [False, True])
+def test_operations_by_hand(layers, width, feed_forward, seq_lens, num_labels, labels_only):
     config = Esm2Config(
         num_hidden_layers=layers, hidden_size=width, intermediate_size=feed_forward, num_attention_heads=4
     )
-    expected = reference.flops(seq_lens, num_labels, layers, width, feed_forward)
-    assert training_flops(config, seq_lens, num_labels) == expected
+    expected = reference.flops(seq_lens, num_labels, layers, width, feed_forward, labels_only)
+    assert training_flops(config, seq_lens, num_labels, labels_only) == pytest.approx(expected, rel=1e-12)
+    assert training_flops(config, [], 0, labels_only) == 0
 
 
 @LAYOUTS
@@ -523,4 +525,7 @@ def test_operations_are_those_of_forward_and_backward_pass(layout):
     # The recipe counts tokens. What is padded costs more: every row up to the longest, or a last segment of pads.
     width = -(-40 // multiple) * multiple
     slots = ([17, 5, 40] + [-62 % multiple] * (multiple > 1)) if packed else [width] * 3
-    assert counter.get_total_flops() == training_flops(model.config, slots, num_labels)
+    # The plain layers' attention is of all tokens, also in the last one.
+    beside = 3 * 4 * 48 * sum(length**2 for length in slots) * (1 - num_labels / sum(slots))
+    found = counter.get_total_flops() - beside
+    assert found == pytest.approx(training_flops(model.config, slots, num_labels, labels_only=True), rel=1e-12)
