@@ -107,13 +107,15 @@ def facts(entry: dict) -> str:
     square = {fmt: median(turn[fmt]["square_2048"] * 1000 for turn in entry["products"]) for fmt in rates}
     fastest, slowest = max(rates, key=rates.get), min(rates, key=rates.get)
     packages = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
+    more = settings.get("our_steps", settings["steps"])  # older entries lack it
+    more = f", of ours {more}" if more != settings["steps"] else ""
     sentences = [
         f"{machine['name']}, {counted(machine['cores'], 'core')}, {counted(machine['threads'], 'thread')}"
         + (f" ({', '.join(machine['simd'])})" if machine["simd"] else "") + ".",
         f"Matrix products of these layers: {fastest.upper()} {rates[fastest]:,.0f} GFLOP/s, the faster, and "
         f"{slowest.upper()} {rates[slowest]:,.0f}; square ones of 2,048: {square[fastest]:,.0f} and "
         f"{square[slowest]:,.0f}.",
-        f"{counted(settings['rounds'], 'round')} of {counted(settings['steps'], 'step')}; a step of ours "
+        f"{counted(settings['rounds'], 'round')} of {counted(settings['steps'], 'step')}{more}; a step of ours "
         f"{settings['tokens_per_step'] // settings['pack_tokens']} x {settings['pack_tokens']:,} tokens, of the "
         f"others {settings['peer_passes']} x {settings['peer_rows']} rows.",
         f"{data['file']}: {data['num_proteins']:,} proteins, on average {data['mean_tokens']:.0f} tokens.",

@@ -53,7 +53,8 @@ def test_every_contestant_trains(run):
     for contestant in run.entry["contestants"]:
         assert "failed" not in contestant
         for turn in contestant["rounds"]:
-            assert turn["steps"] == 1 and turn["seconds"] > 0 and turn["data_wait_s"] < turn["seconds"]
+            assert turn["steps"] == (4 if contestant["kind"] == "ours" else 1)
+            assert turn["seconds"] > 0 and turn["data_wait_s"] < turn["seconds"]
             assert 0.1 < turn["labels"] / turn["tokens"] < 0.2
             assert turn["tokens"] <= turn["slots"] and turn["flops"] > 1e9
             # Random weights, and no one has taken more than a few small steps.
@@ -101,6 +102,7 @@ def test_the_numbers_say_what_ran_and_nothing_of_where(run):
     assert run.entry["versions"]["torch"] and run.entry["settings"]["seed"] == 42
     assert (run.folder / "bars.png").stat().st_size > 10_000
     assert "| **ours** |" in run.said.stdout and "of matrix products" in run.said.stdout
+    assert "rounds of 1 step, of ours 4; a step of ours" in run.said.stdout
 
 
 def test_tables_are_checked_against_the_numbers(run, tmp_path, capsys):
