@@ -42,7 +42,7 @@ REAL, BUNDLED = (
 OUTPUT = ROOT / "docs" / "results" / "train_speed.json"
 
 
-MIXED_STEPS = 4  # of ours at least: a pack has proteins of like lengths, several have all of them
+MIXED_STEPS = 4  # of ours at least: a pack has proteins of like lengths, several are mixed
 SETTLING_STEPS = 1  # before each turn: whoever waits gives its free memory to the others, and has to get it back
 
 
@@ -363,7 +363,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         help="FASTA, or parquet with a column `sequence`; default: 8,000 UniRef proteins beside the repository if "
         "they are there, else the bundled sample",
     )  # fmt: skip
-    parser.add_argument("--steps", type=positive, help="optimizer steps a round; default: by size")
+    parser.add_argument("--steps", type=positive, help="optimizer steps a round, of ours 4 at least; default: by size")
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--warmup-steps", type=positive, default=1, help="before anything counts; default: 1")
     parser.add_argument("--qualifying-steps", type=positive, default=2, help="in each precision; default: 2")

@@ -2,8 +2,8 @@
 """The transformer layer in plain PyTorch, with TransformerEngine's parameter names, shapes and semantics.
 
 Shapes: B sequences, S padded length, T packed tokens of all sequences; N is either `B, S` (padded) or `T` (packed).
-H heads of D channels, E = H * D the width, F the feed-forward width. L tokens are wanted: the last layer is asked for
-those with a label only, and computes no more of the others than their keys and values.
+H heads of D channels, E = H * D the width, F the feed-forward width. W tokens are wanted of the last layer, those with
+a label. It computes no projection and no feed-forward part of the others; in `layers_cpp.py` they do not ask either.
 
 Every matrix product goes through the attribute `matmul(x, weight, bias)` of its module (`layernorm_qkv`, `proj`,
 `layernorm_mlp`), `F.linear` unless replaced: that is where another precision comes in.
@@ -85,19 +85,19 @@ def attention_by_sequence(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, inputs: A
     return torch.cat(contexts_1HSD, dim=2).transpose(1, 2).squeeze(0)
 
 
-def take_wanted(x_NE: Tensor, wanted_L: Tensor | None) -> Tensor:
-    """[N, E] to [L, E]: the tokens wanted, numbered through all sequences. None: all, as they are."""
-    return x_NE if wanted_L is None else x_NE.flatten(0, -2).index_select(0, wanted_L)
+def take_wanted(x_NE: Tensor, wanted_W: Tensor | None) -> Tensor:
+    """[N, E] to [W, E]: the tokens wanted, numbered through all sequences. None: all, as they are."""
+    return x_NE if wanted_W is None else x_NE.flatten(0, -2).index_select(0, wanted_W)
 
 
 class Kernels:
     """What other backends compute in another way."""
 
-    def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs, wanted_L: Tensor | None = None) -> Tensor:
-        """q, k and v of each head [N, H, 3 D], not turned yet, to [N, H, D], or of wanted tokens [L, H, D]."""
+    def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs, wanted_W: Tensor | None = None) -> Tensor:
+        """q, k and v of each head [N, H, 3 D], not turned yet, to [N, H, D], or of wanted tokens [W, H, D]."""
         q_NHD, k_NHD, v_NHD = qkv_NHC.chunk(3, dim=-1)
         context_NHD = attention(rotate(q_NHD, inputs), rotate(k_NHD, inputs), v_NHD, inputs)
-        return take_wanted(context_NHD.flatten(-2), wanted_L).unflatten(-1, context_NHD.shape[-2:])
+        return take_wanted(context_NHD.flatten(-2), wanted_W).unflatten(-1, context_NHD.shape[-2:])
 
     def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float) -> Tensor:
         """[N, E] to [N, E]."""
@@ -154,16 +154,16 @@ class SelfAttention(nn.Module):
         self.layernorm_qkv = LayerNormLinear(hidden_size, 3 * hidden_size, eps)
         self.proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, x_NE: Tensor, inputs: AttentionInputs, wanted_L: Tensor | None = None) -> Tensor:
-        """[N, E] to [N, E], or of wanted tokens [L, E]; the residual not added."""
+    def forward(self, x_NE: Tensor, inputs: AttentionInputs, wanted_W: Tensor | None = None) -> Tensor:
+        """[N, E] to [N, E], or of wanted tokens [W, E]; the residual not added."""
         # TransformerEngine's order of rows: q, k and v of the first head, then those of the second, ...
         qkv_NHC = self.layernorm_qkv(x_NE).unflatten(-1, (self.num_heads, -1))
         context_parallel = inputs.context_parallel
         if context_parallel is None:
-            return self.proj(self.kernels.attention(qkv_NHC, inputs, wanted_L).flatten(-2))
+            return self.proj(self.kernels.attention(qkv_NHC, inputs, wanted_W).flatten(-2))
         context_TKD = self.kernels.attention(context_parallel.tokens_to_heads(qkv_NHC), inputs)
         context_NHD = context_parallel.heads_to_tokens(context_TKD, self.num_heads)
-        return self.proj(take_wanted(context_NHD.flatten(-2), wanted_L))
+        return self.proj(take_wanted(context_NHD.flatten(-2), wanted_W))
 
 
 class LayerNormMLP(nn.Module):
@@ -200,7 +200,7 @@ class TransformerLayer(GradientCheckpointingLayer):
         self.self_attention = SelfAttention(hidden_size, num_heads, eps)
         self.layernorm_mlp = self.mlp_class(hidden_size, intermediate_size, eps)
 
-    def forward(self, x_NE: Tensor, inputs: AttentionInputs, wanted_L: Tensor | None = None) -> Tensor:
-        """[N, E] to [N, E], or of wanted tokens [L, E]."""
-        x_NE = take_wanted(x_NE, wanted_L) + self.self_attention(x_NE, inputs, wanted_L)
+    def forward(self, x_NE: Tensor, inputs: AttentionInputs, wanted_W: Tensor | None = None) -> Tensor:
+        """[N, E] to [N, E], or of wanted tokens [W, E]."""
+        x_NE = take_wanted(x_NE, wanted_W) + self.self_attention(x_NE, inputs, wanted_W)
         return x_NE + self.layernorm_mlp(x_NE)

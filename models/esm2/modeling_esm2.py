@@ -2,7 +2,7 @@
 """ESM-2, the protein language model of Lin et al. 2023 (doi:10.1126/science.ade2574), for padded and packed batches.
 
 Shapes: B sequences, S padded length, T packed tokens of all sequences; N is either `B, S` (padded) or `T` (packed).
-L labelled tokens, E the width, V the 33 tokens, P the vocabulary padded to 64 rows.
+L labelled tokens, W wanted ones, E the width, V the 33 tokens, P the vocabulary padded to 64 rows.
 
 It computes what `transformers.EsmForMaskedLM` computes; `convert.py` translates the weights both ways.
 """
@@ -183,12 +183,28 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(layer_class(*size) for _ in range(config.num_hidden_layers))
         self.emb_layer_norm_after = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, x_NE: Tensor, inputs: AttentionInputs, wanted_L: Tensor | None = None) -> Tensor:
-        """[N, E] to [N, E], or of wanted tokens [L, E]."""
+    def forward(self, x_NE: Tensor, inputs: AttentionInputs, wanted_W: Tensor | None = None) -> Tensor:
+        """[N, E] to [N, E], or of wanted tokens [W, E]."""
         *others, last = self.layer
         for layer in others:
             x_NE = layer(x_NE, inputs)
-        return self.emb_layer_norm_after(last(x_NE, inputs, wanted_L))
+        return self.emb_layer_norm_after(last(x_NE, inputs, wanted_W))
+
+
+# Wanted tokens are so many, twice so many, ...: compiled products and graphs, which are made for each size, are used
+# again, those of few bits have a number of rows that they can take, and there is no batch of none.
+WANTED_ROUND = 64
+
+
+def wanted_tokens(labels_N: Tensor) -> tuple[Tensor, int]:
+    """Numbers of the labelled tokens, and of the first others to fill up, rising [W]; how many are labelled.
+
+    A GPU is waited for once.
+    """
+    is_other_N = (labels_N == -100).flatten()
+    num_labels = len(is_other_N) - int(is_other_N.sum())
+    num_wanted = max(1, -(-num_labels // WANTED_ROUND)) * WANTED_ROUND
+    return is_other_N.int().argsort(stable=True)[:num_wanted].sort().values, num_labels
 
 
 class ContactRegression(nn.Module):
@@ -258,12 +274,13 @@ class Esm2Model(Esm2PreTrainedModel):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        wanted_L: Tensor | None = None,
+        wanted_W: Tensor | None = None,
     ) -> BaseModelOutput:
         """Padded: `input_ids` [B, S], `attention_mask` [B, S] (None: no padding). Packed: [T], with `cu_seqlens`.
 
-        `wanted_L`: the tokens whose vectors are wanted, by their numbers in the flattened `input_ids`, rising; the
-        output is then [L, E], and what only the others would need is not computed.
+        `wanted_W`: the tokens whose vectors are wanted, by their numbers in the flattened `input_ids` (with
+        `context_parallel` in this rank's part of them), int64 and rising. The output is then [W, E], and most of what
+        only the others would need in the last layer is not computed.
         """
         if (input_ids.ndim == 1) != (cu_seqlens is not None):
             raise ValueError(
@@ -274,7 +291,7 @@ class Esm2Model(Esm2PreTrainedModel):
         if self.context_parallel and cu_seqlens is None:
             raise ValueError("Context parallelism takes packed batches only: [T], with cu_seqlens.")
         x_NE = self.embeddings(input_ids, mask_BS, cu_seqlens, self.context_parallel)
-        x_NE = self.encoder(x_NE, self.attention_inputs(input_ids, mask_BS, cu_seqlens, max_seqlen), wanted_L)
+        x_NE = self.encoder(x_NE, self.attention_inputs(input_ids, mask_BS, cu_seqlens, max_seqlen), wanted_W)
         return BaseModelOutput(last_hidden_state=x_NE)
 
     def attention_inputs(
@@ -319,24 +336,26 @@ class Esm2ForMaskedLM(Esm2PreTrainedModel):
         Without labels: logits [N, V]. With labels: logits [L, V] of the labelled tokens only, and their cross-entropy
         in nats, summed in FP32 and divided by `num_items_in_batch` (None: by L). No label at all gives a loss of 0
         that still reaches every parameter, because ranks must agree on what they reduce. With `context_parallel` both
-        are of this rank's tokens alone.
+        are of this rank's tokens alone. Raises ValueError for labels of another shape.
         """
-        wanted_L = None
-        if labels is not None:
-            if self.esm.context_parallel:
-                labels = self.esm.context_parallel.part(labels)
-            wanted_L = (labels != -100).flatten().nonzero().squeeze(1)
-        x_NE = self.esm(input_ids, attention_mask, cu_seqlens, max_seqlen, wanted_L).last_hidden_state
         # Not a second Parameter but the same one, used in the forward pass of the module that owns both (FSDP2: the
         # root), so keep the embedding in one sharding group with the head.
-        logits = self.lm_head(x_NE, self.esm.embeddings.word_embeddings.weight)
+        embedding_PE = self.esm.embeddings.word_embeddings.weight
+        batch = (input_ids, attention_mask, cu_seqlens, max_seqlen)
         if labels is None:
-            return MaskedLMOutput(logits=logits)
-        logits_LV, labels_L = logits, labels.flatten()[wanted_L]
+            return MaskedLMOutput(logits=self.lm_head(self.esm(*batch).last_hidden_state, embedding_PE))
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels {list(labels.shape)} must have the shape of input_ids, {list(input_ids.shape)}.")
+        if self.esm.context_parallel and cu_seqlens is not None:
+            labels = self.esm.context_parallel.part(labels)
+        wanted_W, num_labels = wanted_tokens(labels)
+        logits_WV = self.lm_head(self.esm(*batch, wanted_W).last_hidden_state, embedding_PE)
+        labels_W = labels.flatten()[wanted_W]
         if num_items_in_batch is None:
-            num_items_in_batch = max(len(labels_L), 1)
-        loss = F.cross_entropy(logits_LV.float(), labels_L, reduction="sum") / num_items_in_batch
-        return MaskedLMOutput(loss=loss, logits=logits_LV)
+            num_items_in_batch = max(num_labels, 1)
+        loss = F.cross_entropy(logits_WV.float(), labels_W, reduction="sum") / num_items_in_batch
+        is_labelled_first_W = (labels_W == -100).int().argsort(stable=True)
+        return MaskedLMOutput(loss=loss, logits=logits_WV[is_labelled_first_W[:num_labels]])
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -395,28 +414,21 @@ def initial_value(name: str, shape: torch.Size, config: Esm2Config, seed: int) -
     return value
 
 
-def training_flops(
-    config: Esm2Config, seq_lens: Iterable[int], num_labels: int, labels_only: bool = False
-) -> int | float:
+def training_flops(config: Esm2Config, seq_lens: Iterable[int], num_labels: int, labels_only: bool = False) -> float:
     """Floating-point operations of one training step: three times those of the forward pass.
 
     Forward: layers * [2 (4 E^2 + 2 E F) T + 4 E sum(length^2)] + 2 (E^2 + E P) L, with F the feed-forward width, over
     real tokens. Recomputation and padding do not count. This is the usual count; `labels_only` leaves out what the
-    last layer does not compute if it is asked for labelled tokens alone: 2 (E^2 + 2 E F) (T - L), and of its attention
-    the share of T that has no label.
+    last layer need not compute of tokens without a label: 2 (E^2 + 2 E F) (T - L), and their share of its attention.
     """
     seq_lens = list(seq_lens)
-    width, wide, num_layers, tokens = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_hidden_layers,
-        sum(seq_lens),
-    )
-    products = 2 * (4 * width**2 + 2 * width * wide) * tokens
+    width, feed_forward, num_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    num_tokens = sum(seq_lens)
+    products = 2 * (4 * width**2 + 2 * width * feed_forward) * num_tokens
     attention = 4 * width * sum(length**2 for length in seq_lens)
     head = 2 * (width**2 + width * config.padded_vocab_size) * num_labels
     forward = num_layers * (products + attention) + head
-    if labels_only and tokens:
-        others = tokens - num_labels
-        forward -= 2 * (width**2 + 2 * width * wide) * others + attention * others / tokens
-    return 3 * forward
+    if labels_only and num_tokens:
+        num_others = num_tokens - num_labels
+        forward -= 2 * (width**2 + 2 * width * feed_forward) * num_others + attention * num_others / num_tokens
+    return 3.0 * forward

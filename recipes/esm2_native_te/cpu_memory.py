@@ -30,8 +30,9 @@ def keep_freed_memory() -> None:
 def keep_fewer_products() -> None:
     """For a process that has not multiplied yet: how many of its compiled matrix products oneDNN keeps.
 
-    There is one for each shape, so some 25 for each new number of tokens, and each takes half a MiB. PyTorch and
-    oneDNN would keep 1,024 each; 256 are those of ten numbers of tokens. What the environment says is left alone.
+    There is one for each shape, so 12 for each new number of tokens and 15 for each of wanted ones, which are rounded, and
+    each takes half a MiB. PyTorch and oneDNN would keep 1,024 each; 256 are those of some fifteen batches. What the
+    environment says is left alone.
     """
     os.environ.setdefault("LRU_CACHE_CAPACITY", "256")  # PyTorch's, which crashes with 0
     if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:  # oneDNN's former name for it

@@ -184,7 +184,8 @@ inline void transpose_words(const void* from, int64_t stride, void* to, int64_t 
 //
 // A task is one head of one sequence; it goes through blocks of BLOCK queries, which may be those of some tokens only,
 // against all keys. Scores are kept transposed, keys x queries: what belongs to a query (maximum, sum) is then a vector
-// over columns, and no operation runs across one. FP32 takes all keys at once, BF16 a few, whose scores stay in the first cache.
+// over columns, and no operation runs across one. FP32 takes all keys at once, BF16 a few, whose scores stay in the
+// first cache.
 
 constexpr int64_t rounded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -398,11 +399,11 @@ struct Head {
   int64_t length, padded, row;  // tokens, tokens rounded up, elements from one token to the next in qkv
   const float *cos, *sin;       // [length, WHOLE]
   const int64_t* wanted;        // the tokens that ask, in rising order; none: all of them
-  int64_t queries, start;       // how many those are; the number of the sequence's first token, as `wanted` counts
+  int64_t num_queries, start;   // how many those are; the number of the sequence's first token, as `wanted` counts
 
   // Whether a token is the next that asks, after `query` others.
   bool asks(int64_t token, int64_t query) const {
-    return !wanted || (query < queries && wanted[query] - start == token);
+    return !wanted || (query < num_queries && wanted[query] - start == token);
   }
 };
 
@@ -485,14 +486,14 @@ void gather(const Head& h, const T* qkv, float scale, T* queries, T* keys, T* va
     std::memcpy(values + at, from + 2 * DIM, DIM * sizeof(T));
     for (T* rows : {keys, values}) clear_behind(rows + at);
   }
-  clear_rows(h.queries, queries);
+  clear_rows(h.num_queries, queries);
   for (T* rows : {keys, values}) clear_rows(h.length, rows);
 }
 
-// The gradients of a head's context, side by side as well, and their products with it [queries].
+// The gradients of a head's context, side by side as well, and their products with it [num_queries].
 template <typename T>
 void gather_grads(const Head& h, const T* grad, const T* context, int64_t stride, T* grads, float* products) {
-  for (int64_t i = 0; i < h.queries; ++i) {
+  for (int64_t i = 0; i < h.num_queries; ++i) {
     const T *g = grad + i * stride, *c = context + i * stride;
     prefetch<0>(g + AHEAD * stride, DIM);
     prefetch<0>(c + AHEAD * stride, DIM);
@@ -503,11 +504,11 @@ void gather_grads(const Head& h, const T* grad, const T* context, int64_t stride
     std::memcpy(grads + i * WIDTH<T>, g, DIM * sizeof(T));
     clear_behind(grads + i * WIDTH<T>);
   }
-  clear_rows(h.queries, grads);
+  clear_rows(h.num_queries, grads);
 }
 
 // The gradients of a head's rows [length, OUT] to where those come from: queries' and keys' turned back, and scaled.
-// What they write too much is overwritten by what comes next to them. A query that was not asked has none.
+// What they write too much is overwritten by what comes next to them. A token that does not ask gets zeros.
 template <typename T>
 void scatter(const Head& h, const float* queries, const float* keys, const float* values, T* grad_qkv) {
   int64_t query = 0;
@@ -643,7 +644,7 @@ template <typename T>
 void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, float* lse, int64_t lse_row) {
   constexpr int64_t B = BLOCK<T>, W = WIDTH<T>, H = HIGH<T>;
   constexpr float FAR = 16.0f;  // of the 127 that exponents leave room for
-  if (h.queries == 0) return;
+  if (h.num_queries == 0) return;
   const int64_t n = h.length, padded = h.padded, step = chunk<T>(padded);
   Scratch scratch(head_bytes<T>(padded));
   auto* query = scratch.take<T>(B * W);
@@ -657,8 +658,8 @@ void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, 
   gather(h, qkv, LOG2_SCALE, queries, keys, values);
   left_transposed(values, h, values_transposed);
 
-  for (int64_t first = 0; first < h.queries; first += B) {
-    const int64_t count = std::min(B, h.queries - first);
+  for (int64_t first = 0; first < h.num_queries; first += B) {
+    const int64_t count = std::min(B, h.num_queries - first);
     right_transposed(queries + first * W, count, query);
     float shift[B] = {}, sum[B] = {};  // of the weights 2^(score + shift)
     for (int64_t at = 0; at < n; at += step) {
@@ -723,9 +724,11 @@ template <typename T>
 void backward_head(const Head& h, const T* qkv, const T* context, const T* grad, int64_t context_row, const float* lse,
                    int64_t lse_row, T* grad_qkv) {
   constexpr int64_t B = BLOCK<T>, W = WIDTH<T>, H = HIGH<T>, O = OUT<T>;
-  for (int64_t i = 0; h.queries == 0 && i < h.length; ++i)
-    std::memset(static_cast<void*>(grad_qkv + i * h.row), 0, 3 * DIM * sizeof(T));
-  if (h.queries == 0) return;
+  if (h.num_queries == 0) {
+    for (int64_t i = 0; i < h.length; ++i)
+      std::memset(static_cast<void*>(grad_qkv + i * h.row), 0, 3 * DIM * sizeof(T));
+    return;
+  }
   const int64_t n = h.length, padded = h.padded, step = chunk<T>(padded);
   Scratch scratch(head_bytes<T>(padded));
   auto* query_columns = scratch.take<T>(B * W);
@@ -746,13 +749,13 @@ void backward_head(const Head& h, const T* qkv, const T* context, const T* grad,
   auto* queries = scratch.take<T>(padded * W + VECTOR);
   auto* grads = scratch.take<T>(padded * W);
   auto* grad_queries = scratch.take<float>(padded * O + VECTOR);
-  auto* products = scratch.take<float>(h.queries);
+  auto* products = scratch.take<float>(h.num_queries);
   gather(h, qkv, LOG2_SCALE, queries, keys, values);
   gather_grads(h, grad, context, context_row, grads, products);
   left_transposed(keys, h, keys_transposed);
 
-  for (int64_t first = 0; first < h.queries; first += B) {
-    const int64_t count = std::min(B, h.queries - first);
+  for (int64_t first = 0; first < h.num_queries; first += B) {
+    const int64_t count = std::min(B, h.num_queries - first);
     const T *query = queries + first * W, *g = grads + first * W;
     float shift[B] = {}, grad_shift[B] = {};  // of the scores and their gradients
     for (int64_t c = 0; c < count; ++c) {
@@ -813,14 +816,14 @@ bool run(bool backward, const T* qkv, const float* cos, const float* sin, const 
       const int64_t start = cu_seqlens[task / num_heads], head = task % num_heads;
       const int64_t length = cu_seqlens[task / num_heads + 1] - start, row = 3 * num_heads * DIM;
       if (length == 0 || !done) continue;
-      int64_t first = start, queries = length;  // where its queries begin among all, and how many they are
+      int64_t first = start, num_queries = length;  // where its queries begin among all, and how many they are
       if (num_wanted >= 0) {
         const int64_t *from = std::lower_bound(wanted, wanted + num_wanted, start);
         first = from - wanted;
-        queries = std::lower_bound(from, wanted + num_wanted, start + length) - from;
+        num_queries = std::lower_bound(from, wanted + num_wanted, start + length) - from;
       }
-      const Head h{length, rounded(length, ROUND), row, cos, sin, num_wanted < 0 ? nullptr : wanted + first, queries,
-                   start};
+      const Head h{length, rounded(length, ROUND), row, cos, sin, num_wanted < 0 ? nullptr : wanted + first,
+                   num_queries, start};
       const int64_t at = start * row + head * 3 * DIM, to = (first * num_heads + head) * DIM;
       float* sums = lse + first * num_heads + head;
       done = succeeds([&] {

@@ -105,7 +105,7 @@ def _name(*tensors: Tensor) -> str:
     return "_".join(str(x.dtype).removeprefix("torch.") for x in tensors)
 
 
-def _checked(qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor, wanted_L: Tensor | None) -> tuple:
+def _checked(qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor, wanted_W: Tensor | None) -> tuple:
     """What the kernel takes: tables, with rows that are whole vectors, borders, numbers of both, wanted tokens.
 
     Raises ValueError for borders and tokens that do not fit.
@@ -117,17 +117,19 @@ def _checked(qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor
             f"cu_seqlens {borders} must rise from 0 to the {qkv_THC.shape[0]} tokens, by at most max_seqlen "
             f"{cos_SR.shape[0]} each."
         )
-    if wanted_L is not None:
-        wanted_L = wanted_L.to("cpu", torch.int64).contiguous()
-        edges = torch.tensor([-1, len(qkv_THC)])
-        if not (torch.cat((edges[:1], wanted_L, edges[1:])).diff() > 0).all():
+    if wanted_W is not None:
+        wanted_W = wanted_W.to("cpu", torch.int64).contiguous()
+        steps = wanted_W.diff(prepend=torch.tensor([-1]), append=torch.tensor([len(qkv_THC)]))
+        if not (steps > 0).all():
+            at = min(int((steps > 0).int().argmin()), len(wanted_W) - 1)
             raise ValueError(
-                f"wanted tokens must rise, each at least 0 and below {len(qkv_THC)}: {wanted_L.tolist()}."
+                f"wanted tokens must rise, from at least 0 to below {len(qkv_THC)}; they do not at number {at}, which "
+                f"is {wanted_W[at]}."
             )
     columns = _function(qkv_THC.shape[-1] // 3, "padded_half", ctypes.c_int64)()
     tables = (F.pad(x.float(), (0, columns - x.shape[-1])).contiguous() for x in (cos_SR, sin_SR))
     borders = cu_seqlens.to("cpu", torch.int32).contiguous()
-    return *tables, borders, len(lengths), qkv_THC.shape[1], wanted_L, -1 if wanted_L is None else len(wanted_L)
+    return *tables, borders, len(lengths), qkv_THC.shape[1], wanted_W, -1 if wanted_W is None else len(wanted_W)
 
 
 # ---- operators of PyTorch, so that autograd, torch.compile and the profiler know them
@@ -135,26 +137,27 @@ def _checked(qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor
 
 @torch.library.custom_op("esm2::attention", mutates_args=())
 def attention(
-    qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor, wanted_L: Tensor | None
+    qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor, wanted_W: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention within each sequence, with rotary positions: context [T, H, D], or of wanted tokens [L, H, D].
+    """Softmax attention within each sequence, with rotary positions: context [T, H, D], or of wanted tokens [W, H, D].
 
-    `qkv_THC` are q, k, v of each head, C = 3 D; `cu_seqlens` is int32. `wanted_L` are the tokens that ask, int64 and
+    `qkv_THC` are q, k, v of each head, C = 3 D; `cu_seqlens` is int32. `wanted_W` are the tokens that ask, int64 and
     rising (None: all). The second output is what the backward pass needs of the softmax: the log2-sum-exp2 of each
-    asking token's scores, FP32 [T, H] or [L, H].
+    asking token's scores, FP32 [T, H] or [W, H].
     """
     qkv_THC = qkv_THC.contiguous()
-    context, lse = _attention_outputs(qkv_THC, cos_SR, sin_SR, cu_seqlens, wanted_L)
-    inputs = (qkv_THC, *_checked(qkv_THC, cos_SR, sin_SR, cu_seqlens, wanted_L))
+    context, lse = _attention_outputs(qkv_THC, cos_SR, sin_SR, cu_seqlens, wanted_W)
+    inputs = (qkv_THC, *_checked(qkv_THC, cos_SR, sin_SR, cu_seqlens, wanted_W))
     _call(context.shape[-1], f"attention_{_name(qkv_THC)}", False, *inputs, context, lse, None, None)
     return context, lse
 
 
 @attention.register_fake
-def _attention_outputs(qkv_THC: Tensor, cos_SR, sin_SR, cu_seqlens, wanted_L: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attention_outputs(qkv_THC: Tensor, cos_SR, sin_SR, cu_seqlens, wanted_W: Tensor | None) -> tuple[Tensor, Tensor]:
     num_tokens, num_heads, width = qkv_THC.shape
-    asking = num_tokens if wanted_L is None else wanted_L.shape[0]
-    return qkv_THC.new_empty(asking, num_heads, width // 3), qkv_THC.new_empty(asking, num_heads, dtype=torch.float32)
+    num_asking = num_tokens if wanted_W is None else wanted_W.shape[0]
+    context = qkv_THC.new_empty(num_asking, num_heads, width // 3)
+    return context, qkv_THC.new_empty(num_asking, num_heads, dtype=torch.float32)
 
 
 @torch.library.custom_op("esm2::attention_backward", mutates_args=())
@@ -164,14 +167,14 @@ def attention_backward(
     cos_SR: Tensor,
     sin_SR: Tensor,
     cu_seqlens: Tensor,
-    wanted_L: Tensor | None,
+    wanted_W: Tensor | None,
     context_NHD: Tensor,
     lse_NH: Tensor,
 ) -> Tensor:
-    """The gradient of `qkv_THC`; N is T, or L with `wanted_L`."""
+    """The gradient of `qkv_THC`; N is T, or W with `wanted_W`."""
     qkv_THC, grad_NHD = qkv_THC.contiguous(), grad_NHD.contiguous()
     grad_qkv_THC = torch.empty_like(qkv_THC)
-    inputs = (qkv_THC, *_checked(qkv_THC, cos_SR, sin_SR, cu_seqlens, wanted_L))
+    inputs = (qkv_THC, *_checked(qkv_THC, cos_SR, sin_SR, cu_seqlens, wanted_W))
     outputs = (context_NHD, lse_NH, grad_NHD, grad_qkv_THC)
     _call(context_NHD.shape[-1], f"attention_{_name(qkv_THC)}", True, *inputs, *outputs)
     return grad_qkv_THC
@@ -519,9 +522,9 @@ class TransformerLayer(layers.TransformerLayer):
             for part in (self.self_attention.layernorm_qkv, self.self_attention.proj, self.layernorm_mlp):
                 part.matmul = kernels.linear
 
-    def forward(self, x_NE: Tensor, inputs: AttentionInputs, wanted_L: Tensor | None = None) -> Tensor:
-        """[N, E] to [N, E], or of wanted tokens [L, E]."""
-        return self.layernorm_mlp(layers.take_wanted(x_NE, wanted_L), self.self_attention(x_NE, inputs, wanted_L))
+    def forward(self, x_NE: Tensor, inputs: AttentionInputs, wanted_W: Tensor | None = None) -> Tensor:
+        """[N, E] to [N, E], or of wanted tokens [W, E]."""
+        return self.layernorm_mlp(layers.take_wanted(x_NE, wanted_W), self.self_attention(x_NE, inputs, wanted_W))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -547,10 +550,10 @@ class Kernels(layers.Kernels):
         on_cpu = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
         return self.onednn_in_float32 and on_cpu and _compute_dtype(tensors[0]) == torch.float32
 
-    def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs, wanted_L: Tensor | None = None) -> Tensor:
+    def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs, wanted_W: Tensor | None = None) -> Tensor:
         if inputs.cu_seqlens is None or not self._takes(qkv_NHC):
-            return super().attention(qkv_NHC, inputs, wanted_L)
-        return attention(qkv_NHC, inputs.cos_SR, inputs.sin_SR, inputs.cu_seqlens, wanted_L)[0]
+            return super().attention(qkv_NHC, inputs, wanted_W)
+        return attention(qkv_NHC, inputs.cos_SR, inputs.sin_SR, inputs.cu_seqlens, wanted_W)[0]
 
     def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float) -> Tensor:
         dtype = _compute_dtype(x_NE)

@@ -63,9 +63,9 @@ class TransformerLayer(GradientCheckpointingLayer, te.TransformerLayer):
         context_TKD = output.unflatten(-1, (core.num_gqa_groups_per_partition, -1))
         return context_parallel.heads_to_tokens(context_TKD, self.self_attention.num_attention_heads).flatten(-2)
 
-    def forward(self, x_NE: Tensor, inputs: AttentionInputs, wanted_L: Tensor | None = None) -> Tensor:
-        """[N, E] to [N, E], or of wanted tokens [L, E]; the others are computed all the same."""
-        return take_wanted(self._all_tokens(x_NE, inputs), wanted_L)
+    def forward(self, x_NE: Tensor, inputs: AttentionInputs, wanted_W: Tensor | None = None) -> Tensor:
+        """[N, E] to [N, E], or of wanted tokens [W, E]; the others are computed all the same."""
+        return take_wanted(self._all_tokens(x_NE, inputs), wanted_W)
 
     def _all_tokens(self, x_NE: Tensor, inputs: AttentionInputs) -> Tensor:
         self.inputs = inputs

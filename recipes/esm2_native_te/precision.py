@@ -14,7 +14,6 @@ from math import lcm
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from modeling_esm2 import Esm2Config, cpp_available, resolve_layer_backend, te_available
@@ -344,7 +343,7 @@ class Precision:
                 arithmetic = self.scalings[recipe]
                 for name, module in layer.named_modules():
                     if hasattr(module, "matmul"):
-                        module.matmul = linear_by(arithmetic.product, RECIPES[recipe].tokens)
+                        module.matmul = linear_by(arithmetic.product)
                         if self.stats.enabled:
                             watched = self.stats.watched(f"{i}.{name}", module, module.matmul, arithmetic.round_trip)
                             module.matmul = watched
@@ -397,16 +396,13 @@ def in_te_recipe(layer: torch.nn.Module, scaling) -> Callable:
     return in_recipe
 
 
-def linear_by(product: Callable, multiple: int) -> Callable:
-    """`F.linear` with another matrix product, which takes rows by the `multiple`, and some."""
+def linear_by(product: Callable) -> Callable:
+    """`F.linear` with another matrix product."""
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        rows, extra = len(x), 0
-        if x.ndim == 2:  # wanted tokens may be of any number; rows of zeros change no scale
-            extra = max(-rows % multiple, multiple * (rows == 0))
-        y = product(F.pad(x, (0, 0, 0, extra)) if extra else x, weight.to(x.dtype))[:rows]
+        y = product(x, weight.to(x.dtype))
         return y if bias is None else y + bias.to(y.dtype)
 
     return linear

@@ -78,8 +78,6 @@ class QuantStats:
     @torch.no_grad()
     def _note(self, name: str, x: Tensor, round_trip: Callable, is_gradient: bool) -> None:
         x = x.flatten(0, -2)
-        if not len(x):  # a micro-batch without labels has nothing for most of the last layer
-            return
         rounded, scale, largest = round_trip(x, is_gradient)
         x, rounded = x.float(), rounded.float()
         values = {

@@ -77,17 +77,23 @@ ASKING = {
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
-@pytest.mark.parametrize("dim", [10, 16, 24, 64])
+@pytest.mark.parametrize("dim", [10, 12, 14, 16, 24, 40, 64])
 @pytest.mark.parametrize("asking", ASKING)
-def test_attention_of_wanted_tokens(asking, dim, dtype):
-    """As if all had asked and the others' answers had been of no use, in memory that was full of NaN."""
+def test_attention_of_wanted_tokens(asking, dim, dtype, monkeypatch):
+    """As if all had asked and the others' answers had been of no use; new memory is full of NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        agrees_with_attention_of_all(torch.tensor(ASKING[asking], dtype=torch.long), dim, dtype)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def agrees_with_attention_of_all(wanted, dim, dtype):
     torch.manual_seed(dim)
     kernels, inputs = layers_cpp.Kernels(dim), attention_inputs(LENGTHS, dim)
-    wanted = torch.tensor(ASKING[asking], dtype=torch.long)
     qkv = (2 * torch.randn(sum(LENGTHS), 3, 3 * dim)).to(dtype).requires_grad_()
     grad = torch.randn(len(wanted), 3, dim).to(dtype)
-    poison = [torch.full((size,), float("nan")) for size in 2 * (qkv.numel(), grad.numel())]
-    del poison
     context, grad_qkv = attention_and_gradient(kernels, qkv, inputs, grad, wanted)
     every_grad = torch.zeros(len(qkv), 3, dim, dtype=dtype).index_copy(0, wanted, grad)
     every_context, expected_grad = attention_and_gradient(kernels, qkv, inputs, every_grad)
@@ -349,8 +355,9 @@ def test_a_second_derivative_is_refused(through_onednn):
             of_x.sum().backward()
 
 
+@pytest.mark.parametrize("asking", [None, torch.arange(3, 60, 7)], ids=["all", "some"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_layer_in_float32_is_one_graph(through_onednn, frozen, monkeypatch):
+def test_a_layer_in_float32_is_one_graph(through_onednn, frozen, asking, monkeypatch):
     torch._dynamo.reset()
     layer = layers_cpp.TransformerLayer(64, 160, 4, 1e-5)
     for name, x in layer.named_parameters():
@@ -358,10 +365,11 @@ def test_a_layer_in_float32_is_one_graph(through_onednn, frozen, monkeypatch):
         x.requires_grad_(not (frozen and "layer_norm" not in name))
     monkeypatch.setattr(layers_cpp, "onednn_in_float32", None)  # nothing that torch.compile cannot follow is asked now
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
-    x_TE, inputs, grad = torch.randn(60, 64, requires_grad=True), attention_inputs((20, 40), 16), torch.randn(60, 64)
-    wanted = [x_TE, *(x for x in layer.parameters() if x.requires_grad)]
-    found, plain = ((y.detach(), *torch.autograd.grad(y, wanted, grad))
-                    for y in (compiled(x_TE, inputs), layer(x_TE, inputs)))  # fmt: skip
+    x_TE, inputs = torch.randn(60, 64, requires_grad=True), attention_inputs((20, 40), 16)
+    leaves = [x_TE, *(x for x in layer.parameters() if x.requires_grad)]
+    grad = torch.randn(60 if asking is None else len(asking), 64)
+    found, plain = ((y.detach(), *torch.autograd.grad(y, leaves, grad))
+                    for y in (compiled(x_TE, inputs, asking), layer(x_TE, inputs, asking)))  # fmt: skip
     for one, other in zip(found, plain, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -426,7 +434,7 @@ def test_other_compilers_and_processors(compiled_with, flags):
     for dtype in (torch.float32, torch.bfloat16) if remains else (torch.float32,):
         test_attention(24, dtype)
         test_attention(64, dtype)
-        test_attention_of_wanted_tokens("few", 24, dtype)
+        agrees_with_attention_of_all(torch.tensor(ASKING["few"]), 24, dtype)
     test_layer_norm((torch.float32, torch.bfloat16))
 
 
@@ -448,7 +456,7 @@ def test_tiles(compiled_with, dim):
         assert error(x, y.double()) < 1e-2
     assert ctypes.c_long.in_dll(layers_cpp.library(dim), "tile_products").value > 0
     test_attention(dim, torch.bfloat16)
-    test_attention_of_wanted_tokens("few", dim, torch.bfloat16)
+    agrees_with_attention_of_all(torch.tensor(ASKING["few"]), dim, torch.bfloat16)
     not_a_number_comes_through(dim, torch.bfloat16)
 
 
@@ -592,8 +600,8 @@ def test_wanted_tokens_that_do_not_fit_are_refused():
     kernels, inputs, qkv = layers_cpp.Kernels(16), attention_inputs((20, 30), 16), torch.randn(50, 2, 48)
     expected = kernels.attention(qkv, inputs)
     assert torch.equal(kernels.attention(qkv, inputs, torch.arange(0, 50, 3, dtype=torch.int32)), expected[::3])
-    for wrong in ([-1, 3], [3, 3], [4, 3], [3, 50]):
-        with pytest.raises(ValueError, match=r"wanted tokens must rise, each at least 0 and below 50: \["):
+    for wrong, at, number in (([-1, 3], 0, -1), ([3, 3], 1, 3), ([2, 4, 3], 2, 3), ([3, 50], 1, 50), ([50], 0, 50)):
+        with pytest.raises(ValueError, match=f"to below 50; they do not at number {at}, which is {number}"):
             kernels.attention(qkv, inputs, torch.tensor(wrong))
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model against itself: padded and packed, with and without recomputation, whole and from parts."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from modeling_esm2 import (
     copy_parameters,
     init_parameters,
     training_flops,
+    wanted_tokens,
 )
 
 
@@ -121,33 +124,45 @@ def test_wanted_tokens(make_model, make_batches, layout, num_layers, backend, ch
         torch.tensor([], dtype=torch.long),
     ):
         model.zero_grad()
-        found_LE = model(**batch, wanted_L=wanted).last_hidden_state
-        factors_LE = torch.randn(found_LE.shape)
-        (found_LE * factors_LE).sum().backward()
+        found_WE = model(**batch, wanted_W=wanted).last_hidden_state
+        factors_WE = torch.randn(found_WE.shape)
+        (found_WE * factors_WE).sum().backward()
         found = {name: x.grad for name, x in model.named_parameters()}
         model.zero_grad()
-        expected_LE = model(**batch).last_hidden_state.flatten(0, -2)[wanted]
-        (expected_LE * factors_LE).sum().backward()
-        assert found_LE.shape == (len(wanted), ODD["hidden_size"])
-        torch.testing.assert_close(found_LE, expected_LE, rtol=1e-5, atol=1e-5)
+        expected_WE = model(**batch).last_hidden_state.flatten(0, -2)[wanted]
+        (expected_WE * factors_WE).sum().backward()
+        assert found_WE.shape == (len(wanted), ODD["hidden_size"])
+        torch.testing.assert_close(found_WE, expected_WE, rtol=1e-5, atol=1e-5)
         for name, x in model.named_parameters():
             torch.testing.assert_close(found[name], x.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("num_labels", [0, 1, 63, 64, 65, 128, 190, 200])
+def test_which_tokens_are_wanted(num_labels):
+    labels = torch.full((200,), -100)
+    labels[torch.randperm(200)[:num_labels]] = 5
+    for layout in (labels, labels.view(4, 50)):
+        wanted, found = wanted_tokens(layout)
+        assert found == num_labels and len(wanted) == min(200, 64 * max(1, math.ceil(num_labels / 64)))
+        assert (wanted.diff() > 0).all() and wanted[0] >= 0 and wanted[-1] < 200
+        assert (labels[wanted] != -100).sum() == num_labels
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
 def test_last_layer_computes_labelled_tokens_only(make_model, make_batches, layout, backend):
-    model, batch, rows = make_model(layer_backend=backend), make_batches()[layout], {}
+    model, batch, rows = make_model(layer_backend=backend), make_batches((40, 200, 90))[layout], {}
     for name, module in model.esm.encoder.named_modules():
         if hasattr(module, "matmul"):
             module.matmul = lambda x, *weights, name=name: (
                 rows.setdefault(name, x.shape[:-1]) and F.linear(x, *weights)
             )
     model(**batch)
-    all_tokens, labels = batch["input_ids"].shape, ((batch["labels"] != -100).sum(),)
+    all_tokens, wanted = batch["input_ids"].shape, (64,)  # filled up
+    assert 10 < (batch["labels"] != -100).sum() < 64
     parts = ("self_attention.layernorm_qkv", "self_attention.proj", "layernorm_mlp")
     assert [rows[f"layer.0.{part}"] for part in parts] == [all_tokens] * 3
-    assert [rows[f"layer.1.{part}"] for part in parts] == [all_tokens, labels, labels]
+    assert [rows[f"layer.1.{part}"] for part in parts] == [all_tokens, wanted, wanted]
 
 
 @pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
@@ -257,6 +272,8 @@ def test_wrong_batches(make_model, make_batches):
         make_model()(packed["input_ids"])
     with pytest.raises(ValueError, match="with cu_seqlens"):
         make_model()(padded["input_ids"], cu_seqlens=packed["cu_seqlens"])
+    with pytest.raises(ValueError, match=r"labels \[51\] must have the shape of input_ids, \[52\]"):
+        make_model()(**packed | {"labels": packed["labels"][1:]})
 
 
 @pytest.mark.parametrize(
@@ -305,9 +322,10 @@ def test_published_sizes(name, millions):
 
 def test_training_flops(make_model, make_batches):
     model = make_model(layer_backend="torch")
-    lengths = (17, 5, 30)
+    lengths = (40, 200, 90)
     _, packed = make_batches(lengths)
-    num_labels = int((packed["labels"] != -100).sum())
+    num_labels = len(wanted_tokens(packed["labels"])[0])
+    assert num_labels == 64  # those that fill up are computed as if they had a label
     # The counter knows matrix products, not the CPU's fused attention.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(**packed)
