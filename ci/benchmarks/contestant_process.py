@@ -86,13 +86,13 @@ class Gate:
 
     def count(self, batches: list, data_wait_s: float) -> None:
         """What a step trains on, and how long it waited for that."""
-        counts, labels_only = self.counts, self.facts.get("layer_backend") in ("cpp", "torch")
+        counts, backend = self.counts, self.facts.get("layer_backend")  # ours alone have one
         counts["data_wait_s"] += data_wait_s
         for batch in batches:
             counts["tokens"] += batch.num_tokens
             counts["labels"] += batch.num_labels
             counts["slots"] += batch.num_slots
-            counts["flops"] += training_flops(self.shape, batch.seq_lens, batch.num_labels, labels_only=labels_only)
+            counts["flops"] += training_flops(self.shape, batch.seq_lens, batch.num_labels, backend)
 
     def step(self, loss: float | None) -> None:
         """A step is over; `loss` is in nats a masked residue, None where the loop does not read it."""
@@ -154,7 +154,7 @@ def prepare(job: SimpleNamespace, gate: Gate) -> None:
     step_rows = job.tokens_per_step / lengths.mean()
     passes = max(1, round(step_rows / job.peer_batch))
     micro_rows = min(job.peer_batch, max(1, round(step_rows)))
-    num_rows = max(job.warmup + job.rounds * (job.settling + job.steps), POOL_STEPS) * passes * micro_rows
+    num_rows = max(job.warmup + job.rounds * (job.settling + job.mixed_steps), POOL_STEPS) * passes * micro_rows
     tokens = []
     for batch in plan.starting_at(0, 0, 0):
         residues = (tokenize(sequence)[: MAX_SEQ_LENGTH - 2] for sequence in source.read(batch.rows, batch.epoch))

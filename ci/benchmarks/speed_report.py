@@ -107,8 +107,7 @@ def facts(entry: dict) -> str:
     square = {fmt: median(turn[fmt]["square_2048"] * 1000 for turn in entry["products"]) for fmt in rates}
     fastest, slowest = max(rates, key=rates.get), min(rates, key=rates.get)
     packages = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
-    more = settings.get("our_steps", settings["steps"])  # older entries lack it
-    more = f", of ours {more}" if more != settings["steps"] else ""
+    more = f" (ours and Trainer {settings['mixed_steps']})" if "mixed_steps" in settings else ""
     sentences = [
         f"{machine['name']}, {counted(machine['cores'], 'core')}, {counted(machine['threads'], 'thread')}"
         + (f" ({', '.join(machine['simd'])})" if machine["simd"] else "") + ".",

@@ -42,7 +42,8 @@ REAL, BUNDLED = (
 OUTPUT = ROOT / "docs" / "results" / "train_speed.json"
 
 
-MIXED_STEPS = 4  # of ours at least: a pack has proteins of like lengths, several are mixed
+MIXED_STEPS = 4  # a round, at least, of those whose steps have proteins of like lengths: then lengths are mixed
+MIXED_KINDS = ("ours", "trainer")
 SETTLING_STEPS = 1  # before each turn: whoever waits gives its free memory to the others, and has to get it back
 
 
@@ -126,7 +127,7 @@ class Benchmark:
         given = defaults(arguments.device, size)
         self.settings = {key: getattr(arguments, key) or value for key, value in given._asdict().items()}
         self.settings |= {key: getattr(arguments, key) for key in ("rounds", "warmup_steps", "qualifying_steps")}
-        self.settings["our_steps"] = max(self.settings["steps"], MIXED_STEPS)
+        self.settings["mixed_steps"] = max(self.settings["steps"], MIXED_STEPS)
         self.job = {
             "device": arguments.device, "threads": arguments.threads, "seed": arguments.seed, "quick": arguments.quick,
             "model_tag": SIZES[size].model_tag, "data": arguments.source, "rows_file": str(scratch / "rows.npz"),
@@ -171,9 +172,14 @@ class Benchmark:
         finally:
             process.end()
 
+    def steps_of(self, kind: str | None) -> int:
+        """How many such a contestant takes a round."""
+        return self.settings["mixed_steps" if kind in MIXED_KINDS else "steps"]
+
     def start(self, contestant: Contestant, precision: str) -> tuple[Process, dict]:
         """A process that is ready to train, and what it says of itself."""
         job = {**self.job, "kind": contestant.kind, "options": contestant.options, "precision": precision}
+        job["steps"] = self.steps_of(contestant.kind)
         started = time.perf_counter()
         process = Process(self.scratch, contestant.name, job)
         try:
@@ -273,11 +279,10 @@ class Benchmark:
     def take_turn(self, name: str, turn: int) -> None:
         """One contestant's steps of one round; what the others use meanwhile is held against them."""
         process, others = self.alive[name], [p for n, p in self.alive.items() if n != name]
-        steps = self.settings["our_steps" if self.results[name].get("kind") == "ours" else "steps"]
         self.bar.set_postfix_str(name)
         before, started = [p.cpu_seconds() for p in others], time.perf_counter()
         try:
-            report = process.steps(steps, SETTLING_STEPS)
+            report = process.steps(self.steps_of(self.results[name].get("kind")), SETTLING_STEPS)
         except Failed as failure:
             self.fail(name, str(failure))
             self.alive.pop(name).end()
@@ -363,7 +368,9 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         help="FASTA, or parquet with a column `sequence`; default: 8,000 UniRef proteins beside the repository if "
         "they are there, else the bundled sample",
     )  # fmt: skip
-    parser.add_argument("--steps", type=positive, help="optimizer steps a round, of ours 4 at least; default: by size")
+    parser.add_argument(
+        "--steps", type=positive, help="optimizer steps a round, of ours and Trainer 4 at least; default: by size"
+    )
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--warmup-steps", type=positive, default=1, help="before anything counts; default: 1")
     parser.add_argument("--qualifying-steps", type=positive, default=2, help="in each precision; default: 2")
@@ -378,7 +385,12 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="the tiny model, two rounds, little of everything")
     parser.add_argument(
-        "--profile", type=positive, nargs="?", const=2, metavar="STEPS", help="where the time of our steps goes"
+        "--profile",
+        type=positive,
+        nargs="?",
+        const=MIXED_STEPS,
+        metavar="STEPS",
+        help="where the time of our steps goes",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="entries of other sizes in it are kept")
     parser.add_argument(

@@ -2,8 +2,8 @@
 """The transformer layer in plain PyTorch, with TransformerEngine's parameter names, shapes and semantics.
 
 Shapes: B sequences, S padded length, T packed tokens of all sequences; N is either `B, S` (padded) or `T` (packed).
-H heads of D channels, E = H * D the width, F the feed-forward width. W tokens are wanted of the last layer, those with
-a label. It computes no projection and no feed-forward part of the others; in `layers_cpp.py` they do not ask either.
+H heads of D channels, E = H * D the width, F the feed-forward width. W tokens are wanted of the last layer: those with
+a label, and a few. It computes no projection and no feed-forward part of the others; all stay keys and values.
 
 Every matrix product goes through the attribute `matmul(x, weight, bias)` of its module (`layernorm_qkv`, `proj`,
 `layernorm_mlp`), `F.linear` unless replaced: that is where another precision comes in.
@@ -97,7 +97,9 @@ class Kernels:
         """q, k and v of each head [N, H, 3 D], not turned yet, to [N, H, D], or of wanted tokens [W, H, D]."""
         q_NHD, k_NHD, v_NHD = qkv_NHC.chunk(3, dim=-1)
         context_NHD = attention(rotate(q_NHD, inputs), rotate(k_NHD, inputs), v_NHD, inputs)
-        return take_wanted(context_NHD.flatten(-2), wanted_W).unflatten(-1, context_NHD.shape[-2:])
+        if wanted_W is None:
+            return context_NHD
+        return context_NHD.flatten(0, -3).index_select(0, wanted_W)
 
     def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float) -> Tensor:
         """[N, E] to [N, E]."""

@@ -191,15 +191,15 @@ class Encoder(nn.Module):
         return self.emb_layer_norm_after(last(x_NE, inputs, wanted_W))
 
 
-# Wanted tokens are so many, twice so many, ...: compiled products and graphs, which are made for each size, are used
-# again, those of few bits have a number of rows that they can take, and there is no batch of none.
+# W is a multiple of it, or all N tokens: compiled products and graphs are made for each size, and so are found again;
+# FP8 and MXFP8 take rows by 16 and 32; and W is never 0.
 WANTED_ROUND = 64
 
 
 def wanted_tokens(labels_N: Tensor) -> tuple[Tensor, int]:
-    """Numbers of the labelled tokens, and of the first others to fill up, rising [W]; how many are labelled.
+    """Numbers of all labelled tokens, and of the first unlabelled ones to fill up W, rising [W]; the number of labels.
 
-    A GPU is waited for once.
+    Waits for the GPU once.
     """
     is_other_N = (labels_N == -100).flatten()
     num_labels = len(is_other_N) - int(is_other_N.sum())
@@ -346,7 +346,7 @@ class Esm2ForMaskedLM(Esm2PreTrainedModel):
             return MaskedLMOutput(logits=self.lm_head(self.esm(*batch).last_hidden_state, embedding_PE))
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels {list(labels.shape)} must have the shape of input_ids, {list(input_ids.shape)}.")
-        if self.esm.context_parallel and cu_seqlens is not None:
+        if self.esm.context_parallel and cu_seqlens is not None:  # a padded batch is refused by the encoder
             labels = self.esm.context_parallel.part(labels)
         wanted_W, num_labels = wanted_tokens(labels)
         logits_WV = self.lm_head(self.esm(*batch, wanted_W).last_hidden_state, embedding_PE)
@@ -354,8 +354,9 @@ class Esm2ForMaskedLM(Esm2PreTrainedModel):
         if num_items_in_batch is None:
             num_items_in_batch = max(num_labels, 1)
         loss = F.cross_entropy(logits_WV.float(), labels_W, reduction="sum") / num_items_in_batch
-        is_labelled_first_W = (labels_W == -100).int().argsort(stable=True)
-        return MaskedLMOutput(loss=loss, logits=logits_WV[is_labelled_first_W[:num_labels]])
+        # By their numbers: a boolean index would wait for the GPU.
+        labelled_L = (labels_W == -100).int().argsort(stable=True)[:num_labels]
+        return MaskedLMOutput(loss=loss, logits=logits_WV[labelled_L])
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -414,12 +415,15 @@ def initial_value(name: str, shape: torch.Size, config: Esm2Config, seed: int) -
     return value
 
 
-def training_flops(config: Esm2Config, seq_lens: Iterable[int], num_labels: int, labels_only: bool = False) -> float:
+def training_flops(
+    config: Esm2Config, seq_lens: Iterable[int], num_labels: int, layer_backend: str | None = None
+) -> float:
     """Floating-point operations of one training step: three times those of the forward pass.
 
     Forward: layers * [2 (4 E^2 + 2 E F) T + 4 E sum(length^2)] + 2 (E^2 + E P) L, with F the feed-forward width, over
-    real tokens. Recomputation and padding do not count. This is the usual count; `labels_only` leaves out what the
-    last layer need not compute of tokens without a label: 2 (E^2 + 2 E F) (T - L), and their share of its attention.
+    real tokens. Recomputation and padding do not count. This is the usual count. With `layer_backend` torch
+    or cpp it is without what the last layer need not compute of tokens without a label: 2 (E^2 + 2 E F) (T - L), and
+    their share of its attention.
     """
     seq_lens = list(seq_lens)
     width, feed_forward, num_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
@@ -428,7 +432,7 @@ def training_flops(config: Esm2Config, seq_lens: Iterable[int], num_labels: int,
     attention = 4 * width * sum(length**2 for length in seq_lens)
     head = 2 * (width**2 + width * config.padded_vocab_size) * num_labels
     forward = num_layers * (products + attention) + head
-    if labels_only and num_tokens:
+    if layer_backend in ("torch", "cpp") and num_tokens:
         num_others = num_tokens - num_labels
         forward -= 2 * (width**2 + 2 * width * feed_forward) * num_others + attention * num_others / num_tokens
     return 3.0 * forward

@@ -170,7 +170,6 @@ class PerfLogger:
             "peak_tflops_per_rank": peak_tflops, "peak_source": source, "code_sha256": code_hash(),
             "git": git_commit(), "versions": versions(), "command": sys.argv,
         }  # fmt: skip
-        self.labels_only = self.run["layer_backend"] in ("cpp", "torch")
         if not distributed.is_main:
             return
         if self.folder:
@@ -240,7 +239,7 @@ class PerfLogger:
             self.window["tokens"] += batch.num_tokens
             self.window["slots"] += batch.num_slots
             self.window["flops"] += training_flops(
-                self.model_config, batch.seq_lens, batch.num_labels, labels_only=self.labels_only
+                self.model_config, batch.seq_lens, batch.num_labels, self.run["layer_backend"]
             )
 
     def log_step(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What rounding to few bits does to the layers' tensors: lines in `metrics.jsonl`, from which `plot_metrics.py` draws.
 
-For input, weight and output gradient of each matrix product that `precision.py` has replaced, on the first rank:
+For input, weight and output gradient of each matrix product that `precision.py` has replaced, on the first rank (in
+the last layer, but for q, k and v, of labelled tokens only):
 
 - `underflow`: the share of numbers that are not 0 and become 0
 - `saturation`: the share that lands on the format's largest number

@@ -90,10 +90,15 @@ def test_a_step_that_is_no_number_is_reported_once(tmp_path):
 # ---- loss, gradients, and what is exchanged
 
 
-def make_batch(multiple: int):
+def make_batch(multiple: int, labelled: str = "everywhere"):
     random = np.random.default_rng(0)
-    tokens = [random.integers(4, 24, n) for n in LENGTHS]
-    return MaskedLMCollator(True, 0, 0.15, multiple)({"tokens": tokens, "name": (0, 0, 0)})
+    lengths = [40, 50, 30] if labelled == "few tokens" else LENGTHS
+    tokens = [random.integers(4, 24, n) for n in lengths]
+    batch = MaskedLMCollator(True, 0, 0.15, multiple)({"tokens": tokens, "name": (0, 0, 0)})
+    if labelled == "at the start":  # which is the first rank's
+        batch.inputs["labels"][40:] = -100
+        batch.num_labels = int((batch.inputs["labels"] != -100).sum())
+    return batch
 
 
 def make_model(num_heads: int) -> Esm2ForMaskedLM:
@@ -102,8 +107,8 @@ def make_model(num_heads: int) -> Esm2ForMaskedLM:
                                       intermediate_size=96))  # fmt: skip
 
 
-def loss_and_gradients(distributed: Distributed, num_heads: int) -> tuple[float, dict]:
-    model, batch = make_model(num_heads), make_batch(distributed.num_ranks)
+def loss_and_gradients(distributed: Distributed, num_heads: int, labelled: str) -> tuple[float, dict]:
+    model, batch = make_model(num_heads), make_batch(distributed.num_ranks, labelled)
     model.esm.context_parallel = distributed.with_context_parallel(distributed.num_ranks).context_parallel
     loss = model(**batch.inputs, num_items_in_batch=batch.num_labels).loss
     loss.backward()
@@ -113,12 +118,21 @@ def loss_and_gradients(distributed: Distributed, num_heads: int) -> tuple[float,
     return distributed.sum(loss.item())[0], {name: g.numpy() for name, g in gradients.items()}
 
 
-@pytest.mark.parametrize(("num_ranks", "num_heads"), [(2, 6), (2, 5), (4, 6), (4, 10)])
-def test_loss_and_gradients(num_ranks, num_heads, tmp_path):
-    model, batch = make_model(num_heads), make_batch(1)
+@pytest.mark.parametrize(
+    ("num_ranks", "num_heads", "labelled"),
+    [
+        (2, 6, "everywhere"),
+        (2, 5, "at the start"),
+        (4, 6, "everywhere"),
+        (4, 10, "at the start"),
+        (4, 6, "few tokens"),
+    ],
+)
+def test_loss_and_gradients(num_ranks, num_heads, labelled, tmp_path):
+    model, batch = make_model(num_heads), make_batch(1, labelled)
     model(**batch.inputs).loss.backward()
     expected = model(**batch.inputs).loss.item()
-    for loss, gradients in on_ranks(tmp_path, loss_and_gradients, num_ranks, num_heads):
+    for loss, gradients in on_ranks(tmp_path, loss_and_gradients, num_ranks, num_heads, labelled):
         assert loss == pytest.approx(expected, rel=1e-5)
         for name, p in model.named_parameters():
             largest = p.grad.abs().max().item()

@@ -503,14 +503,14 @@ def test_other_crops_would_be_seen(seen, start):
 
 @pytest.mark.parametrize("layers, width, feed_forward", [(2, 48, 80), (5, 24, 7)])
 @pytest.mark.parametrize("seq_lens, num_labels", [([3], 1), ([17, 5, 40], 11), ([1024, 1], 0)])
-@pytest.mark.parametrize("labels_only", [False, True])
-def test_operations_by_hand(layers, width, feed_forward, seq_lens, num_labels, labels_only):
+@pytest.mark.parametrize("backend", [None, "transformers", "te", "torch", "cpp"])
+def test_operations_by_hand(layers, width, feed_forward, seq_lens, num_labels, backend):
     config = Esm2Config(
         num_hidden_layers=layers, hidden_size=width, intermediate_size=feed_forward, num_attention_heads=4
     )
-    expected = reference.flops(seq_lens, num_labels, layers, width, feed_forward, labels_only)
-    assert training_flops(config, seq_lens, num_labels, labels_only) == pytest.approx(expected, rel=1e-12)
-    assert training_flops(config, [], 0, labels_only) == 0
+    expected = reference.flops(seq_lens, num_labels, layers, width, feed_forward, backend in ("torch", "cpp"))
+    assert training_flops(config, seq_lens, num_labels, backend) == pytest.approx(expected, rel=1e-12)
+    assert training_flops(config, [], 0, backend) == 0
 
 
 @LAYOUTS
@@ -529,4 +529,4 @@ def test_operations_are_those_of_forward_and_backward_pass(layout):
     # The plain layers' attention is of all tokens, also in the last one.
     beside = 3 * 4 * 48 * sum(length**2 for length in slots) * (1 - num_labels / sum(slots))
     found = counter.get_total_flops() - beside
-    assert found == pytest.approx(training_flops(model.config, slots, num_labels, labels_only=True), rel=1e-12)
+    assert found == pytest.approx(training_flops(model.config, slots, num_labels, "torch"), rel=1e-12)

@@ -107,6 +107,12 @@ def test_numbers_by_hand(distributed, tmp_path):
     check_numbers(drive(distributed, tmp_path), tokens=30, slots=40, flops=FLOPS_OF_RANK[0], num_ranks=1)
 
 
+def test_the_reference_computes_all_of_the_last_layer(distributed, tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIG, "model_tag", "facebook/esm2_t6_8M_UR50D")
+    flops = 3 * (2 * (PRODUCTS * 30 + 4 * 48 * (10**2 + 20**2)) + HEAD * 4)
+    check_numbers(drive(distributed, tmp_path), tokens=30, slots=40, flops=flops, num_ranks=1)
+
+
 def test_numbers_of_two_ranks(tmp_path):
     lines, nothing = run_ranks(tmp_path / "ranks", drive, 2, tmp_path / "log")
     assert nothing == []

@@ -7,7 +7,7 @@ import torch
 
 import precision
 from collator import MaskedLMCollator
-from modeling_esm2 import SIZES, Esm2Config, Esm2ForMaskedLM
+from modeling_esm2 import SIZES, WANTED_ROUND, Esm2Config, Esm2ForMaskedLM
 from precision import FP8, Precision
 
 
@@ -80,6 +80,10 @@ def test_only_the_chosen_layers_change(recipe):
         one(**inputs)
     same = [torch.equal(a, b) for a, b in zip(*states, strict=True)]
     assert same == [True, False, False, False]
+
+
+def test_the_last_layers_rows_are_what_products_take():
+    assert EMULATED and all(WANTED_ROUND % precision.RECIPES[recipe].tokens == 0 for recipe in EMULATED)
 
 
 @pytest.mark.parametrize("recipe", EMULATED)
