@@ -196,15 +196,19 @@ class Encoder(nn.Module):
 WANTED_ROUND = 64
 
 
+def labelled_first(labels_N: Tensor) -> Tensor:
+    """Numbers of the tokens with a label, then those of the others, both rising, without waiting for the GPU."""
+    return (labels_N == -100).flatten().int().argsort(stable=True)
+
+
 def wanted_tokens(labels_N: Tensor) -> tuple[Tensor, int]:
     """Numbers of all labelled tokens, and of the first unlabelled ones to fill up W, rising [W]; the number of labels.
 
     Waits for the GPU once.
     """
-    is_other_N = (labels_N == -100).flatten()
-    num_labels = len(is_other_N) - int(is_other_N.sum())
+    num_labels = int((labels_N != -100).sum())
     num_wanted = max(1, -(-num_labels // WANTED_ROUND)) * WANTED_ROUND
-    return is_other_N.int().argsort(stable=True)[:num_wanted].sort().values, num_labels
+    return labelled_first(labels_N)[:num_wanted].sort().values, num_labels
 
 
 class ContactRegression(nn.Module):
@@ -354,9 +358,7 @@ class Esm2ForMaskedLM(Esm2PreTrainedModel):
         if num_items_in_batch is None:
             num_items_in_batch = max(num_labels, 1)
         loss = F.cross_entropy(logits_WV.float(), labels_W, reduction="sum") / num_items_in_batch
-        # By their numbers: a boolean index would wait for the GPU.
-        labelled_L = (labels_W == -100).int().argsort(stable=True)[:num_labels]
-        return MaskedLMOutput(loss=loss, logits=logits_WV[labelled_L])
+        return MaskedLMOutput(loss=loss, logits=logits_WV[labelled_first(labels_W)[:num_labels]])
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

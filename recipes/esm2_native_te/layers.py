@@ -85,9 +85,12 @@ def attention_by_sequence(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, inputs: A
     return torch.cat(contexts_1HSD, dim=2).transpose(1, 2).squeeze(0)
 
 
-def take_wanted(x_NE: Tensor, wanted_W: Tensor | None) -> Tensor:
-    """[N, E] to [W, E]: the tokens wanted, numbered through all sequences. None: all, as they are."""
-    return x_NE if wanted_W is None else x_NE.flatten(0, -2).index_select(0, wanted_W)
+def take_wanted(x_NE: Tensor, wanted_W: Tensor | None, token_dims: int = 1) -> Tensor:
+    """[N, E] to [W, E]: the tokens wanted, numbered through all sequences. None: all, as they are.
+
+    The last `token_dims` dimensions are those of one token: 2 for [N, H, D].
+    """
+    return x_NE if wanted_W is None else x_NE.flatten(0, -1 - token_dims).index_select(0, wanted_W)
 
 
 class Kernels:
@@ -97,9 +100,7 @@ class Kernels:
         """q, k and v of each head [N, H, 3 D], not turned yet, to [N, H, D], or of wanted tokens [W, H, D]."""
         q_NHD, k_NHD, v_NHD = qkv_NHC.chunk(3, dim=-1)
         context_NHD = attention(rotate(q_NHD, inputs), rotate(k_NHD, inputs), v_NHD, inputs)
-        if wanted_W is None:
-            return context_NHD
-        return context_NHD.flatten(0, -3).index_select(0, wanted_W)
+        return take_wanted(context_NHD, wanted_W, token_dims=2)
 
     def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float) -> Tensor:
         """[N, E] to [N, E]."""

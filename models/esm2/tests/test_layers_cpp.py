@@ -41,8 +41,8 @@ def attention_inputs(lengths, dim):
     return layers.AttentionInputs(angles_SD, None, cu_seqlens, positions_T, max(lengths))
 
 
-def attention_and_gradient(kernels, qkv, inputs, grad, wanted_L=None):
-    context = kernels.attention(qkv, inputs, wanted_L)
+def attention_and_gradient(kernels, qkv, inputs, grad, wanted_W=None):
+    context = kernels.attention(qkv, inputs, wanted_W)
     return context.detach(), *torch.autograd.grad(context, qkv, grad)
 
 

@@ -161,3 +161,10 @@ def test_tokens_that_do_not_divide(distributed):
     context_parallel.size = 2
     with pytest.raises(ValueError, match="281 tokens are not the same number on each of 2 ranks"):
         context_parallel.part(torch.zeros(281))
+    for size in (2, 3):  # whether the ranks divide its rows or not
+        context_parallel.size = size
+        model, padded = make_model(6), torch.ones(4, 30, dtype=torch.long)
+        model.esm.context_parallel = context_parallel
+        for labels in ({}, {"labels": padded}):
+            with pytest.raises(ValueError, match="Context parallelism takes packed batches only"):
+                model(padded, **labels)
