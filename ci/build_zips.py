@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""One zip a recipe, with its README and the licence: what users unpack in an empty folder and run.
+"""One zip a recipe, with the licence and the guides as GUIDE.md: what users unpack in an empty folder and run.
 
 python ci/build_zips.py                     # dist/<recipe>.zip and dist/SHA256SUMS
 python ci/build_zips.py --out /tmp/zips recipes/esm2_native_te
@@ -11,12 +11,12 @@ left out too; a file that git does not know yet is an error.
 
 import argparse
 import hashlib
-import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+from guide import NAME, guide, in_zip
 from repository import paths_of
 
 
@@ -63,28 +63,24 @@ def recipes() -> list[Path]:
     return sorted({top / parts[0] for parts in inside if (top / parts[0]).is_dir()})
 
 
-def inside_links(text: str) -> str:
-    """A page whose links lead out of the folder no more: those are told by their place in the repository."""
-
-    def replace(match: re.Match) -> str:
-        words, target = match.groups()
-        return f"{words} (`{target.removeprefix('../../')}` in the repository)"
-
-    return re.sub(r"!?\[([^\]]*)\]\((\.\./\.\./[^)\s]*)\)", replace, text)
+def contents(folder: Path, licence: Path) -> dict[str, tuple[bytes, int]]:
+    """What each file of the zip holds, and its mode; links of pages lead to what is in the zip."""
+    found = {"LICENSE": (licence.read_bytes(), 0o100644), NAME: (guide(folder).encode(), 0o100644)}
+    for path, mode in files_of(folder).items():
+        name, content = path.relative_to(folder).as_posix(), path.read_bytes()
+        if path.suffix == ".md":
+            content = in_zip(content.decode(), f"recipes/{folder.name}/{name}", name, folder).encode()
+        found[name] = content, mode
+    return found
 
 
 def build(folder: Path, out: Path, licence: Path) -> Path:
     """Write `out/<name>.zip`, which unpacks into one folder of that name."""
     target = out / f"{folder.name}.zip"
-    files = {str(path.relative_to(folder)): (path, mode) for path, mode in files_of(folder).items()}
-    files["LICENSE"] = licence, 0o100644
     with zipfile.ZipFile(target, "w") as file:
-        for name, (path, mode) in sorted(files.items()):
+        for name, (content, mode) in sorted(contents(folder, licence).items()):
             entry = zipfile.ZipInfo(f"{folder.name}/{name}", DAY_ONE)
             entry.external_attr, entry.create_system = mode << 16, 3  # Unix
-            content = path.read_bytes()
-            if name == "README.md":
-                content = inside_links(content.decode()).encode()
             # Stored, not deflated: compressed bytes depend on the version of zlib.
             file.writestr(entry, content, zipfile.ZIP_STORED)
     return target
@@ -99,6 +95,10 @@ def main(arguments: list[str]) -> int:
     folders = [folder.resolve() for folder in asked.folders] or recipes()
     for folder in folders:  # all, before the first is written
         files_of(folder)
+        try:
+            guide(folder)
+        except ValueError as error:
+            sys.exit(f"error: {folder}: {error}")
     asked.out.mkdir(parents=True, exist_ok=True)
     zips = [build(folder, asked.out, ROOT / "LICENSE") for folder in folders]
     sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in zips]

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+from pages import FENCE, LINK, RELEASES, headings
 from repository import files_of
 
 
 ROOT = Path(__file__).resolve().parents[1]
-LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-FENCE = re.compile(r"^(```|~~~).*?^\1", re.M | re.S)
 
 
 class Loader(yaml.SafeLoader):
@@ -33,29 +32,17 @@ PARSERS: dict[str, Callable[[str], object]] = {
 }  # fmt: skip
 
 
-def slug(heading: str) -> str:
-    """The name that GitHub gives a heading in links."""
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
-    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
-
-
-def headings(page: Path) -> set[str]:
-    """What links into a page may name."""
-    text = FENCE.sub("", page.read_text())
-    return {slug(line.lstrip("#")) for line in text.splitlines() if re.match(r"#{1,6} ", line)}
-
-
 def bad_links(page: Path) -> list[str]:
     """Links of a page that lead nowhere; those to other machines are not followed."""
     found = []
-    for target in LINK.findall(FENCE.sub("", page.read_text())):
-        if re.match(r"[a-z]+:|(\.\./)*releases$", target):  # the latter is GitHub's page
+    for _, target in LINK.findall(FENCE.sub("", page.read_text())):
+        if re.match(r"[a-z]+:", target) or RELEASES.match(target):
             continue
         path, _, heading = target.partition("#")
         there = (page.parent / path).resolve() if path else page
         if not there.exists():
             found.append(f"{target}: no such file")
-        elif heading and there.suffix == ".md" and heading not in headings(there):
+        elif heading and there.suffix == ".md" and heading not in headings(there.read_text()):
             found.append(f"{target}: no such heading")
     return found
 

@@ -4,6 +4,7 @@
 #   bash ci/gpu.sh                             all of it; numbers go to docs/results, tables to READMEs and docs
 #   bash ci/gpu.sh tests -k two_gpus           a part, with arguments of ci/benchmarks/hardware.py
 #   bash ci/gpu.sh speed 650M,3B --rounds 3    sizes (150M,650M,3B), and arguments of ci/benchmarks/train_speed.py
+# RECIPE=recipes/NAME takes the environment of another recipe, and runs its tests only: speed is measured of ESM-2.
 # OUT=folder puts numbers and tables there, those of docs/results included, and leaves the pages alone.
 # HERE=1 takes the Python that is there with what it has, without a network. PYTHON=python3.12 chooses the interpreter.
 set -euo pipefail
@@ -12,11 +13,21 @@ case $part in ''|tests|speed) ;; *) echo "error: $part is no part: bash ci/gpu.s
 [ $# -eq 0 ] || shift
 if [ -n "${OUT:-}" ]; then mkdir -p "$OUT"; OUT=$(realpath "$OUT"); fi
 cd "$(dirname "$0")/.."
+measured=recipes/esm2_native_te
+recipe=${RECIPE:-$measured}; recipe=${recipe%/}
+[ -f "$recipe/requirements.txt" ] || { echo "error: RECIPE=$recipe: no such recipe; there are" recipes/*/ >&2; exit 2; }
+if [ "$recipe" != "$measured" ]; then
+  [ "$part" != speed ] || { echo "error: speed is measured of $measured; leave RECIPE=$recipe out." >&2; exit 2; }
+  part=tests
+  set -- "$recipe/" "$@"
+fi
 
 if [ -n "${HERE:-}" ]; then
   python=${PYTHON:-python3}
 else
-  source ci/environment.sh gpu recipes/esm2_native_te/requirements.txt ci/benchmarks/requirements.txt
+  # With the folders that agree with its pins: their tests run too.
+  read -r -a words <<< "$("${PYTHON:-python3}" ci/environments.py "$recipe")"
+  source ci/environment.sh "gpu${words[0]#test}" "${words[@]:1:${#words[@]}-2}" ci/benchmarks/requirements.txt
   python=python
 fi
 "$python" - << 'CHECK' || exit 2
@@ -37,11 +48,12 @@ run() {  # NAME COMMAND...
   echo "--- $1"
   "${@:2}" || failed+=("$1 (exit code $?)")
 }
-if [ -z "${HERE:-}" ] && [[ " $* " != *" --without-te "* ]] && ! python -c 'import transformer_engine.pytorch' 2> /dev/null
+te=$recipe/requirements-te.txt
+if [ -z "${HERE:-}" ] && [ -f "$te" ] && [[ " $* " != *" --without-te "* ]] && ! python -c 'import transformer_engine.pytorch' 2> /dev/null
 then
   run "installing what compiles TransformerEngine" python -m pip install --quiet setuptools wheel ninja
   run "installing TransformerEngine" \
-    python -m pip install --quiet --no-build-isolation -r recipes/esm2_native_te/requirements-te.txt
+    python -m pip install --quiet --no-build-isolation -r "$te"
 fi
 for name in ${OUT:+gpu_tests train_speed}; do
   if [ -e "docs/results/$name.json" ] && [ ! -e "$OUT/$name.json" ]; then cp "docs/results/$name.json" "$OUT"; fi

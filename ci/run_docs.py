@@ -2,13 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run what READMEs and docs tell users to type: blocks marked `bash` and `python`, page by page, in a copy.
 
-python ci/run_docs.py                                    # all pages: six minutes on two cores
-python ci/run_docs.py recipes/esm2_native_te/README.md
+python ci/run_docs.py                         # all pages
+python ci/run_docs.py recipes/esm2_native_te  # a page, or a folder's pages
 python ci/run_docs.py --list
 
-Blocks marked `sh` and `py` are for people: they need a GPU, a cluster, a network or an hour. `text` and
-no mark are no commands; any other mark is an error, so that nothing is left out by mistake. Training is cut short: few
-steps and a small validation set, and `step_400` follows.
+Blocks marked `sh` and `py` are for people: they need a GPU, a cluster, a network or an hour. `text` and no mark are no
+commands; any other mark is an error, so that nothing is left out by mistake. Training is cut short: few steps and a
+small validation set, and `step_400` follows.
+
+A page's commands are typed where it lies, those of docs/ at the top; from a line <!-- typed in recipes/NAME --> on
+they are typed there, and from <!-- typed in a recipe --> on in that of --recipe. What commands of a recipe expect of a
+user's own files, `write_examples` in its tests/this_recipe.py makes.
 """
 
 import argparse
@@ -26,8 +30,7 @@ import repository
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "recipes/esm2_native_te"
-# Where a page's commands are typed, if not where it lies.
-FOLDERS = {"docs/index.md": RECIPE}
+TYPED_IN = re.compile(r"^<!-- typed in (a recipe|\S+) -->$", re.M)
 FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.M | re.S)
 RUN, READ = ("bash", "python"), ("sh", "py", "text", "")
 FEWEST = 4
@@ -41,12 +44,22 @@ class Block(NamedTuple):
     line: int
     language: str
     text: str
+    folder: str  # where it is typed
 
 
-def blocks(page: Path, name: str) -> list[Block]:
-    """Those of a page that are run. Raises ValueError where it cannot be told which these are."""
+def blocks(page: Path, name: str, recipe: str = RECIPE) -> list[Block]:
+    """Those of a page that are run, `recipe` being where those for any recipe are typed.
+
+    Raises ValueError where it cannot be told which these are.
+    """
     text = page.read_text()
-    found = [Block(name, text.count("\n", 0, m.start()) + 1, m[1], m[2]) for m in FENCE.finditer(text)]
+    places = [(0, "." if name.startswith("docs/") else str(Path(name).parent))]
+    places += [(m.start(), m[1]) for m in TYPED_IN.finditer(text)]
+    found = []
+    for m in FENCE.finditer(text):
+        folder = [place for start, place in places if start <= m.start()][-1]
+        line = text.count("\n", 0, m.start()) + 1
+        found.append(Block(name, line, m[1], m[2], recipe if folder == "a recipe" else folder))
     for block in found:
         if block.language not in RUN + READ:
             raise ValueError(
@@ -65,43 +78,48 @@ def few(match: re.Match) -> str:
     return f"{match[1]}{max(FEWEST, int(match[2]) // 50)}"
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, folder: str = ".") -> str:
     """Commands that train little; the rest as it is."""
-    commands = []
+    commands, defaults = [], ROOT / folder / "hydra_config" / "defaults.yaml"
+    given = {"num_train_steps": FEWEST, "validation.max_rows": 20}
+    if defaults.exists() and "max_rows:" not in defaults.read_text():
+        del given["validation.max_rows"]
     for command in re.sub(r"\\\n\s*", " ", text).splitlines():
         command = re.sub(r"(num_train_steps=|step_)(\d+)", few, command)
         words, hash_, comment = command.partition("  #")
         if re.search(r"\btrain_(ddp|fsdp2|mfsdp)\.py\b", words) and not words.startswith("diff"):
-            given = {"num_train_steps": FEWEST, "validation.max_rows": 20}
             words = words.rstrip() + "".join(f" {k}={v}" for k, v in given.items() if f"{k}=" not in words)
         commands.append(words + hash_ + comment)
     return "\n".join(commands)
 
 
-def copy_repository(to: Path) -> None:
-    """The files that git knows, and a user's proteins in each recipe's folder that trains on such."""
+EXAMPLES = """
+import runpy
+from pathlib import Path
+write = runpy.run_path("tests/this_recipe.py").get("write_examples")
+if write:
+    write(Path.cwd())
+"""
+
+
+def copy_repository(to: Path, folders: set[str]) -> None:
+    """The files that git knows; in those of `folders` that are recipes also what their commands expect of a user."""
     repository.copy(ROOT, to)
     (to / ".git" / "info" / "exclude").write_text("*\n")  # what the pages' commands write is no part of a recipe
-    import pyarrow.parquet as pq
-
-    for sample in to.glob("recipes/*/data/train.parquet"):
-        if "sequence" in pq.read_schema(sample).names:
-            proteins = pq.read_table(sample).column("sequence").to_pylist()[:200]
-            folder = sample.parents[1]
-            (folder / "my.fasta").write_text("".join(f">p{i}\n{s}\n" for i, s in enumerate(proteins)))
-            (folder / "my.csv").write_text("protein\n" + "\n".join(proteins) + "\n")
+    for folder in sorted(folders):
+        if (to / folder / "tests" / "this_recipe.py").is_file():
+            subprocess.run([sys.executable, "-c", EXAMPLES], cwd=to / folder, check=True)
 
 
 def run(block: Block, root: Path) -> str | None:
     """What went wrong, with the end of what was said; None if nothing did."""
-    folder = root / FOLDERS.get(block.page, "." if block.page.startswith("docs/") else str(Path(block.page).parent))
-    text = shortened(block.text) if block.language == "bash" else block.text
+    text = shortened(block.text, block.folder) if block.language == "bash" else block.text
     command = ["bash", "-euo", "pipefail", "-c", text] if block.language == "bash" else [sys.executable, "-c", text]
     quiet = {"HF_DATASETS_CACHE": str(root / ".cache"), "HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
     try:
         done = subprocess.run(
-            command, cwd=folder, env=os.environ | quiet, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=TIMEOUT_S,
+            command, cwd=root / block.folder, env=os.environ | quiet, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=TIMEOUT_S,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"still running after {TIMEOUT_S} s"
@@ -111,27 +129,34 @@ def run(block: Block, root: Path) -> str | None:
 def main(arguments: list[str]) -> int:
     """Run the pages asked for, all if none is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", metavar="PAGE.md")
+    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE.md")
+    parser.add_argument("--recipe", default=RECIPE, metavar="FOLDER", help=f"default: {RECIPE}")
     parser.add_argument("--list", action="store_true", help="show the blocks and what is run of them")
     asked = parser.parse_args(arguments)
-    pages = [Path(page).resolve() for page in asked.pages]
-    for pattern in ("*.md", "recipes/*/README.md", "models/*/README.md", "docs/*.md") if not pages else ():
+    pages = []
+    for page in map(Path.resolve, asked.pages):
+        pages += sorted(page.glob("*.md")) if page.is_dir() else [page]
+    for pattern in ("*.md", "recipes/*/README.md", "models/*/README.md", "docs/*.md") if not asked.pages else ():
         pages += sorted(ROOT.glob(pattern))
     for page in pages:
         if not page.is_file() or ROOT not in page.parents:
             parser.error(f"{page}: {'not in this repository' if page.is_file() else 'no such page'}.")
     try:
-        found = [block for page in pages for block in blocks(page, str(page.relative_to(ROOT)))]
+        recipe = asked.recipe.removeprefix("./").rstrip("/")
+        found = [block for page in pages for block in blocks(page, str(page.relative_to(ROOT)), recipe)]
+        if wrong := [block for block in found if not (ROOT / block.folder).is_dir()]:
+            raise ValueError(f"{wrong[0].page}: its commands are typed in {wrong[0].folder}, which is no folder here.")
     except ValueError as error:
         parser.error(str(error))
     if asked.list:
         for block in found:
             print(f"--- {block.page}:{block.line} ({block.language})")
-            print(shortened(block.text) if block.language == "bash" else block.text.rstrip())
+            print(shortened(block.text, block.folder) if block.language == "bash" else block.text.rstrip())
         return 0
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
-        copy_repository(Path(scratch))
+        named = {name for block in found for name in re.findall(r"\brecipes/\w+", block.text)}
+        copy_repository(Path(scratch), {block.folder for block in found} | named)
         for block in found:
             started = time.perf_counter()
             wrong = run(block, Path(scratch))

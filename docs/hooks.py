@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages made from files of the repository, so that there is no second copy: READMEs and the papers at the top."""
+"""Pages made from files of the repository, so that there is no second copy.
+
+They are READMEs, the papers at the top, the keys of each recipe, and the reference of its Python files. A new recipe
+has them by itself, and so has a folder that recipes share: one with an __init__.py.
+"""
 
 import posixpath
-import re
+import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -10,73 +14,97 @@ from mkdocs.structure.files import File, Files
 
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "ci"))
+
+import knobs  # noqa: E402
+from pages import relinked, title  # noqa: E402
+
+
 PAPERS = {"CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md"}
-LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s]+)\)")
-API = (
-    "dataset", "epoch_plan", "collator", "modeling_esm2", "layers", "context_parallel", "precision", "quant_stats",
-    "distributed", "checkpoint", "export", "scheduler", "validation", "anomalies", "perf_logger", "build_model",
-    "convert",
-)  # fmt: skip
 
 
-def pages() -> dict[str, str]:
+def recipes() -> list[Path]:
+    """Their folders."""
+    return sorted(path.parent for path in ROOT.glob("recipes/*/README.md"))
+
+
+def short_title(folder: Path) -> str:
+    """What a README calls its recipe, up to a comma."""
+    return title((folder / "README.md").read_text()).partition(",")[0]
+
+
+def copied() -> dict[str, str]:
     """Which file of the repository becomes which page."""
     found = dict(PAPERS)
-    for folder in sorted([*ROOT.glob("recipes/*"), *ROOT.glob("models/*")]):
-        if (folder / "README.md").is_file():
-            found[f"{folder.parent.name}/{folder.name}/README.md"] = f"{folder.parent.name}/{folder.name}.md"
+    for folder in [*recipes(), *sorted(path.parent for path in ROOT.glob("models/*/README.md"))]:
+        found[f"{folder.parent.name}/{folder.name}/README.md"] = f"{folder.parent.name}/{folder.name}.md"
     return found
 
 
-def relinked(text: str, source: str, page: str) -> str:
-    """A file's text with its links as they are on the site; what the site does not have is told by its path."""
-    known = pages()
-    for path in (ROOT / "docs").rglob("*"):
-        if path.suffix in (".md", ".png", ".svg", ".json"):
-            known[str(path.relative_to(ROOT))] = str(path.relative_to(ROOT / "docs"))
-    known["README.md"] = "index.md"
+def keys() -> dict[str, Path]:
+    """The page of each recipe's keys, and the recipe."""
+    return {f"keys/{recipe.name}.md": recipe for recipe in recipes() if (recipe / knobs.DEFAULTS).is_file()}
 
-    def replace(match: re.Match) -> str:
-        words, target = match.groups()
-        path, hash_, heading = target.partition("#")
-        if re.match(r"[a-z]+:", target) or not path:
-            return match.group()
-        there = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-        if there in known:
-            # The first page is not the README: its headings are others.
-            anchor = hash_ + heading if there != "README.md" else ""
-            return f"{words}({posixpath.relpath(known[there], posixpath.dirname(page) or '.')}{anchor})"
-        if words.startswith("!") or there.endswith("releases"):  # those are the forge's own pages
-            return words.strip("[]")
-        return f"{words[1:-1]} (`{there}`)"
 
-    return LINK.sub(replace, text)
+def references() -> dict[str, tuple[str, list[Path]]]:
+    """Pages of Python files, with their titles: one for each folder that recipes share, one for each recipe."""
+    shared = {path.parent.name: path.parent for path in ROOT.glob("recipes/*/*/__init__.py")}
+    found = {f"reference/{name}.md": (f"{name}/", shared[name]) for name in sorted(shared) if name != "tests"}
+    found |= {f"reference/{recipe.name}.md": (short_title(recipe), recipe) for recipe in recipes()}
+    return {
+        page: (words, [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"])
+        for page, (words, folder) in found.items()
+    }
+
+
+def reference(words: str, files: list[Path]) -> str:
+    """The text of such a page."""
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    return f"# Python: {words}\nThe files of `{files[0].parent.relative_to(ROOT)}`.\n\n" + "".join(
+        f"::: {name}\n\n" for name in names
+    )
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """A new recipe or model is in the navigation by itself."""
-    (recipes,) = (entry["Recipes"] for entry in config.nav if "Recipes" in entry)
-    known = {page for entry in recipes for page in entry.values()}
-    for source, page in pages().items():
+    """What is made is in the navigation by itself."""
+    parts = {name: entries for part in config.nav for name, entries in part.items()}
+    known = {page for entry in parts["Recipes"] for page in entry.values()}
+    for source, page in copied().items():
         if source.endswith("/README.md") and page not in known:
-            title = (ROOT / source).read_text().splitlines()[0].lstrip("# ")
-            recipes.append({title: page})
+            parts["Recipes"].append({title((ROOT / source).read_text()): page})
+    parts["Reference"][:0] = [
+        *({f"Keys: {short_title(recipe)}": page} for page, recipe in keys().items()),
+        *({f"Python: {words}": page} for page, (words, _) in references().items()),
+    ]
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made."""
-    for source, page in pages().items():
-        files.append(File.generated(config, page, content=(ROOT / source).read_text()))
-    reference = "# Python\nThe files of `recipes/esm2_native_te`, as far as others may want to call them.\n\n"
-    files.append(
-        File.generated(config, "reference.md", content=reference + "".join(f"::: {name}\n\n" for name in API))
-    )
+    made = {page: (ROOT / source).read_text() for source, page in copied().items()}
+    made |= {page: knobs.page(recipe) for page, recipe in keys().items()}
+    made |= {page: reference(words, paths) for page, (words, paths) in references().items()}
+    for page, text in made.items():
+        files.append(File.generated(config, page, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) -> str:
-    """Links as they are on the site."""
-    made = {made_page: source for source, made_page in pages().items()}
-    here = page.file.src_uri
-    return relinked(markdown, made.get(here, f"docs/{here}"), here)
+    """Links as they are on the site; what the site does not have is told by its path."""
+    here, docs = page.file.src_uri, ROOT / "docs"
+    known = {
+        f"docs/{path.relative_to(docs)}": str(path.relative_to(docs))
+        for path in docs.rglob("*") if path.suffix in (".md", ".png", ".svg", ".json")
+    }  # fmt: skip
+    known |= copied() | {f"recipes/{recipe.name}/{knobs.DEFAULTS}": made for made, recipe in keys().items()}
+    known["README.md"] = "index.md"
+    source = {made: path for path, made in known.items() if path != "README.md"}.get(here, f"docs/{here}")
+
+    def place(there: str, heading: str) -> str | None:
+        if there not in known:
+            return None
+        # The first page is not the README: its headings are others.
+        heading = "" if there == "README.md" else heading
+        return posixpath.relpath(known[there], posixpath.dirname(here) or ".") + heading
+
+    return relinked(markdown, source, place)

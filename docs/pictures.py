@@ -18,7 +18,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE, OUT = ROOT / "recipes" / "esm2_native_te", ROOT / "docs" / "images" / "concepts"
 sys.path.insert(0, str(RECIPE))
-from epoch_plan import EpochPlan, Grouping, permuted  # noqa: E402
+from common.epoch_plan import EpochPlan, Grouping, permuted  # noqa: E402
 from plot_metrics import COLOURS, FAINT, INK, STYLE  # noqa: E402
 
 

@@ -3,12 +3,19 @@
 # The recipes' slurm.sh on a real Slurm with two virtual nodes (slurm/cluster.sh): trained, warned near its time limit, ended by
 # scancel, requeued, swept, and compared with a local run. Five to ten minutes on two cores. With -m "slow or not slow", as CI does
 # weekly, also the other trainers, scancel --signal=USR1, a node that dies and a run without ckpt_dir: ten to twenty.
+# RECIPE=recipes/NAME tries that one. Else all that have a slurm.sh: the first in all these ways, the others, which have the same
+# slurm_node.sh, by two nodes' training alone.
 # Exit code 77: it cannot be tried here, because Slurm's packages are missing or no cluster comes up. Where CI=true, the latter is
 # a failure: else nobody would see that Slurm is not tested any more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
-if [ -z "${VIRTUAL_ENV:-}" ]; then source ci/environment.sh test recipes/esm2_native_te/requirements.txt ci/requirements.txt; fi
+if [ -n "${RECIPE:-}" ]; then
+  [ -f "$RECIPE/slurm.sh" ] || { echo "error: RECIPE=$RECIPE: no such recipe, or it has no slurm.sh." >&2; exit 2; }
+  recipes=("$RECIPE/slurm.sh")
+else
+  recipes=(recipes/*/slurm.sh)
+fi
 SLURM_HOME=$(mktemp -d)
 export SLURM_HOME TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 trap 'bash "$root/slurm/cluster.sh" down; rm -rf "$SLURM_HOME"' EXIT
@@ -20,4 +27,13 @@ bash slurm/cluster.sh up 2 || {
   exit 77
 }
 source slurm/env.sh
-python -m pytest -p no:cacheprovider "$@" slurm/tests
+status=0 how=()
+for script in "${recipes[@]}"; do
+  echo "--- $script"
+  (
+    if [ -z "${VIRTUAL_ENV:-}" ]; then source ci/environment.sh --of "$(dirname "$script")" || exit; fi
+    RECIPE=$(dirname "$script") python -m pytest -p no:cacheprovider ${how[@]+"${how[@]}"} "$@" slurm/tests
+  ) || { code=$?; [ $code -eq 5 ] || status=$code; }  # 5: no test was selected
+  how=(-k two_nodes)
+done
+exit $status

@@ -63,7 +63,7 @@ def refuse(parser: argparse.ArgumentParser, overrides: list[str], taken: tuple[s
 
 def give_out(asked: argparse.Namespace, numbers: dict, name: str, table: str) -> int:
     """Write, check or print what `add_files` asks for; the exit code."""
-    from running import with_table, write_table  # where it lies, the benchmark has said
+    from common.contract.running import with_table, write_table  # where it lies, the benchmark has said
 
     if asked.output:
         asked.output.parent.mkdir(parents=True, exist_ok=True)

@@ -23,16 +23,17 @@ import numpy as np
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes" / "esm2_native_te"))
-import quiet  # noqa: F401  # isort: skip
+from common import quiet  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
 from contestants import MAX_SEQ_LENGTH
 from speed_profile import Profile
 
-import cpu_memory
 from collator import MaskedLMCollator
-from modeling_esm2 import SIZES, Esm2Config, resolve_layer_backend, training_flops
-from scheduler import adamw, linear_schedule
+from common import cpu_memory
+from common.scheduler import adamw, linear_schedule
+from modeling_esm2 import SIZES, Esm2Config, training_flops
+from tokens.backends import resolve_layer_backend
 
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "esm2_native_te" / "hydra_config"
@@ -89,10 +90,10 @@ class Gate:
         counts, backend = self.counts, self.facts.get("layer_backend")  # ours alone have one
         counts["data_wait_s"] += data_wait_s
         for batch in batches:
-            counts["tokens"] += batch.num_tokens
-            counts["labels"] += batch.num_labels
+            counts["tokens"] += batch.counts["tokens"]
+            counts["labels"] += batch.counts["labels"]
             counts["slots"] += batch.num_slots
-            counts["flops"] += training_flops(self.shape, batch.seq_lens, batch.num_labels, backend)
+            counts["flops"] += training_flops(self.shape, batch.counts, backend)
 
     def step(self, loss: float | None) -> None:
         """A step is over; `loss` is in nats a masked residue, None where the loop does not read it."""
@@ -139,17 +140,21 @@ def prepare(job: SimpleNamespace, gate: Gate) -> None:
     """
     import datasets
 
-    from dataset import CLS, EOS, open_rows, open_source, tokenize
-    from epoch_plan import EpochPlan, Grouping
+    from common.distributed import process_group
+    from common.epoch_plan import EpochPlan, Grouping
+    from common.open_data import open_rows
+    from dataset import CLS, EOS, open_source, tokenize
 
     datasets.disable_progress_bars()
     try:
         rows = open_rows("dataset", {**job.data, "split": "train"})
         source = open_source("dataset", rows, "sequence", "", None, MAX_SEQ_LENGTH, job.seed)
+        with process_group(job.seed) as distributed:
+            source.build_index(distributed)
     except ValueError as error:
         sys.exit(f"error: --data: {' '.join(str(error).split())}")
-    plan = EpochPlan(source, Grouping("dataset", None, job.pack_tokens, MAX_SEQ_LENGTH), job.seed, WINDOW_ROWS)
-    lengths = np.concatenate([source.lengths(batch.rows, 0) for batch in plan.window(0, 0)])
+    plan = EpochPlan(source, Grouping(budget=job.pack_tokens), job.seed, WINDOW_ROWS)
+    lengths = np.concatenate([source.sizes(batch.rows, 0) for batch in plan.window(0, 0)])
     # As many rows as make up the tokens of a step; enough steps for a sampler to find rows of like lengths.
     step_rows = job.tokens_per_step / lengths.mean()
     passes = max(1, round(step_rows / job.peer_batch))
@@ -157,7 +162,7 @@ def prepare(job: SimpleNamespace, gate: Gate) -> None:
     num_rows = max(job.warmup + job.rounds * (job.settling + job.mixed_steps), POOL_STEPS) * passes * micro_rows
     tokens = []
     for batch in plan.starting_at(0, 0, 0):
-        residues = (tokenize(sequence)[: MAX_SEQ_LENGTH - 2] for sequence in source.read(batch.rows, batch.epoch))
+        residues = (tokenize(sequence)[: MAX_SEQ_LENGTH - 2] for sequence in source.sequences(batch.rows, batch.epoch))
         tokens += [bytes([CLS]) + some + bytes([EOS]) for some in residues]
         if len(tokens) >= num_rows:
             break
@@ -171,8 +176,8 @@ def prepare(job: SimpleNamespace, gate: Gate) -> None:
 
 def machine_facts(job: SimpleNamespace) -> dict:
     """What the list of contestants depends on, and what the numbers do."""
-    from modeling_esm2 import te_available
-    from perf_logger import cpu_name, git_commit, versions
+    from common.run_facts import cpu_name, git_commit, versions
+    from tokens.backends import te_available
 
     cuda = job.device == "cuda"
     if cuda and not torch.cuda.is_available():
@@ -195,7 +200,7 @@ def machine_facts(job: SimpleNamespace) -> dict:
         "bf16_speed": None if cuda else bf16_speed(),
         "capability": torch.cuda.get_device_capability() if cuda else None,
         "te": te_available()[0],
-        "layer_backend": resolve_layer_backend(Esm2Config(**SIZES[job.model_tag])),
+        "layer_backend": resolve_layer_backend("auto", Esm2Config(**SIZES[job.model_tag]).head_dim),
         "flash_attn": "flash_attn" in found,
         "accelerate": "accelerate" in found,
         "versions": found,
@@ -230,9 +235,11 @@ class Rows:
         self.number = 0
 
     def batch(self, places: np.ndarray):
-        """The padded batch of these rows, freshly masked."""
+        """The padded batch of these rows, freshly masked, with the inputs that Hugging Face's model takes."""
         self.number += 1
-        return self.collate({"name": (self.number,), "tokens": [self.tokens[place] for place in places]})
+        batch = self.collate({"name": (self.number,), "items": [self.tokens[place] for place in places]})
+        del batch.inputs["selected"]
+        return batch
 
     def micro_batches(self, order: str) -> list[np.ndarray]:
         """The rows of each micro-batch, in order; each step (`random`) or round (`length`) has all lengths."""
@@ -269,32 +276,34 @@ class Rows:
 def train_ours(job: SimpleNamespace, gate: Gate) -> None:
     """The recipe's own train_ddp.py, held up where it logs a step."""
     from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
 
     import train_ddp
-    from config import check_config, launch
-    from distributed import process_group
-    from precision import Precision
+    from build_model import build_precision
+    from common.config import launch
+    from common.distributed import process_group
+    from keys import check_config
 
     class GatedLogger(train_ddp.PerfLogger):
         """The trainer's logger, which sees every step."""
 
-        def start(self, progress, notes):
-            super().start(progress, notes)
-            auto = Precision(self.distributed.device, "auto", gate.shape)
+        def start(self, step, notes):
+            super().start(step, notes)
+            auto = build_precision(OmegaConf.merge(config, {"precision": "auto"}), gate.shape, self.distributed.device)
             gate.ready(
                 num_parameters=self.run["num_parameters"],
                 precision_auto="bf16" if auto.dtype else "fp32",
-                layer_backend=resolve_layer_backend(self.model_config),
+                layer_backend=self.run["layer_backend"],
                 compiled=config.use_torch_compile,
             )
 
-        def count(self, batches, data_wait_s, num_tokens):
-            super().count(batches, data_wait_s, num_tokens)
+        def count(self, batches, counts, epoch, data_wait_s):
+            super().count(batches, counts, epoch, data_wait_s)
             gate.count(batches, data_wait_s)
 
-        def log_step(self, step, loss, grad_norm, learning_rate):
-            super().log_step(step, loss, grad_norm, learning_rate)
-            gate.step(loss)
+        def log_step(self, step, losses, grad_norm, learning_rate):
+            super().log_step(step, losses, grad_norm, learning_rate)
+            gate.step(losses["loss"])
 
     options = {
         "model_tag": job.model_tag, "num_train_steps": 10**6, "seed": job.seed, "precision": job.precision,

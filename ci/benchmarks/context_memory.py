@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 
 from build_model import model_config  # isort: skip
-from modeling_esm2 import cpp_available  # isort: skip
+from tokens.backends import cpp_available  # isort: skip
 
 
 OUTPUT, NAME = ROOT / "docs" / "results" / "context_memory.json", "context_memory"
@@ -48,7 +48,7 @@ def measure(asked: argparse.Namespace) -> dict:
     ]  # fmt: skip
     precision = next(o.partition("=")[2] for o in reversed(overrides) if o.startswith("precision="))
     runs = []
-    cpp_available(model_config(asked.model_tag, "auto"))  # compiles, which may take more memory than a rank gets
+    cpp_available(model_config(asked.model_tag, "auto").head_dim)  # compiles, and may take more than a rank gets
     with tempfile.TemporaryDirectory() as scratch:
         protein = Path(scratch) / "protein.fasta"
         protein.write_text(">made_up\n" + "".join(random.Random(0).choices(RESIDUES, k=asked.length - 2)) + "\n")

@@ -28,23 +28,25 @@ from statistics import median
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RECIPE = ROOT / "recipes" / "esm2_native_te"
-sys.path[:0] = [str(RECIPE), str(RECIPE / "tests")]
-import quiet  # noqa: E402, F401  # isort: skip
+sys.path.insert(0, str(RECIPE))
+from common import quiet  # noqa: E402, F401  # isort: skip
 import datasets  # noqa: E402
 import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import torch  # noqa: E402
 from plan_memory import QUANTILES, TOKENS, WINDOW_ROWS, Lengths, planned  # noqa: E402
-from running import environment, with_table, write_table  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from train_speed import BUNDLED, REAL, proteins  # noqa: E402
 
-from dataset import SequenceRows, TrainLoader, open_rows  # noqa: E402
-from distributed import Distributed, process_group  # noqa: E402
-from epoch_plan import EpochPlan, Grouping, permuted  # noqa: E402
-from perf_logger import cpu_name, versions  # noqa: E402
+from common.batch import Batch  # noqa: E402
+from common.contract.running import environment, with_table, write_table  # noqa: E402
+from common.distributed import Distributed, process_group  # noqa: E402
+from common.epoch_plan import EpochPlan, Grouping, permuted  # noqa: E402
+from common.open_data import open_rows  # noqa: E402
+from common.run_facts import cpu_name, versions  # noqa: E402
+from dataset import SequenceRows, TrainLoader  # noqa: E402
 
 
 NAME = "data_speed"
@@ -111,8 +113,8 @@ def tokenised(esm, sequences: list[str]) -> dict:
 
 def count_tokens(batch) -> int:
     """Real tokens of a batch, ours or Hugging Face's."""
-    if not isinstance(batch, dict) and hasattr(batch, "num_tokens"):
-        return batch.num_tokens
+    if isinstance(batch, Batch):
+        return batch.counts["tokens"]
     return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
 
 
@@ -268,7 +270,7 @@ def milliseconds(work: Callable, calls: list) -> float:
     return median(spent)
 
 
-def measure_plan(source: dict, settings: dict, bar: tqdm) -> dict:
+def measure_plan(distributed: Distributed, source: dict, settings: dict, bar: tqdm) -> dict:
     """CPU time of an epoch's plan by its rows; time of a window of UniRef50's, and of one that is read from a file."""
     epochs = []
     for num_rows in settings["plan_rows"]:
@@ -278,12 +280,14 @@ def measure_plan(source: dict, settings: dict, bar: tqdm) -> dict:
         epochs.append({"num_rows": num_rows, "cpu_s": time.process_time() - started})
         bar.update()
     bar.set_postfix_str("windows")
-    random, grouping = np.random.default_rng(SEED), Grouping("dataset", None, TOKENS, MAX_SEQ_LENGTH)
+    random, grouping = np.random.default_rng(SEED), Grouping(budget=TOKENS)
     plan = EpochPlan(Lengths(UNIREF50), grouping, SEED, WINDOW_ROWS)
     places = [(epoch, int(random.integers(plan.num_windows - 1))) for epoch in range(settings["windows"])]
     shuffles = [(np.arange(WINDOW_ROWS) + window * WINDOW_ROWS, UNIREF50, SEED, epoch) for epoch, window in places]
     rows = open_rows("dataset", {**source, "split": "train"})
-    read = EpochPlan(SequenceRows("dataset", rows, "sequence", MAX_SEQ_LENGTH, SEED), grouping, SEED, WINDOW_ROWS)
+    proteins = SequenceRows("dataset", rows, "sequence", MAX_SEQ_LENGTH, SEED)
+    proteins.build_index(distributed)
+    read = EpochPlan(proteins, grouping, SEED, WINDOW_ROWS)
     read_places = [(epoch, int(random.integers(max(1, read.num_windows - 1)))) for epoch, _ in places]
     return {
         "epochs": epochs,
@@ -336,7 +340,8 @@ def measure(arguments: argparse.Namespace, result: dict) -> dict:
             result["imports_s"] = measure_imports(settings["imports"])
             result["start"] = measure_start(sources, folder, settings, bar)
         if "plan" in parts:
-            result["plan"] = measure_plan(sources["parquet"], settings, bar)
+            with process_group(SEED) as distributed:
+                result["plan"] = measure_plan(distributed, sources["parquet"], settings, bar)
     return result
 
 

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the gpu tests of every folder, and say in the READMEs what has been run on which hardware.
+"""Run the gpu tests of every folder, and say in docs/hardware.md what has been run on which hardware.
 
 python ci/benchmarks/hardware.py         # on a machine with a GPU; writes docs/results/gpu_tests.json and the table
 python ci/benchmarks/hardware.py -k packed test_gpu                   # some of them, of some files
 python ci/benchmarks/hardware.py --output some.json                   # there, and no table
-python ci/benchmarks/hardware.py --table README.md                       # the table from what is there
-python ci/benchmarks/hardware.py --check README.md
+python ci/benchmarks/hardware.py recipes/esm2_native_te               # those of one folder
+python ci/benchmarks/hardware.py --table docs/hardware.md             # run nothing, the table from what is there
+python ci/benchmarks/hardware.py --check docs/hardware.md
 
-A cell names tests. It says "run on CPU" where CI runs them (the slow ones weekly), and for each GPU that they have
-passed on its name, the date and versions, by docs/results/gpu_tests.json. That is a list of runs; a new one replaces
-the outcomes that its tests had on the same GPU, and leaves the rest.
+There is a table for each recipe. A cell names tests. It says "run on CPU" where CI runs them (the slow ones weekly),
+and for each GPU that they have passed on its name, the date and versions, by docs/results/gpu_tests.json. That is a
+list of runs; a new one replaces the outcomes that its tests had on the same GPU, and leaves the rest.
 """
 
 import argparse
@@ -28,19 +29,20 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 
-from scaling_ranks import ROOT, versions  # isort: skip (it finds the recipe)
-import torch
-from command_line import positive
-from running import with_table, write_table
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "recipes" / "esm2_native_te"))
+import torch  # noqa: E402
+from command_line import positive  # noqa: E402
 
-from modeling_esm2 import te_available
-from precision import RECIPES
+from common.contract.running import with_table, write_table  # noqa: E402
+from common.run_facts import versions  # noqa: E402
+from tokens.backends import te_available  # noqa: E402
+from tokens.formats import RECIPES  # noqa: E402
 
 
 OUTPUT, NAME = ROOT / "docs" / "results" / "gpu_tests.json", "hardware"
-PAGES = (ROOT / "README.md", ROOT / "recipes" / "esm2_native_te" / "README.md")
+PAGE = ROOT / "docs" / "hardware.md"
 NO, NO_TEST = "not yet run on hardware", "no test on hardware"
-FOLDERS = ("recipes/esm2_native_te/", "models/esm2/")  # whose tests the table is about
 LEFT_OUT = ("skipped", "not run")
 BAD = {"failed": "fail", "crashed": "lost in a crash", "timed out": "lost in a timeout"}
 GRACE_S = 30  # for pytest to write what it has when its time is over
@@ -56,8 +58,19 @@ class Row(NamedTuple):
     te: str
 
 
-def rows() -> list[Row]:
-    """What is told of."""
+def recipes() -> list[Path]:
+    """Their folders."""
+    return sorted(path.parent for path in ROOT.glob("recipes/*/README.md"))
+
+
+def folders(recipe: Path) -> tuple[str, ...]:
+    """Where the tests lie that a recipe's table is about: in it, and with the models that it has a copy of."""
+    models = [path.parent for path in ROOT.glob("models/*/modeling_*.py") if (recipe / path.name).is_file()]
+    return tuple(f"{path.relative_to(ROOT)}/" for path in (recipe, *models))
+
+
+def token_rows() -> list[Row]:
+    """What is told of a recipe on sequences of tokens."""
     found = [
         Row("layers alone, loss and gradients, padded and packed", "test_modeling.*test_padded_and_packed_agree",
             "test_layers_te.*test_loss_and_gradients", "test_layers_te.*test_loss_and_gradients"),
@@ -107,26 +120,40 @@ def rows() -> list[Row]:
     ]  # fmt: skip
 
 
+FAMILIES = {"tokens": token_rows}  # by the folder that the recipes of a family share
+
+
+def rows(recipe: Path) -> list[Row]:
+    """What is told of a recipe."""
+    return [row for folder, of_family in FAMILIES.items() if (recipe / folder).is_dir() for row in of_family()]
+
+
 def files() -> list[Path]:
     """Those with gpu tests."""
-    tests = [*ROOT.glob("models/*/tests/test_*.py"), *ROOT.glob("recipes/*/tests/test_*.py")]
+    patterns = ("models/*/tests/**/test_*.py", "recipes/*/tests/**/test_*.py", "recipes/*/common/contract/test_*.py")
+    tests = {path for pattern in patterns for path in ROOT.glob(pattern)}
     return sorted(path for path in tests if "pytest.mark.gpu" in path.read_text())
 
 
+def folder_of(file: Path) -> Path:
+    """The recipe or model that a test belongs to."""
+    return ROOT.joinpath(*file.relative_to(ROOT).parts[:2])
+
+
 def pytest_on(file: Path, *options: str) -> list[str]:
-    """The command for its gpu tests, in the folder above `tests`."""
+    """The command for its gpu tests, in its recipe's or model's folder."""
     command = [sys.executable, "-m", "pytest", "--rootdir=.", "-m", "gpu", "-p", "no:cacheprovider", *options]
-    return [*command, f"tests/{file.name}"]
+    return [*command, str(file.relative_to(folder_of(file)))]
 
 
 def names_in(file: Path, *options: str) -> list[str]:
     """Its gpu tests, listed with no GPU in sight: what they would load cannot break that. Raises ValueError."""
     command, hidden = pytest_on(file, "--collect-only", "-q", *options), os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=file.parents[1], env=hidden, capture_output=True, text=True)
+    folder = folder_of(file)
+    done = subprocess.run(command, cwd=folder, env=hidden, capture_output=True, text=True)
     if done.returncode not in (0, 5):  # 5: none was chosen
         raise ValueError(f"pytest cannot list its tests:\n{(done.stdout + done.stderr)[-2000:]}")
-    folder = file.parents[1].relative_to(ROOT)
-    return [f"{folder}/{line}" for line in done.stdout.splitlines() if "::" in line]
+    return [f"{folder.relative_to(ROOT)}/{line}" for line in done.stdout.splitlines() if "::" in line]
 
 
 def outcomes(junit: Path, folder: Path) -> dict[str, str]:
@@ -147,7 +174,7 @@ def _takes_interrupts() -> None:
 def run_pytest(file: Path, timeout_s: float, *options: str) -> int | None:
     """Its tests in a process of their own, their output shown as it comes; pytest's exit code, None for a timeout."""
     process = subprocess.Popen(
-        pytest_on(file, "-v", *options), cwd=file.parents[1], start_new_session=True, preexec_fn=_takes_interrupts
+        pytest_on(file, "-v", *options), cwd=folder_of(file), start_new_session=True, preexec_fn=_takes_interrupts
     )
     try:
         return process.wait(timeout_s)
@@ -178,7 +205,7 @@ def measure(file: Path, chosen: str | None, timeout_s: float) -> dict[str, str]:
         junit = Path(scratch) / "junit.xml"
         code = run_pytest(file, timeout_s, f"--junitxml={junit}", *some)
         if junit.exists():
-            found = outcomes(junit, file.parents[1])
+            found = outcomes(junit, folder_of(file))
     lost = "timed out" if code is None else "crashed"
     results |= {name: found.get(name, lost) for name in asked}
     if code not in (0, 1) or lost in results.values():
@@ -208,14 +235,14 @@ def merged(runs: list[dict], new: dict) -> list[dict]:
     return [run for run in [*kept, new | {"tests": tests}] if run["tests"]]
 
 
-def cell(pattern: str, runs: list[dict]) -> str:
-    """What a GPU's column says."""
+def cell(pattern: str, runs: list[dict], places: tuple[str, ...]) -> str:
+    """What a GPU's column says, by the tests that lie in `places`."""
     if pattern.startswith("="):
         return pattern[1:]
     told = []
     for device in dict.fromkeys(run["device"] for run in runs):
         found = [(outcome, run) for run in runs if run["device"] == device for name, outcome in run["tests"].items()
-                 if name.startswith(FOLDERS) and re.search(pattern, name)]  # fmt: skip
+                 if name.startswith(places) and re.search(pattern, name)]  # fmt: skip
         ran = [(outcome, when(run)) for outcome, run in found if outcome not in LEFT_OUT]
         counts = Counter(outcome for outcome, _ in ran)
         what = [
@@ -235,12 +262,21 @@ def when(run: dict) -> str:
 
 
 def table(runs: list[dict]) -> str:
-    """A row for each of `rows()`."""
-    lines = ["| | CPU | GPU, plain layers | GPU, TransformerEngine |", "|---|---|---|---|"]
-    for row in rows():
+    """One for each recipe, under its folder's name, with a row for each of its `rows`."""
+    return "\n\n".join(table_of(recipe, runs) for recipe in recipes() if rows(recipe))
+
+
+def table_of(recipe: Path, runs: list[dict]) -> str:
+    """That of one recipe."""
+    readme, places = recipe / "README.md", folders(recipe)
+    title = readme.read_text().partition("\n")[0].lstrip("# ")
+    lines = [f"## {recipe.name}", f"[{title}](../{readme.relative_to(ROOT)})", ""]
+    lines += ["| | CPU | GPU, plain layers | GPU, TransformerEngine |", "|---|---|---|---|"]
+    for row in rows(recipe):
         cpu = "run on CPU" + ", emulated" * any(x in row.what for x in ("Scaling", "few bits", "rounding"))
         cpu += ", with a stand-in for CUDA's streams" * row.what.startswith("Megatron")
-        cells = (row.cpu[1:] if row.cpu.startswith("=") else cpu, cell(row.plain, runs), cell(row.te, runs))
+        cpu = row.cpu[1:] if row.cpu.startswith("=") else cpu
+        cells = (cpu, cell(row.plain, runs, places), cell(row.te, runs, places))
         lines.append(f"| {row.what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -299,8 +335,7 @@ def main(arguments: list[str]) -> int:
         runs = merged(runs, facts | {"tests": tests})
         output.write_text(json.dumps(runs, indent=1) + "\n")
     if not asked.output:
-        for page in PAGES:
-            write_table(page, NAME, table(runs))
+        write_table(PAGE, NAME, table(runs))
     print(table(runs))
     if found.issubset(LEFT_OUT):
         print("error: no test has run: none was chosen, or all were skipped.", file=sys.stderr)

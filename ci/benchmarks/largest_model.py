@@ -54,7 +54,7 @@ from command_line import (  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from build_model import model_config  # noqa: E402
-from modeling_esm2 import cpp_available  # noqa: E402
+from tokens.backends import cpp_available  # noqa: E402
 
 
 OUTPUT, NAME = ROOT / "docs" / "results" / "largest_model.json", "largest_model"
@@ -160,7 +160,7 @@ def out_of_memory(code: int, told: str) -> bool:
 
 def train(asked: argparse.Namespace, num_layers: int) -> dict:
     """One run: what it trained, its memory, its speed; None for these where memory ran out. Raises Failed."""
-    cpp_available(model_config(asked.model_tag, "auto"))  # compiles, which takes more memory than a small model
+    cpp_available(model_config(asked.model_tag, "auto").head_dim)  # compiles, in more memory than a small model
     overrides = [
         f"model_tag={asked.model_tag}", f"model_kwargs.num_hidden_layers={num_layers}", f"num_train_steps={STEPS}",
         f"micro_batches_per_step={NUM_RANKS}", "dataset.micro_batch_size=null", "dataset.num_workers=0",

@@ -21,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "recipes" / "esm2_native_te"))
 
-from epoch_plan import EpochPlan, Grouping, best_fit_decreasing, uniform_below  # noqa: E402
+from common.epoch_plan import EpochPlan, Grouping, best_fit_decreasing, uniform_below  # noqa: E402
 
 
 TOKENS, WINDOW_ROWS = 16_384, 10_000
@@ -38,14 +38,14 @@ class Lengths:
     def __len__(self) -> int:
         return self.num_rows
 
-    def lengths(self, rows: np.ndarray, epoch: int) -> np.ndarray:
+    def sizes(self, rows: np.ndarray, epoch: int) -> np.ndarray:
         """Tokens of each row."""
         return QUANTILES[uniform_below(np.full(len(rows), MANY), rows, 7)]
 
 
 def planned(num_rows: int) -> tuple[int, int]:
     """Read one epoch of the plan; its rows and its micro-batches."""
-    plan = EpochPlan(Lengths(num_rows), Grouping("dataset", None, TOKENS, 1024), 1, WINDOW_ROWS)
+    plan = EpochPlan(Lengths(num_rows), Grouping(budget=TOKENS), 1, WINDOW_ROWS)
     rows = micro_batches = 0
     for micro_batch in plan.epoch(0):
         rows, micro_batches = rows + len(micro_batch.rows), micro_batches + 1
@@ -55,7 +55,7 @@ def planned(num_rows: int) -> tuple[int, int]:
 def all_at_once(num_rows: int) -> tuple[int, int]:
     """The obvious way: draw the order of all rows, then pack all of them."""
     order = np.random.default_rng(1).permutation(num_rows)
-    lengths = Lengths(num_rows).lengths(order, 0)
+    lengths = Lengths(num_rows).sizes(order, 0)
     micro_batches = [order[items] for items in best_fit_decreasing(lengths, TOKENS)]
     return sum(map(len, micro_batches)), len(micro_batches)
 
@@ -85,7 +85,7 @@ def measure(way: str, num_rows: int) -> dict:
 
 def main(largest: int = 10_000_000) -> None:
     """Measure, print, write."""
-    from perf_logger import cpu_name
+    from common.run_facts import cpu_name
 
     results = []
     for num_rows in (n for n in (10**4, 10**5, 10**6, 10**7) if n <= largest):

@@ -22,7 +22,7 @@ from scaling_ranks import ROOT, Failed, cpu_name, train, versions  # isort: skip
 from command_line import add_files, check_files, parse_with_overrides, positive, refuse, run_or_read
 from tqdm import tqdm
 
-from precision import RECIPES
+from tokens.formats import RECIPES
 
 
 OUTPUT, NAME = ROOT / "docs" / "results" / "precision_curves.json", "precision_curves"

@@ -20,10 +20,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "recipes" / "esm2_native_te"))
-sys.path.insert(0, sys.path[0] + "/tests")
-import quiet  # noqa: E402, F401  # isort: skip
+from common import quiet  # noqa: E402, F401  # isort: skip
+from common.run_facts import PEAK_TFLOPS  # noqa: E402
 from modeling_esm2 import SIZES, Esm2Config, training_flops  # noqa: E402
-from perf_logger import PEAK_TFLOPS  # noqa: E402
 
 
 MODELS = {tag.split("_")[2]: shape for tag, shape in SIZES.items() if "UR50D" in tag}  # 8M ... 15B
@@ -194,10 +193,16 @@ def num_nodes(num_gpus: int) -> int:
     return -(-num_gpus // NODE)
 
 
+def step_flops(config: Esm2Config, lengths: list[float], num_labels: int) -> float:
+    """Operations of a training step on sequences of these lengths."""
+    counts = {"tokens": sum(lengths), "labels": num_labels, "token_pairs": sum(length**2 for length in lengths)}
+    return training_flops(config, counts)
+
+
 def layer_seconds(shape: Shape, gpu: Gpu, share: float, tokens: int, length: float, precision: str = "bf16") -> tuple:
     """Forward and backward pass of one layer, without communication."""
     speedup, rounding = PRECISIONS[precision]
-    flops = training_flops(shape.config, [length], 0) / (3 * shape.num_layers * length)  # forward, a token
+    flops = step_flops(shape.config, [length], 0) / (3 * shape.num_layers * length)  # forward, a token
     products = 2 * (4 * shape.width**2 + 2 * shape.width * shape.config.intermediate_size)
     seconds = []
     for times, elementwise, moved, kernels in zip((1, 2), ELEMENTWISE, PRODUCTS, KERNELS, strict=True):
@@ -238,7 +243,7 @@ def step(
     backward += recompute * forward
     copied = [shape.layer * count / gpu.bandwidth for count in COPIES[strategy]]
     forward, backward = forward + copied[0], backward + copied[1]
-    head = training_flops(shape.config, [], round(LABELLED * micro_tokens)) / (share * gpu.flops)
+    head = step_flops(shape.config, [], round(LABELLED * micro_tokens)) / (share * gpu.flops)
     compute = shape.num_layers * (forward + backward) + head
 
     def gathered(parameters: int) -> float:
@@ -260,7 +265,7 @@ def step(
         updated = shape.parameters / num_gpus
     exposed += 2 * all_reduce_seconds(8, gpu, link, num_gpus)  # the number of labels, the gradient's norm
     seconds = passes * compute + exposed + updated * OPTIMIZER_BYTES / gpu.bandwidth
-    flops = training_flops(shape.config, [length], round(LABELLED * length)) / length
+    flops = step_flops(shape.config, [length], round(LABELLED * length)) / length
     rate = tokens / seconds
     return Step(seconds, exposed, rate, rate * flops / 1e12)
 
@@ -325,7 +330,7 @@ def calibrate() -> dict[str, float]:
 def arithmetic() -> list[dict]:
     """Where a rate was published together with TFLOP/s or a share of the peak: what our count makes of the rate."""
     config = Esm2Config(**MODELS["650M"])
-    flops = training_flops(config, [FULL_LENGTH], round(LABELLED * FULL_LENGTH)) / FULL_LENGTH
+    flops = step_flops(config, [FULL_LENGTH], round(LABELLED * FULL_LENGTH)) / FULL_LENGTH
     a100, h100 = (PUBLISHED[place].figure * flops for place in (0, 1))
     return [
         {"name": "A100", "published": "59% of peak", "counted": f"{a100 / GPUS['A100'].flops:.0%}"},

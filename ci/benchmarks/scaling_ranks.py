@@ -25,8 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "esm2_native_te"
 sys.path.insert(0, str(RECIPE))
-sys.path.insert(0, str(RECIPE / "tests"))
-import quiet  # noqa: E402, F401  # isort: skip
+from common import quiet  # noqa: E402, F401  # isort: skip
 from command_line import (  # noqa: E402
     Failed,
     add_files,
@@ -37,10 +36,10 @@ from command_line import (  # noqa: E402
     refuse,
     run_or_read,
 )
-from running import TRAINERS, environment, torchrun  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from perf_logger import cpu_name, versions  # noqa: E402
+from common.contract.running import TRAINERS, environment, torchrun  # noqa: E402
+from common.run_facts import cpu_name, versions  # noqa: E402
 
 
 OUTPUT, NAME = ROOT / "docs" / "results" / "scaling_ranks.json", "scaling_ranks"

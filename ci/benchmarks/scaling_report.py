@@ -8,9 +8,9 @@ from statistics import median
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from running import with_table, write_table
 from scaling_model import GPUS, LINKS, STRATEGIES
 
+from common.contract.running import with_table, write_table
 from plot_metrics import COLOURS, INK, MARKERS, STYLE
 
 

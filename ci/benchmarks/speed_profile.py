@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import layers
+from tokens import layers
 
 
 # The first kind with a word that is part of an operation's name has it.
@@ -23,7 +23,7 @@ KINDS = {
     ),
 }  # fmt: skip
 MARK = "kind: "  # names a range of the forward pass whose work, backward too, is one kind
-KERNELS = ("esm2::attention", "esm2::layer_norm", "esm2::add_layer_norm")  # operators of one kind
+KERNELS = ("tokens::attention", "tokens::layer_norm", "tokens::add_layer_norm")  # operators of one kind
 OPTIMIZER = ("Optimizer.step", "Optimizer.zero_grad", "clip_grad")
 IN_SCOPES = {"attention": "attention", "rotate": "rotary positions"}  # functions of layers.py
 

@@ -7,13 +7,12 @@ from statistics import median
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes" / "esm2_native_te"))
-sys.path.insert(0, sys.path[0] + "/tests")
-import quiet  # noqa: F401  # isort: skip
+from common import quiet  # noqa: F401  # isort: skip
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from running import marks, with_table
 
+from common.contract.running import marks, with_table
 from plot_metrics import COLOURS, INK, STYLE
 
 

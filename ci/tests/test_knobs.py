@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's table of keys is written, checked, and refused where it would be wrong without a word."""
+"""The page of a recipe's keys has each with its comment, and a key without one is refused."""
 
 import sys
 from pathlib import Path
@@ -9,10 +9,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from knobs import BEGIN, END, main
+from knobs import DEFAULTS, main, page
 
 
-DEFAULTS = """defaults:
+TEXT = """defaults:
   - _self_
 
 # ---- model
@@ -28,42 +28,37 @@ hydra:
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "recipes/one/hydra_config").mkdir(parents=True)
-    (tmp_path / "recipes/one/hydra_config/defaults.yaml").write_text(DEFAULTS)
-    (tmp_path / "recipes/one/README.md").write_text(f"# One\n{BEGIN}\n{END}\nend\n")
+    (tmp_path / "recipes/one" / DEFAULTS).write_text(TEXT)
+    (tmp_path / "recipes/one/README.md").write_text("# One, a recipe\n")
     return tmp_path
 
 
-def test_written_and_checked(root, capsys):
-    readme = root / "recipes/one/README.md"
-    assert main(["--check"], root) == 1 and "its table of keys is old" in capsys.readouterr().err
-    assert main([], root) == 0 and main(["--check"], root) == 0
-    assert "| `size` | `???` | how large |\n| `part` |  | *some of it* |\n| `part.depth` | `3` | layers |" in (
-        readme.read_text()
-    )
-    assert readme.read_text().startswith("# One\n") and readme.read_text().endswith("\nend\n")
+def test_printed_and_checked(root, capsys):
+    assert main(["--check"], root) == 0 and capsys.readouterr().out == ""
+    assert main([str(root / "recipes/one")]) == 0
+    text = capsys.readouterr().out
+    assert text == page(root / "recipes/one") and text.startswith("# Every key: One\n")
+    assert "| `size` | `???` | how large |\n| `part` |  | *some of it* |\n| `part.depth` | `3` | layers |" in text
+    assert "hydra" not in text.partition("**Model**")[2]
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new", "told"),
+    ("old", "new", "told"),
     [
-        ("README.md", END, "", "README.md: there is no one pair of the lines"),
-        ("README.md", f"{BEGIN}\n{END}", f"{END}\n{BEGIN}", "README.md: there is no one pair of the lines"),
-        ("README.md", END, f"{END}\n{BEGIN}\n{END}", "README.md: there is no one pair of the lines"),
-        ("hydra_config/defaults.yaml", "  # layers", "", "defaults.yaml: part.depth has no comment"),
-        ("hydra_config/defaults.yaml", "# ---- model\n", "", "defaults.yaml: size stands before the first line"),
+        ("  # layers", "", "defaults.yaml: part.depth has no comment"),
+        ("# ---- model\n", "", "defaults.yaml: size stands before the first line"),
     ],
 )
-def test_what_is_refused(root, name, old, new, told, capsys):
-    path, readme = root / "recipes/one" / name, root / "recipes/one/README.md"
-    path.write_text(path.read_text().replace(old, new))
-    before = readme.read_text()
-    for arguments in ([], ["--check"]):
+def test_what_is_refused(root, old, new, told, capsys):
+    path = root / "recipes/one" / DEFAULTS
+    path.write_text(TEXT.replace(old, new))
+    for arguments in ([str(root / "recipes/one")], ["--check"]):
         assert main(arguments, root) == 1
-        assert told in capsys.readouterr().err and readme.read_text() == before
+        said = capsys.readouterr()
+        assert told in said.err and said.out == ""
 
 
-def test_an_unknown_option_writes_nothing(root):
-    before = (root / "recipes/one/README.md").read_text()
+@pytest.mark.parametrize("arguments", [["--chekc"], [], ["recipes/none"]])
+def test_a_mistake_on_the_command_line(root, arguments):
     with pytest.raises(SystemExit, match="2"):
-        main(["--chekc"], root)
-    assert (root / "recipes/one/README.md").read_text() == before
+        main(arguments, root)

@@ -45,14 +45,14 @@ def test_all_is_well(root):
 
 
 @pytest.mark.parametrize(
-    ("path", "text", "told"),
+    ("path", "text", "message"),
     [
         ("recipes/two/layers.py", "other\n", "layers.py differs: models/one/layers.py, recipes/two/layers.py"),
         ("recipes/three/parts/deep/b.py", "other\n", "parts/deep/b.py differs"),
         (
             "recipes/three/parts/stale.py",
             "stale\n",
-            "recipes/three/parts/stale.py stands alone, there is no recipes/two",
+            "parts/ is shared as a whole, and recipes/two/parts lacks stale.py, which others have.",
         ),
         (
             "recipes/three/my_layers.py",
@@ -71,17 +71,19 @@ def test_all_is_well(root):
         ("ci/shared_files.txt", "layers.py\nlong.py\nparts/\ngone.py\n", "names gone.py, which no folder has"),
     ],
 )
-def test_what_is_noticed(root, path, text, told, capsys):
+def test_what_is_noticed(root, path, text, message, capsys):
     (root / path).parent.mkdir(exist_ok=True)
     (root / path).write_text(text)
     assert main([], root) == 1
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_file_that_one_folder_lacks(root):
     (root / "recipes/three/parts/a.py").unlink()
+    (root / "recipes/two/parts/new.py").write_text("new\n")
+    (root / "recipes/two/parts/deep/new.py").write_text("new\n")
     (found,) = problems(root)
-    assert "recipes/two/parts/a.py stands alone, there is no recipes/three/parts/a.py" in found
+    assert "recipes/three/parts lacks a.py, deep/new.py, new.py, which others have" in found
 
 
 def test_what_git_ignores_does_not_count(root):
@@ -93,15 +95,97 @@ def test_what_git_ignores_does_not_count(root):
 
 @pytest.mark.parametrize("edited", ["recipes/two/layers.py", "recipes/three/parts/deep/b.py"])
 def test_spreading_one_copy(root, edited, capsys):
-    (root / edited).write_text("new\n")
-    assert main([str(root / edited)], root) == 0
-    assert "wrote" in capsys.readouterr().out and problems(root) == []
-    assert all(p.read_text() == "new\n" for p in root.glob(f"*/*/{'/'.join(edited.split('/')[2:])}"))
+    for text in ("new\n", "newer\n"):  # what it has spread itself it may overwrite
+        (root / edited).write_text(text)
+        assert main([str(root / edited)], root) == 0
+        assert "wrote" in capsys.readouterr().out and problems(root) == []
+        assert all(p.read_text() == text for p in root.glob(f"*/*/{'/'.join(edited.split('/')[2:])}"))
 
 
-def test_what_cannot_be_spread(root, capsys):
-    assert main([str(root / "recipes/three/own.py")], root) == 2
-    assert "is no copy of a file in ci/shared_files.txt" in capsys.readouterr().err
+def test_spreading_a_folder(root, capsys):
+    parts, copy = root / "recipes/two/parts", root / "recipes/three/parts"
+    (parts / "a.py").write_text("new\n")
+    (parts / "deep/b.py").unlink()
+    (parts / "other").mkdir()
+    (parts / "other/c.sh").write_text("added\n")
+    (parts / "other/c.sh").chmod(0o755)
+    assert main([str(parts)], root) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "wrote recipes/three/parts/a.py", "wrote recipes/three/parts/other/c.sh",
+        "removed recipes/three/parts/deep/b.py",
+    ]  # fmt: skip
+    assert sorted(path.name for path in copy.iterdir()) == ["a.py", "other"]  # an empty folder goes too
+    assert (copy / "a.py").read_text() == "new\n" and (copy / "other/c.sh").stat().st_mode & 0o100
+    assert not (root / "models/one/parts").exists()  # who has none of it gets none
+
+
+def test_spreading_a_part_of_a_folder(root):
+    for name in ("a.py", "deep/b.py", "deep/c.py"):
+        (root / "recipes/two/parts" / name).write_text("new\n")
+    assert main([str(root / "recipes/two/parts/deep")], root) == 1  # parts/a.py still differs
+    assert (root / "recipes/three/parts/a.py").read_text() == "a\n"
+    assert (root / "recipes/three/parts/deep/c.py").read_text() == "new\n"
+    assert main([str(root / "recipes/two/parts/a.py")], root) == 0
+
+
+def test_a_new_file_of_a_folder_is_spread_by_itself_too(root):
+    (root / "recipes/two/parts/c.py").write_text("new\n")
+    assert main([str(root / "recipes/two/parts/c.py")], root) == 0
+    assert (root / "recipes/three/parts/c.py").read_text() == "new\n"
+
+
+@pytest.mark.parametrize("change", ["a.py", "new.py", "ignored.log"])
+def test_a_folder_is_not_spread_over_what_git_does_not_have(root, change, capsys):
+    (root / ".gitignore").write_text("")
+    if change == "ignored.log":
+        (root / ".gitignore").write_text("recipes/three/*/ignored.log\n")
+    commit(root)
+    (root / "recipes/two/parts/deep/b.py").write_text("new\n")
+    if change == "ignored.log":
+        (root / "recipes/two/parts/ignored.log").write_text("another\n")
+    (root / "recipes/three/parts" / change).write_text("mine\n")
+    assert main([str(root / "recipes/two/parts")], root) == 2
+    assert f"recipes/three/parts/{change} would lose a change that git does not have" in capsys.readouterr().err
+    assert (root / "recipes/three/parts" / change).read_text() == "mine\n"
+    assert (root / "recipes/three/parts/deep/b.py").read_text() == "b\n"  # nothing at all was written
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("recipes/three/own.py", "own.py is no copy of a file in ci/shared_files.txt."),
+        ("recipes/three", "recipes/three is no shared folder; ci/shared_files.txt names parts/."),
+        ("recipes/two/parts/gone.py", "to remove it from other copies, spread its folder: recipes/two/parts."),
+        ("models/one/parts", "models/one/parts: no such file or folder."),
+        ("ci/shared_files.txt", "shared_files.txt is no copy of a file"),
+        ("../elsewhere", "elsewhere: no such file or folder."),
+        ("..", "is no shared folder"),
+        ("recipes/two/none.py", "none.py: no such file or folder."),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_spread(root, path, message, capsys):
+    assert main([str(root / path)], root) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_folder_with_nothing_but_ignored_files_is_not_spread(root, capsys):
+    (root / ".gitignore").write_text("*.pyc\n")
+    (root / "models/one/parts").mkdir()
+    (root / "models/one/parts/a.pyc").write_text("bytes")
+    assert main([str(root / "models/one/parts")], root) == 2
+    assert "models/one/parts has no file that git would take" in capsys.readouterr().err
+
+
+def test_a_copy_without_git_is_compared_and_not_written(root, capsys):
+    shutil.rmtree(root / ".git")
+    assert main([], root) == 0
+    (root / "recipes/two/parts/a.py").write_text("new\n")
+    assert main([], root) == 1 and "parts/a.py differs" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main([str(root / "recipes/two/parts")], root)
+    assert "this needs a git clone" in str(stopped.value)
+    assert (root / "recipes/three/parts/a.py").read_text() == "a\n"
 
 
 def test_a_copied_recipe_gives_one_message_and_its_own_files_none(root):
@@ -124,7 +208,7 @@ def test_another_copys_change_is_not_overwritten(root, capsys):
     (root / "recipes/two/layers.py").write_text("mine\n")
     (root / "models/one/layers.py").write_text("yours\n")
     assert main([str(root / "models/one/layers.py")], root) == 2
-    assert "recipes/two/layers.py would lose a change that is not committed" in capsys.readouterr().err
+    assert "recipes/two/layers.py would lose a change that git does not have" in capsys.readouterr().err
     assert (root / "recipes/two/layers.py").read_text() == "mine\n"
     commit(root)
     assert main([str(root / "models/one/layers.py")], root) == 0
@@ -136,9 +220,7 @@ def test_a_new_copy_is_overwritten(root):
     assert main([str(root / "recipes/two/parts/a.py")], root) == 0
 
 
-def test_a_missing_path_and_help(root, capsys):
-    assert main([str(root / "recipes/two/none.py")], root) == 2
-    assert "none.py: no such file" in capsys.readouterr().err
+def test_help(root, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"], root)
     assert "usage:" in capsys.readouterr().out

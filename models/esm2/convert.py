@@ -10,16 +10,16 @@ A source is a local folder or a name on the Hugging Face hub.
 import argparse
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from safetensors import safe_open
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import EsmConfig
 
+from common.weights import LazyTensors, local_folder, open_weights, read
 from modeling_esm2 import Esm2Config, rope_inv_freq
 
 
@@ -66,32 +66,12 @@ CONFIG_FIELDS = (
     "layer_norm_eps",
     "rope_theta",
     "token_dropout",
+    "hidden_dropout_prob",
     "pad_token_id",
     "eos_token_id",
     "mask_token_id",
     "initializer_range",
 )
-
-
-class LazyTensors(Mapping):
-    """A state dict that makes a tensor when it is read, so that one at a time takes memory."""
-
-    def __init__(self, makers: dict[str, Callable[[], Tensor]]):
-        self.makers = makers
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.makers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.makers)
-
-    def __len__(self) -> int:
-        return len(self.makers)
-
-
-def read(state_dict: Mapping[str, Tensor], name: str) -> Callable[[], Tensor]:
-    """A maker of the tensor `name`, unchanged."""
-    return partial(state_dict.__getitem__, name)
 
 
 def layer_prefixes(config: Esm2Config) -> list[str]:
@@ -200,7 +180,6 @@ def hf_config(config: Esm2Config) -> EsmConfig:
         **{name: getattr(config, name) for name in CONFIG_FIELDS},
         position_embedding_type="rotary",
         emb_layer_norm_before=False,
-        hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         architectures=["EsmForMaskedLM"],
     )
@@ -217,30 +196,6 @@ def save_native(state_dict: Mapping[str, Tensor], config: Esm2Config, folder: Pa
     """Write native weights as a folder for `Esm2ForMaskedLM.from_pretrained`."""
     config.save_pretrained(folder)
     save_torch_state_dict(dict(state_dict), folder)
-
-
-def local_folder(source: str) -> Path:
-    """`source` if it is a folder, or else what the hub has under that name."""
-    if Path(source).is_dir():
-        return Path(source)
-    folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-    if not any(folder.glob("*.safetensors")):
-        snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
-    return folder
-
-
-def open_weights(folder: Path) -> Mapping[str, Tensor]:
-    """The tensors in a checkpoint folder, memory-mapped: nothing is read before it is asked for."""
-    if files := sorted(folder.glob("*.safetensors")):
-        opened = [safe_open(file, "pt") for file in files]
-        names = ((file, name) for file in opened for name in file.keys())  # noqa: SIM118 (no mapping, just has keys())
-        return LazyTensors({name: partial(file.get_tensor, name) for file, name in names})
-    weights = {}
-    for file in sorted(folder.glob("pytorch_model*.bin")):
-        weights |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    if not weights:
-        raise ValueError(f"{folder} has neither *.safetensors nor pytorch_model*.bin in it.")
-    return weights
 
 
 def main() -> None:

@@ -2,24 +2,25 @@
 """ESM-2, the protein language model of Lin et al. 2023 (doi:10.1126/science.ade2574), for padded and packed batches.
 
 Shapes: B sequences, S padded length, T packed tokens of all sequences; N is either `B, S` (padded) or `T` (packed).
-L labelled tokens, W wanted ones, E the width, V the 33 tokens, P the vocabulary padded to 64 rows.
+W selected tokens (those with a label, and a few), E the width, V the 33 tokens, P the vocabulary padded to 64 rows.
 
 It computes what `transformers.EsmForMaskedLM` computes; `convert.py` translates the weights both ways.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
-from layers import AttentionInputs, TransformerLayer
+from common.weights import fill, named_tensors, random_normal
+from tokens.backends import layer_class, resolve_layer_backend
+from tokens.layers import AttentionInputs
+from tokens.layout import IGNORED, select_tokens
 
 
 def _size(num_layers: int, hidden_size: int, num_heads: int) -> dict[str, int]:
@@ -60,6 +61,7 @@ class Esm2Config(PreTrainedConfig):
     # The published checkpoints were trained with frequencies rounded to float16, and carry them; see convert.py.
     rope_inv_freq_dtype: str = "float32"
     token_dropout: bool = True
+    hidden_dropout_prob: float = 0.0
     cls_token_id: int = 0
     pad_token_id: int = 1
     eos_token_id: int = 2
@@ -78,53 +80,22 @@ class Esm2Config(PreTrainedConfig):
             raise ValueError(
                 f"padded_vocab_size {self.padded_vocab_size} must be at least vocab_size {self.vocab_size}."
             )
-        if self.layer_backend not in ("auto", "te", "cpp", "torch"):
-            raise ValueError(f"layer_backend {self.layer_backend!r} must be one of auto, te, cpp, torch.")
+        if not 0 <= self.hidden_dropout_prob < 1:
+            raise ValueError(f"hidden_dropout_prob {self.hidden_dropout_prob} must be at least 0 and below 1.")
+        backends = ("auto", "te", "cpp", "torch", "transformers")
+        if self.layer_backend not in backends:
+            raise ValueError(f"layer_backend {self.layer_backend!r} must be one of {', '.join(backends)}.")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of each head."""
+        return self.hidden_size // self.num_attention_heads
 
 
 def rope_inv_freq(config: Esm2Config, dtype: str, device: torch.device | None = None) -> Tensor:
     """Rotary frequencies in radians per position, FP32 [D/2], after rounding to `dtype`."""
-    head_dim = config.hidden_size // config.num_attention_heads
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     return (1.0 / config.rope_theta**exponents).to(getattr(torch, dtype)).float()
-
-
-def te_available() -> tuple[bool, str]:
-    """Whether TransformerEngine's layer can be used here and, if not, why."""
-    if not torch.cuda.is_available():
-        return False, "there is no CUDA device"
-    try:
-        import layers_te  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:  # missing package, missing libraries, wrong build
-        return False, f"TransformerEngine cannot be imported ({error})"
-    return True, ""
-
-
-def cpp_available(config: Esm2Config) -> tuple[bool, str]:
-    """Whether the CPU's kernels can be compiled here and, if not, why."""
-    import layers_cpp
-
-    try:
-        layers_cpp.library(config.hidden_size // config.num_attention_heads)
-    except RuntimeError as error:
-        return False, str(error)
-    return True, ""
-
-
-def resolve_layer_backend(config: Esm2Config) -> str:
-    """`te`, `cpp` or `torch` for `config.layer_backend`, which may be `auto`: what is fastest of that which works.
-
-    Raises ValueError where a backend is asked for and does not work.
-    """
-    name = config.layer_backend
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "te" if te_available()[0] else "torch"
-        return "cpp" if cpp_available(config)[0] else "torch"
-    available, reason = {"te": te_available, "cpp": partial(cpp_available, config)}.get(name, lambda: (True, ""))()
-    if not available:
-        raise ValueError(f"layer_backend: {name} is impossible because {reason}; use layer_backend: torch or auto.")
-    return name
 
 
 class Embeddings(nn.Module):
@@ -173,42 +144,19 @@ class Encoder(nn.Module):
 
     def __init__(self, config: Esm2Config):
         super().__init__()
-        self.backend = resolve_layer_backend(config)
-        layer_class = TransformerLayer
-        if self.backend == "te":
-            from layers_te import TransformerLayer as layer_class
-        elif self.backend == "cpp":
-            from layers_cpp import TransformerLayer as layer_class
-        size = (config.hidden_size, config.intermediate_size, config.num_attention_heads, config.layer_norm_eps)
-        self.layer = nn.ModuleList(layer_class(*size) for _ in range(config.num_hidden_layers))
+        self.backend = resolve_layer_backend(config.layer_backend, config.head_dim)
+        make_layer = layer_class(self.backend)
+        options = (config.hidden_size, config.intermediate_size, config.num_attention_heads, config.layer_norm_eps)
+        options += (config.hidden_dropout_prob,)
+        self.layer = nn.ModuleList(make_layer(*options) for _ in range(config.num_hidden_layers))
         self.emb_layer_norm_after = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, x_NE: Tensor, inputs: AttentionInputs, wanted_W: Tensor | None = None) -> Tensor:
-        """[N, E] to [N, E], or of wanted tokens [W, E]."""
+    def forward(self, x_NE: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None) -> Tensor:
+        """[N, E] to [N, E], or of selected tokens [W, E]."""
         *others, last = self.layer
         for layer in others:
             x_NE = layer(x_NE, inputs)
-        return self.emb_layer_norm_after(last(x_NE, inputs, wanted_W))
-
-
-# W is a multiple of it, or all N tokens: compiled products and graphs are made for each size, and so are found again;
-# FP8 and MXFP8 take rows by 16 and 32; and W is never 0.
-WANTED_ROUND = 64
-
-
-def labelled_first(labels_N: Tensor) -> Tensor:
-    """Numbers of the tokens with a label, then those of the others, both rising, without waiting for the GPU."""
-    return (labels_N == -100).flatten().int().argsort(stable=True)
-
-
-def wanted_tokens(labels_N: Tensor) -> tuple[Tensor, int]:
-    """Numbers of all labelled tokens, and of the first unlabelled ones to fill up W, rising [W]; the number of labels.
-
-    Waits for the GPU once.
-    """
-    num_labels = int((labels_N != -100).sum())
-    num_wanted = max(1, -(-num_labels // WANTED_ROUND)) * WANTED_ROUND
-    return labelled_first(labels_N)[:num_wanted].sort().values, num_labels
+        return self.emb_layer_norm_after(last(x_NE, inputs, selected_W))
 
 
 class ContactRegression(nn.Module):
@@ -229,11 +177,11 @@ class LMHead(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
 
-    def forward(self, x_LE: Tensor, embedding_PE: Tensor) -> Tensor:
-        """[L, E] to logits [L, V]."""
-        x_LE = self.layer_norm(F.gelu(self.dense(x_LE)))
+    def forward(self, x_NE: Tensor, embedding_PE: Tensor) -> Tensor:
+        """[N, E] to logits [N, V]."""
+        x_NE = self.layer_norm(F.gelu(self.dense(x_NE)))
         # Matrix units want a multiple of 8 rows: multiply by all 64, then cut.
-        return F.linear(x_LE, embedding_PE)[..., : len(self.bias)] + self.bias
+        return F.linear(x_NE, embedding_PE)[..., : len(self.bias)] + self.bias
 
 
 class Esm2PreTrainedModel(PreTrainedModel):
@@ -252,14 +200,16 @@ class Esm2PreTrainedModel(PreTrainedModel):
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         if self.base_model.encoder.backend == "te":
-            from layers_te import checkpoint as gradient_checkpointing_func
+            from tokens.layers_te import checkpoint as gradient_checkpointing_func
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
 
 class Esm2Model(Esm2PreTrainedModel):
     """The encoder: tokens in, one vector of width E per token out."""
 
-    context_parallel = None  # context_parallel.ContextParallel: each rank goes on with its part of the packed tokens
+    context_parallel = (
+        None  # tokens.context_parallel.ContextParallel: each rank goes on with its part of the packed tokens
+    )
 
     def __init__(self, config: Esm2Config):
         super().__init__(config)
@@ -278,13 +228,15 @@ class Esm2Model(Esm2PreTrainedModel):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        wanted_W: Tensor | None = None,
+        seq_lens: list[int] | None = None,
+        selected_W: Tensor | None = None,
     ) -> BaseModelOutput:
         """Padded: `input_ids` [B, S], `attention_mask` [B, S] (None: no padding). Packed: [T], with `cu_seqlens`.
 
-        `wanted_W`: the tokens whose vectors are wanted, by their numbers in the flattened `input_ids` (with
-        `context_parallel` in this rank's part of them), int64 and rising. The output is then [W, E], and most of what
-        only the others would need in the last layer is not computed.
+        The longest sequence and all lengths, where they are given, need not be read from the device. `selected_W`:
+        the tokens whose vectors are asked for, by their numbers in the flattened `input_ids` (with `context_parallel`
+        in this rank's part of them), int64 and rising. The output is then [W, E], and most of what only the others
+        would need in the last layer is not computed.
         """
         if (input_ids.ndim == 1) != (cu_seqlens is not None):
             raise ValueError(
@@ -295,12 +247,14 @@ class Esm2Model(Esm2PreTrainedModel):
         if self.context_parallel and cu_seqlens is None:
             raise ValueError("Context parallelism takes packed batches only: [T], with cu_seqlens.")
         x_NE = self.embeddings(input_ids, mask_BS, cu_seqlens, self.context_parallel)
-        x_NE = self.encoder(x_NE, self.attention_inputs(input_ids, mask_BS, cu_seqlens, max_seqlen), wanted_W)
+        inputs = self.attention_inputs(input_ids, mask_BS, cu_seqlens, max_seqlen, seq_lens)
+        x_NE = self.encoder(x_NE, inputs, selected_W)
         return BaseModelOutput(last_hidden_state=x_NE)
 
     def attention_inputs(
-        self, input_ids: Tensor, mask_BS: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None
-    ) -> AttentionInputs:
+        self, input_ids: Tensor, mask_BS: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
+        seq_lens: list[int] | None,
+    ) -> AttentionInputs:  # fmt: skip
         """Positions, from 0 in every sequence, and borders: made once for all layers."""
         mask_B11S = positions_T = None
         if cu_seqlens is None:
@@ -314,7 +268,17 @@ class Esm2Model(Esm2PreTrainedModel):
             positions_T = torch.arange(len(input_ids), device=input_ids.device) - starts_T
         inv_freq = rope_inv_freq(self.config, self.config.rope_inv_freq_dtype, input_ids.device).repeat(2)
         angles_SD = torch.arange(max_seqlen, device=input_ids.device)[:, None] * inv_freq
-        return AttentionInputs(angles_SD, mask_B11S, cu_seqlens, positions_T, max_seqlen, self.context_parallel)
+        return AttentionInputs(
+            angles_SD, mask_B11S, cu_seqlens, positions_T, max_seqlen, self.context_parallel, seq_lens
+        )
+
+
+@dataclass
+class Esm2Output(MaskedLMOutput):
+    """`loss` is the only part there is; `labels` are those of the tokens that `logits` belong to."""
+
+    parts: dict[str, Tensor] | None = None
+    labels: Tensor | None = None
 
 
 class Esm2ForMaskedLM(Esm2PreTrainedModel):
@@ -333,37 +297,35 @@ class Esm2ForMaskedLM(Esm2PreTrainedModel):
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        num_items_in_batch: Tensor | float | None = None,
-    ) -> MaskedLMOutput:
+        seq_lens: list[int] | None = None,
+        selected: Tensor | None = None,
+        counts: Mapping[str, float] | None = None,
+    ) -> Esm2Output:
         """Inputs as in `Esm2Model`; `labels` like `input_ids`, -100 where nothing is to be predicted.
 
-        Without labels: logits [N, V]. With labels: logits [L, V] of the labelled tokens only, and their cross-entropy
-        in nats, summed in FP32 and divided by `num_items_in_batch` (None: by L). No label at all gives a loss of 0
-        that still reaches every parameter, because ranks must agree on what they reduce. With `context_parallel` both
-        are of this rank's tokens alone. Raises ValueError for labels of another shape.
+        Without labels: logits [N, V]. With labels: logits [W, V] and labels [W] of the `selected` tokens (None: read
+        off the labels), which are all that have a label and a few that have not; and the cross-entropy of the former
+        in nats, summed in FP32 and divided by `counts["labels"]` (None: by how many they are). No label at all gives a
+        loss of 0 that still reaches every parameter, because ranks must agree on what they reduce. With
+        `context_parallel` all three are of this rank's tokens alone. Raises ValueError for labels of another shape.
         """
         # Not a second Parameter but the same one, used in the forward pass of the module that owns both (FSDP2: the
         # root), so keep the embedding in one sharding group with the head.
         embedding_PE = self.esm.embeddings.word_embeddings.weight
-        batch = (input_ids, attention_mask, cu_seqlens, max_seqlen)
+        batch = (input_ids, attention_mask, cu_seqlens, max_seqlen, seq_lens)
         if labels is None:
-            return MaskedLMOutput(logits=self.lm_head(self.esm(*batch).last_hidden_state, embedding_PE))
+            return Esm2Output(logits=self.lm_head(self.esm(*batch).last_hidden_state, embedding_PE))
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels {list(labels.shape)} must have the shape of input_ids, {list(input_ids.shape)}.")
         if self.esm.context_parallel and cu_seqlens is not None:  # a padded batch is refused by the encoder
             labels = self.esm.context_parallel.part(labels)
-        wanted_W, num_labels = wanted_tokens(labels)
-        logits_WV = self.lm_head(self.esm(*batch, wanted_W).last_hidden_state, embedding_PE)
-        labels_W = labels.flatten()[wanted_W]
-        if num_items_in_batch is None:
-            num_items_in_batch = max(num_labels, 1)
-        loss = F.cross_entropy(logits_WV.float(), labels_W, reduction="sum") / num_items_in_batch
-        return MaskedLMOutput(loss=loss, logits=logits_WV[labelled_first(labels_W)[:num_labels]])
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name: what a checkpoint holds."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+        if selected is None:
+            selected = torch.from_numpy(select_tokens(labels.cpu().numpy())).to(labels.device)
+        labels_W = labels.flatten()[selected]
+        logits_WV = self.lm_head(self.esm(*batch, selected).last_hidden_state, embedding_PE)
+        num_labels = max(counts["labels"], 1) if counts else (labels_W != IGNORED).sum().clamp(min=1)
+        loss = F.cross_entropy(logits_WV.float(), labels_W, reduction="sum") / num_labels
+        return Esm2Output(loss=loss, logits=logits_WV, labels=labels_W)
 
 
 def init_parameters(model: PreTrainedModel, seed: int) -> None:
@@ -375,31 +337,6 @@ def init_parameters(model: PreTrainedModel, seed: int) -> None:
     fill(tensors, lambda name: initial_value(name, tensors[name].shape, model.config, seed))
 
 
-def copy_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy full CPU tensors by name into `model`, which may be sharded; one at a time is read from `values`.
-
-    Raises ValueError where names are missing, unexpected, or belong to tensors of another shape.
-    """
-    tensors = named_tensors(model)
-    missing, unexpected = sorted(tensors.keys() - values.keys()), sorted(values.keys() - tensors.keys())
-    if missing or unexpected:
-        raise ValueError(f"These weights do not fit the model: missing {missing}, unexpected {unexpected}.")
-    fill(tensors, values.__getitem__)
-
-
-@torch.no_grad()
-def fill(tensors: Mapping[str, Tensor], full_value: Callable[[str], Tensor]) -> None:
-    """Write `full_value(name)` into each tensor, or this rank's part of it into each DTensor."""
-    for name, tensor in tensors.items():
-        value = full_value(name)
-        if value.shape != tensor.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)} where the model has {tuple(tensor.shape)}.")
-        if isinstance(tensor, DTensor):
-            # src_data_rank=None: every rank has the full value and cuts its own part out of it.
-            value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor.copy_(value)
-
-
 def initial_value(name: str, shape: torch.Size, config: Esm2Config, seed: int) -> Tensor:
     """Biases 0, norm weights 1, matrices normal with deviation `initializer_range`, as `EsmPreTrainedModel` has them.
 
@@ -408,30 +345,25 @@ def initial_value(name: str, shape: torch.Size, config: Esm2Config, seed: int) -
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     # The encoder's weights do not depend on whether there is a head around it.
-    key = f"{seed} {name.removeprefix('esm.')}".encode()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
-    value = torch.empty(shape, device="cpu").normal_(std=config.initializer_range, generator=generator)
+    value = random_normal(shape, config.initializer_range, seed, name.removeprefix("esm."))
     if name.endswith("word_embeddings.weight"):
         value[config.pad_token_id] = 0.0
         value[config.vocab_size :] = 0.0
     return value
 
 
-def training_flops(
-    config: Esm2Config, seq_lens: Iterable[int], num_labels: int, layer_backend: str | None = None
-) -> float:
+def training_flops(config: Esm2Config, counts: Mapping[str, int], layer_backend: str | None = None) -> float:
     """Floating-point operations of one training step: three times those of the forward pass.
 
     Forward: layers * [2 (4 E^2 + 2 E F) T + 4 E sum(length^2)] + 2 (E^2 + E P) L, with F the feed-forward width, over
-    real tokens. Recomputation and padding do not count. This is the usual count. With `layer_backend` torch
-    or cpp it is without what the last layer need not compute of tokens without a label: 2 (E^2 + 2 E F) (T - L), and
-    their share of its attention.
+    T real `tokens`, L `labels` and the `token_pairs` within sequences. Recomputation and padding do not count. This is
+    the usual count. With `layer_backend` torch or cpp it is without what the last layer need not compute of tokens
+    without a label: 2 (E^2 + 2 E F) (T - L), and their share of its attention.
     """
-    seq_lens = list(seq_lens)
+    num_tokens, num_labels = counts["tokens"], counts["labels"]
     width, feed_forward, num_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    num_tokens = sum(seq_lens)
     products = 2 * (4 * width**2 + 2 * width * feed_forward) * num_tokens
-    attention = 4 * width * sum(length**2 for length in seq_lens)
+    attention = 4 * width * counts["token_pairs"]
     head = 2 * (width**2 + width * config.padded_vocab_size) * num_labels
     forward = num_layers * (products + attention) + head
     if layer_backend in ("torch", "cpp") and num_tokens:

@@ -7,14 +7,25 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from pydantic import NonNegativeFloat, PositiveInt
 from safetensors import SafetensorError
 from transformers import EsmConfig, EsmForMaskedLM
-from transformers.modeling_outputs import MaskedLMOutput
 
-from context_parallel import ContextParallel
-from convert import DECODER, hf_config, hf_to_native, local_folder, native_config, native_to_hf, open_weights
-from modeling_esm2 import SIZES, Esm2Config, Esm2ForMaskedLM, copy_parameters, init_parameters, named_tensors
+import modeling_esm2
+from common.batch import Batch
+from common.distributed import Distributed
+from common.weights import copy_parameters, local_folder, named_tensors, open_weights
+from convert import DECODER, hf_config, hf_to_native, native_config, native_to_hf
+from modeling_esm2 import SIZES, Esm2Config, Esm2ForMaskedLM, Esm2Output, init_parameters, sequence_index
+from tokens.backends import resolve_layer_backend, slower_backend_note
+from tokens.context_parallel import ContextParallel
+from tokens.formats import FP4, FP8
+from tokens.low_precision import LowPrecision
+from tokens.quant_stats import QuantStats
+
+
+SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 
 
 class ReferenceEsmForMaskedLM(EsmForMaskedLM):
@@ -30,21 +41,24 @@ class ReferenceEsmForMaskedLM(EsmForMaskedLM):
         name, table = "esm.embeddings.position_ids", self.esm.embeddings.position_ids
         return {name: torch.arange(table.shape[-1], device="cpu").expand(table.shape)}
 
-    def forward(self, input_ids, attention_mask=None, labels=None, cu_seqlens=None, max_seqlen=None,
-                num_items_in_batch=None):  # fmt: skip
-        """As `Esm2ForMaskedLM.forward` with labels: `logits` are those of the labelled positions."""
+    def forward(self, input_ids, labels, selected, counts, attention_mask=None, cu_seqlens=None, max_seqlen=None,
+                seq_lens=None):  # fmt: skip
+        """As `Esm2ForMaskedLM.forward` with labels."""
+        labels_W = labels.flatten()[selected]
         if cu_seqlens is not None:
-            lengths = cu_seqlens.diff()
-            attention_mask = (torch.arange(max_seqlen, device=lengths.device) < lengths[:, None]).long()
-            padded = [torch.full_like(attention_mask, fill) for fill in (self.config.pad_token_id, -100)]
-            for target, source in zip(padded, (input_ids, labels), strict=True):
-                target[attention_mask.bool()] = source
-            input_ids, labels = padded
-        hidden = self.esm(input_ids, attention_mask=attention_mask).last_hidden_state[labels != -100]
+            sequence_T = sequence_index(cu_seqlens, len(input_ids))
+            position_T = torch.arange(len(input_ids), device=input_ids.device) - cu_seqlens[sequence_T]
+            padded = input_ids.new_full((len(seq_lens), max_seqlen), self.config.pad_token_id)
+            attention_mask = torch.zeros_like(padded)
+            padded[sequence_T, position_T], attention_mask[sequence_T, position_T] = input_ids, 1
+            selected = (sequence_T * max_seqlen + position_T)[selected]
+            input_ids = padded
+        hidden = self.esm(input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, selected)
         hidden = self.lm_head.layer_norm(F.gelu(self.lm_head.dense(hidden)))
         logits = F.linear(hidden, self.esm.embeddings.word_embeddings.weight) + self.lm_head.bias
-        loss = F.cross_entropy(logits.float(), labels[labels != -100], reduction="sum")
-        return MaskedLMOutput(loss=loss / num_items_in_batch, logits=logits)
+        loss = F.cross_entropy(logits.float(), labels_W, reduction="sum") / max(counts["labels"], 1)
+        return Esm2Output(loss=loss, logits=logits, labels=labels_W)
 
 
 def model_config(
@@ -56,11 +70,13 @@ def model_config(
     num_attention_heads: PositiveInt | None = None,
     intermediate_size: PositiveInt | None = None,
     token_dropout: bool | None = None,
+    hidden_dropout_prob: NonNegativeFloat | None = None,
     initializer_range: NonNegativeFloat | None = None,
 ) -> Esm2Config:
     """The configuration of a published size (no network is asked) or of a local folder, with what is overridden.
 
-    Raises ValueError for a name that is neither, and for heads that do not divide the width.
+    `facebook/esm2_...` is Hugging Face's own implementation: its `layer_backend` is `transformers`. Raises ValueError
+    for a name that is neither, and for heads that do not divide the width.
     """
     overrides = {k: v for k, v in locals().items() if k not in ("model_tag", "layer_backend") and v is not None}
     name = model_tag.rpartition("/")[2]
@@ -73,31 +89,57 @@ def model_config(
         config = SIZES[name]
     else:
         raise ValueError(f"model_tag={model_tag}: no local folder and none of {', '.join(SIZES)}.")
+    if model_tag.startswith("facebook/"):
+        layer_backend = "transformers"
     return Esm2Config(**{**config, "layer_backend": layer_backend, **overrides})
 
 
-def is_reference(model_tag: str) -> bool:
-    """Whether the tag asks for Hugging Face's own implementation: `facebook/esm2_...`."""
-    return model_tag.startswith("facebook/")
+def build_precision(config: DictConfig, shape: Esm2Config, device: torch.device) -> LowPrecision:
+    """How the run computes, by the keys `precision`, `fp8_*`, `fp4_*` and `quant_stats_config`."""
+    asked, head_dim = shape.layer_backend, shape.head_dim
+    backend = asked if asked == "transformers" else resolve_layer_backend(asked, head_dim)
+    note = slower_backend_note(asked, backend, device, head_dim)
+    return LowPrecision(
+        device, config.precision, backend, shape.num_hidden_layers,
+        {"hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size},
+        shape.hidden_size >= 256,  # on CPUs narrower models gain too little to give up FP32's exactness
+        FP8(**config.fp8_config), FP4(**config.fp4_config), config.fp8_layers, config.fp4_layers,
+        QuantStats(**config.quant_stats_config), [note] if note else [],
+    )  # fmt: skip
 
 
-def build_model(
-    model_tag: str, config: Esm2Config, context_parallel: ContextParallel | None = None
-) -> Esm2ForMaskedLM | ReferenceEsmForMaskedLM:
-    """The model without storage; `fill_model` gives it its numbers once it is split over the ranks.
+def build_model(shape: Esm2Config, distributed: Distributed) -> Esm2ForMaskedLM | ReferenceEsmForMaskedLM:
+    """The model without storage; `materialize` gives it its numbers once it is split over the ranks.
 
     Raises ValueError if the ranks that share a micro-batch are more than its heads.
     """
-    if context_parallel and context_parallel.size > config.num_attention_heads:
+    if distributed.group_size > shape.num_attention_heads:
         raise ValueError(
-            f"cp_size={context_parallel.size} must be at most the number of heads, {config.num_attention_heads}."
+            f"cp_size={distributed.group_size} must be at most the number of heads, {shape.num_attention_heads}."
         )
     with torch.device("meta"):
-        if is_reference(model_tag):
-            return ReferenceEsmForMaskedLM(hf_config(config))
-        model = Esm2ForMaskedLM(config)
-    model.esm.context_parallel = context_parallel
+        if shape.layer_backend == "transformers":
+            return ReferenceEsmForMaskedLM(hf_config(shape))
+        model = Esm2ForMaskedLM(shape)
+    if distributed.group:
+        model.esm.context_parallel = ContextParallel(distributed.group)
     return model
+
+
+def sharded_parts(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What is split over the ranks, and gathered, as one: each layer, and at the end the model with all the rest."""
+    return [*model.esm.encoder.layer, model]
+
+
+def prepare(model: torch.nn.Module, config: DictConfig, precision: LowPrecision) -> None:
+    """What the layers do in another way before the model is split: number formats, recomputation, compilation."""
+    *layers, _ = sharded_parts(model)
+    precision.prepare(layers)
+    if config.use_activation_checkpointing:
+        model.activation_checkpointing_enable()
+    if config.use_torch_compile:
+        for layer in layers:
+            layer.compile(dynamic=True)
 
 
 def model_type(folder: Path) -> str:
@@ -120,11 +162,13 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def read_pretrained(init_from: str, config: Esm2Config) -> Mapping[str, torch.Tensor]:
+def read_pretrained(init_from: str | None, shape: Esm2Config) -> Mapping[str, torch.Tensor] | None:
     """A public checkpoint's weights under our names, each read when it is asked for; from a folder or the hub.
 
-    Sets `config.rope_inv_freq_dtype` to the checkpoint's. Raises ValueError for a missing one or another size.
+    Sets `shape.rope_inv_freq_dtype` to the checkpoint's. Raises ValueError for a missing one or another size.
     """
+    if init_from is None:
+        return None
     try:
         folder = local_folder(init_from)
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors, those of its names ValueErrors
@@ -133,30 +177,55 @@ def read_pretrained(init_from: str, config: Esm2Config) -> Mapping[str, torch.Te
     try:
         weights = open_weights(folder)
         found = read_config(folder, weights)
-        for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
-            if getattr(found, key) != getattr(config, key):
+        for key in SHAPE:
+            if getattr(found, key) != getattr(shape, key):
                 raise ValueError(
-                    f"it has {key}={getattr(found, key)}, and the model {getattr(config, key)}; give the model_tag or "
+                    f"it has {key}={getattr(found, key)}, and the model {getattr(shape, key)}; give the model_tag or "
                     "model_kwargs of that size."
                 )
-        config.rope_inv_freq_dtype = found.rope_inv_freq_dtype
-        return hf_to_native(weights, config) if model_type(folder) == "esm" else weights
+        shape.rope_inv_freq_dtype = found.rope_inv_freq_dtype
+        return hf_to_native(weights, shape) if model_type(folder) == "esm" else weights
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"init_from={init_from} cannot be used: {first_line(error)}") from error
 
 
-def fill_model(
-    model: torch.nn.Module, config: Esm2Config, seed: int, pretrained: Mapping[str, torch.Tensor] | None
-) -> None:
-    """Give the model its first weights: the pretrained ones, or random ones that depend on the seed alone."""
+def materialize(
+    model: torch.nn.Module, shape: Esm2Config, seed: int, pretrained: Mapping[str, torch.Tensor] | None,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Give the model storage and its first weights: the pretrained ones, or random ones that depend on the seed alone.
+
+    It may be split already: then each rank has its part only.
+    """
+    model.to_empty(device=device)
     if isinstance(model, ReferenceEsmForMaskedLM):
         if pretrained is None:  # the same numbers as our own model gets
-            own = Esm2ForMaskedLM(config)
+            own = Esm2ForMaskedLM(Esm2Config(**shape.to_dict() | {"layer_backend": "torch"}))
             init_parameters(own, seed)
             pretrained = {name: tensor.detach() for name, tensor in named_tensors(own).items()}
-        weights = native_to_hf(pretrained, config)
+        weights = native_to_hf(pretrained, shape)
         copy_parameters(model, {k: weights[k] for k in weights if k != DECODER} | model.tables())
     elif pretrained is None:
         init_parameters(model, seed)
     else:
         copy_parameters(model, pretrained)
+
+
+def facts(shape: Esm2Config, saved: dict | None = None) -> dict:
+    """What checkpoints say of the model, all that `export.py` needs to know.
+
+    With what the checkpoint of a run that goes on says (`saved`): raises ValueError if that is another model, and
+    takes over how rotary frequencies were rounded, which no key says.
+    """
+    if saved:
+        now = shape.to_dict()
+        if wrong := [key for key in SHAPE if now[key] != saved[key]]:
+            changes = ", ".join(f"{key} was {saved[key]} and is {now[key]}" for key in wrong)
+            raise ValueError(f"{changes}; give model_tag or model_kwargs of that size")
+        shape.rope_inv_freq_dtype = saved["rope_inv_freq_dtype"]
+    return shape.to_dict()
+
+
+def training_flops(shape: Esm2Config, batch: Batch, backend: str | None = None) -> float:
+    """Floating-point operations of one training step on this batch, without those that the backend leaves out."""
+    return modeling_esm2.training_flops(shape, batch.counts, backend)

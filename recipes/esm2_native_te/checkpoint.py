@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Save and resume a run under any strategy, on any number of ranks.
 
-A checkpoint is a folder `step_<n>/`: DCP's shards of model, optimizer and RNG, `run.json` with the rest, and checksums
-(step_folder.py). A save that fails is told and training goes on; nothing is deleted before its successor is complete.
+A checkpoint is a folder `step_<n>/`: DCP's shards of model, optimizer, averaged weights and RNG, `run.json` with the
+rest, and checksums (common/step_folder.py). A save that fails is reported and training goes on; nothing is deleted
+before its successor is complete.
 """
 
 import json
@@ -21,63 +22,46 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from distributed import TIMEOUT, Distributed, stop_with, unwrapped
-from export import export
-from modeling_esm2 import Esm2Config
-from step_folder import (
+from build_model import facts
+from common.distributed import TIMEOUT, Distributed, SharedError, unwrapped
+from common.ema import EMA
+from common.files import flat, make_folder
+from common.run_end import Outcome
+from common.step_folder import (
     StepWriter,
     complete_steps,
+    copy_offsets,
     damage,
-    knows_its_place,
+    has_own_offsets,
     lock,
     numbered,
     set_aside,
-    tell_its_place,
     unlock,
 )
+from export import export
 
 
 # A change of these keys on resume moves the trajectory by rounding at most; others are refused unless allowed.
 HARMLESS = (
     "checkpoint.", "logger.", "wandb_init_args.", "validation.", "num_train_steps", "use_sequence_packing",
     "use_torch_compile", "use_activation_checkpointing", "layer_backend", "precision", "deterministic",
-    "dataset.num_workers", "anomalies.", "cp_size",
+    "dataset.num_workers", "anomalies.", "cp_size", "ema_decay",
 )  # fmt: skip
-
-SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-
-
-def make_folder(key: str, folder: Path, rank: int) -> None:
-    """Make a folder and write to it. Raises ValueError where that is impossible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe_{rank}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"{key}={folder} cannot be written: {error.strerror}; give another folder.") from error
-
-
-def flat(config: dict, prefix: str = "") -> dict:
-    """Nested keys as `section.key`."""
-    items = {}
-    for key, value in config.items():
-        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return items
 
 
 class Checkpointer:
     """Saves every `save_every_n_steps` and at the end, keeps the newest `max_to_keep`, and resumes from the newest.
 
-    Raises ValueError, before anything is built, for a folder that cannot serve.
+    `shape` is the model's configuration, as build_model.py has it. Raises ValueError, before anything is built, for a
+    folder that cannot serve.
     """
 
     def __init__(
         self,
         distributed: Distributed,
         config: DictConfig,
+        shape,
         num_parameters: int,
-        model_config: Esm2Config,
         *,
         ckpt_dir: str | None = None,
         save_every_n_steps: int | None = None,
@@ -91,9 +75,8 @@ class Checkpointer:
         self.every, self.keep = save_every_n_steps, max_to_keep
         self.config = OmegaConf.to_container(config, resolve=True)
         self.folder, self.save_final_model = Path(ckpt_dir) if ckpt_dir else None, save_final_model
-        self.model_config, self.resume_step, self.notes = model_config, None, []
+        self.shape, self.resume_step, self.notes = shape, None, []
         self.pending = self.group = self.failed_step = None
-        self.lost = False
         self.damaged: dict[int, str] = {}
         for key, value in (("save_every_n_steps", save_every_n_steps), ("max_to_keep", max_to_keep)):
             if value is not None and value < 1:
@@ -107,7 +90,8 @@ class Checkpointer:
         if distributed.is_main:
             lock(self.folder.resolve())
             self._tidy_litter()
-            needed = 16 * num_parameters  # FP32 weights and two moments, and the final model
+            # FP32 weights, two moments, the averaged weights, and the final model
+            needed = (16 + 4 * (config.get("ema_decay") is not None)) * num_parameters
             if (free := shutil.disk_usage(self.folder).free) < needed:
                 raise ValueError(
                     f"checkpoint.ckpt_dir={self.folder} has {free / 2**20:,.1f} MiB free, and a checkpoint and the "
@@ -125,7 +109,6 @@ class Checkpointer:
                 self.notes.append(
                     "That is the last step: nothing is left to train. Give more num_train_steps to go on."
                 )
-            model_config.rope_inv_freq_dtype = self.saved["model"]["rope_inv_freq_dtype"]
         # A run that is killed after its export, and started again, has nothing left to do.
         if save_final_model and (self.folder / "final_model").exists() and self.resume_step != config.num_train_steps:
             raise ValueError(
@@ -164,9 +147,9 @@ class Checkpointer:
                 found = [f"it is step {self.saved['step']} under another name"]
             self.damaged[step] = next(filter(None, found))
         if steps:
-            told = "; ".join(f"step_{step}: {reason}" for step, reason in self.damaged.items())
+            reasons = "; ".join(f"step_{step}: {reason}" for step, reason in self.damaged.items())
             raise ValueError(
-                f"checkpoint.ckpt_dir={self.folder} holds no whole checkpoint ({told}); put a whole one there, or "
+                f"checkpoint.ckpt_dir={self.folder} holds no whole checkpoint ({reasons}); put a whole one there, or "
                 "take another folder to start anew."
             )
 
@@ -181,33 +164,35 @@ class Checkpointer:
         for step, reason in self.damaged.items():
             self.notes.append(f"step_{step} is damaged and set aside as step_{step}.damaged: {reason}.")
         self.notes.append(f"Going on from {self._path(self.resume_step)}.")
-        if told := [f"{k} {before.get(k)} -> {now.get(k)}" for k in changed if not k.startswith("checkpoint.")]:
-            self.notes.append(f"Changed since: {', '.join(told)}.")
+        if changes := [f"{k} {before.get(k)} -> {now.get(k)}" for k in changed if not k.startswith("checkpoint.")]:
+            self.notes.append(f"Changed since: {', '.join(changes)}.")
         if model or (serious and not allowed):
-            told = "; ".join(f"{k} was {before.get(k)} and is {now.get(k)}" for k in model or serious)
+            changes = "; ".join(f"{k} was {before.get(k)} and is {now.get(k)}" for k in model or serious)
             way_out = "" if model else ", or set checkpoint.allow_config_change=true to go on all the same"
             raise ValueError(
-                f"checkpoint.ckpt_dir={self.folder} was written with another configuration: {told}; give the old "
+                f"checkpoint.ckpt_dir={self.folder} was written with another configuration: {changes}; give the old "
                 f"values, take another folder{way_out}."
             )
-        shape, found = self.model_config.to_dict(), self.saved["model"]  # where model_tag is a folder that has changed
-        if wrong := [k for k in SHAPE if shape[k] != found[k]]:
-            told = ", ".join(f"{k} was {found[k]} and is {shape[k]}" for k in wrong)
+        try:
+            facts(self.shape, self.saved["model"])  # another model where model_tag is a folder that has changed
+        except ValueError as error:
             raise ValueError(
-                f"checkpoint.ckpt_dir={self.folder} holds another model: {told}; give model_tag or model_kwargs of "
-                "that size, or take another folder."
-            )
+                f"checkpoint.ckpt_dir={self.folder} holds another model: {error}, or take another folder."
+            ) from error
 
     def is_due(self, step: int, last: bool) -> bool:
         """Whether to save after this step."""
         return self.folder is not None and (last or (self.every is not None and step % self.every == 0))
 
-    def save(self, step: int, model, optimizer, scheduler, loader, progress: dict, wait: bool) -> None:
-        """Write `step_<step>`; in the background if `async_save` and not `wait`. Older ones go when it is complete."""
+    def save(self, step: int, model, optimizer, ema: EMA, parts: dict, wait: bool) -> None:
+        """Write `step_<step>`; in the background if `async_save` and not `wait`. Older ones go when it is complete.
+
+        `parts` are what has a `state_dict` of JSON, by the names under which `run.json` keeps them.
+        """
         self.finish()
-        run = {"step": step, "scheduler": scheduler.state_dict(), "loader": loader.state_dict(), **progress}
-        run |= {"model": self.model_config.to_dict(), "config": self.config}
-        writer, state = StepWriter(self._path(step), json.dumps(run, indent=1)), self._state(model, optimizer)
+        run = {"step": step, **{name: part.state_dict() for name, part in parts.items()}, "ema": ema.state_dict()}
+        run |= {"model": facts(self.shape), "config": self.config}
+        writer, state = StepWriter(self._path(step), json.dumps(run, indent=1)), self._state(model, optimizer, ema)
         self.step = step
         if self.async_save and not wait:
             if self.group is None:  # its own, so that its messages and the training's cannot cross
@@ -218,7 +203,7 @@ class Checkpointer:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for a save in the background. One that failed, failed on all ranks; it is told, and its folder goes."""
+        """Wait for a save in the background. One that failed, failed on all ranks: reported, and its folder goes."""
         if self.pending is None:
             return
         pending, self.pending, self.failed_step = self.pending, None, None
@@ -258,33 +243,37 @@ class Checkpointer:
             with suppress(OSError):
                 probe.unlink()
 
-    def _state(self, model, optimizer) -> dict:
+    def _state(self, model, optimizer, ema: EMA) -> dict:
         model = unwrapped(model)
         weights, moments = get_state_dict(model, optimizer)
-        # DCP takes a DTensor for split evenly by rows. A parameter that knows better tells its copy and its moments.
+        # DCP takes a DTensor for split evenly by rows. A parameter that is not gives its offsets to copy and moments.
         for name, parameter in model.named_parameters():
-            if knows_its_place(parameter):
+            if has_own_offsets(parameter):
                 for tensor in (weights[name], *moments["state"].get(name, {}).values()):
                     if tensor.shape == parameter.shape:
-                        tell_its_place(tensor, parameter._local_tensor)
-        state = {"model": weights, "optimizer": moments, f"rng.cpu.{self.distributed.rank}": torch.get_rng_state()}
+                        copy_offsets(tensor, parameter._local_tensor)
+        state = {"model": weights, "optimizer": moments, "ema": ema.tensors()}
+        state[f"rng.cpu.{self.distributed.rank}"] = torch.get_rng_state()
         if self.distributed.device.type == "cuda":
             state[f"rng.cuda.{self.distributed.rank}"] = torch.cuda.get_rng_state()
         return state
 
-    def load(self, model, optimizer, scheduler, loader) -> dict:
-        """Put everything back as it was and return the progress, with `step`; {"step": 0} where there is nothing."""
+    def load(self, model, optimizer, ema: EMA, parts: dict) -> int:
+        """Put everything back as it was and return the step; 0 where there is nothing to go on from."""
         if self.resume_step is None:
-            return {"step": 0}
-        with self.distributed.one_voice():
-            loader.load_state_dict(self.saved["loader"])
+            return 0
+        with self.distributed.fail_together():
+            for name, part in parts.items():
+                part.load_state_dict(self.saved.get(name, self.saved))  # older files have logger's and anomalies' here
         if self.distributed.is_main:
             for step in self.damaged:
                 set_aside(self._path(step))
             self._tidy()
-        path, state = self._path(self.resume_step), self._state(model, optimizer)
+        path, state = self._path(self.resume_step), self._state(model, optimizer, ema)
         known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         weights = state["model"]
+        if not any(name.startswith("ema.") for name in known):
+            del state["ema"]
         state = {k: v for k, v in state.items() if not k.startswith("rng.") or k in known}  # fewer ranks wrote fewer
         # Scales of delayed scaling, pickled by TransformerEngine. A layer that has not computed yet has none to read
         # into; the plain layers wrote none, and then they start anew.
@@ -304,42 +293,58 @@ class Checkpointer:
             torch.set_rng_state(rng)
         if (rng := state.get(f"rng.cuda.{self.distributed.rank}")) is not None:
             torch.cuda.set_rng_state(rng)
-        scheduler.load_state_dict(self.saved["scheduler"])
-        return {k: v for k, v in self.saved.items() if k not in ("scheduler", "loader", "model", "config")}
+        ema.load_state_dict(self.saved.get("ema", {}), model)
+        return self.resume_step
 
-    def stopped(self) -> str:
-        """Take note that the run was stopped early, for slurm_node.sh too; what to tell who did it."""
+    def stop(self, step: int) -> Outcome | None:
+        """The run ends early, as it was asked to; slurm_node.sh takes note too."""
+        self.finish()
         if marker := os.environ.get("STOPPED_EARLY"):
             Path(marker).touch()
-        self.lost = self.folder is None
-        if self.lost:
-            return "nothing was saved."
-        if self.failed_step is not None:
-            return "that could not be saved."
-        return "the same command goes on from there."
-
-    def save_final(self, step: int) -> None:
-        """Export the last checkpoint to `final_model/` on rank 0, if that is asked for and not done."""
-        self.finish()
-        wanted = self.save_final_model and self.failed_step is None
-        target = self.folder / "final_model" if wanted else None
-        with self.distributed.one_voice():
-            if target and self.distributed.is_main and not target.exists():
-                try:
-                    export(self._path(step), target)
-                except (OSError, SafetensorError) as error:
-                    raise ValueError(
-                        f"checkpoint.ckpt_dir={self.folder}: final_model could not be written: {error}; make room and "
-                        f"run: python export.py {self._path(step)}"
-                    ) from error
-
-    def close(self) -> None:
-        """Let go of the folder. If what the run did is lost, it ends with that sentence."""
-        unlock()
-        if self.lost:
-            stop_with("checkpoint.ckpt_dir is not set, so nothing of this run is saved, and it was stopped early.", 3)
-        if self.failed_step is not None:
-            stop_with(
-                f"checkpoint.ckpt_dir={self.folder}: step_{self.failed_step}, the last, could not be saved. "
-                f"{self._newest()} Make room, and the same command goes on from there."
+        what = "the same command goes on from there."
+        if self.folder is None:
+            what = "nothing was saved."
+        elif self.failed_step is not None:
+            what = "that could not be saved."
+        self.distributed.say(f"Stopped after step {step} as asked; {what}")
+        if self.folder is None:
+            return Outcome(
+                3, "checkpoint.ckpt_dir is not set, so nothing of this run is saved, and it was stopped early."
             )
+        return self._failure()
+
+    def complete(self, step: int) -> Outcome | None:
+        """The run ends with its last step, which is exported to `final_model/` by rank 0 if that is asked for."""
+        self.finish()
+        if not self.save_final_model or self.failed_step is not None:
+            return self._failure()
+        target = self.folder / "final_model"
+        try:
+            with self.distributed.shared_errors():
+                if self.distributed.is_main and not target.exists():
+                    self._export(step, target)
+        except SharedError as error:
+            return Outcome(2, str(error))
+        return None
+
+    def _export(self, step: int, target: Path) -> None:
+        try:
+            export(self._path(step), target)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"checkpoint.ckpt_dir={self.folder}: final_model could not be written: {error}; make room and "
+                f"run: python export.py {self._path(step)}"
+            ) from error
+
+    def _failure(self) -> Outcome | None:
+        if self.failed_step is None:
+            return None
+        return Outcome(
+            2,
+            f"checkpoint.ckpt_dir={self.folder}: step_{self.failed_step}, the last, could not be saved. "
+            f"{self._newest()} Make room, and the same command goes on from there.",
+        )
+
+    def unlock(self) -> None:
+        """Let go of the folder."""
+        unlock()

@@ -13,18 +13,11 @@ from statistics import fmean
 
 import yaml
 
-from plot_metrics import metrics_path, read_metrics
+from common.files import flat
+from plot_metrics import metrics_path, read_metrics, throughput_key, throughput_unit
 
 
 PLACES = ("logger.log_dir", "checkpoint.ckpt_dir", "wandb_init_args.name")  # differ by themselves
-
-
-def flat(section: dict, prefix: str = "") -> dict[str, object]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`, empty sections left out; checkpoint.py's keeps them, and imports torch."""
-    found = {}
-    for key, value in section.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 def read_run(run: Path) -> tuple[dict[str, object], dict[str, float | int | None]]:
@@ -32,12 +25,13 @@ def read_run(run: Path) -> tuple[dict[str, object], dict[str, float | int | None
     metrics = read_metrics(metrics_path(run))
     config = metrics_path(run).with_name("config.yaml")
     train, validation = metrics["train"], metrics["validation"]
+    throughput = throughput_key(metrics)
     losses = [line["loss"] for line in train[-max(1, len(train) // 10) :] if line["loss"] is not None]
-    return flat(yaml.safe_load(config.read_text()) if config.exists() else {}), {
+    return flat(yaml.safe_load(config.read_text()) if config.exists() else {}, keep_empty=False), {
         "steps": train[-1]["step"],
         "validation loss": validation[-1]["loss"] if validation else None,
         "train loss (last tenth)": fmean(losses) if losses else None,
-        "tokens/s": fmean(line["tokens_per_second"] for line in train),
+        throughput_unit(throughput): fmean(line[throughput] for line in train),
     }
 
 
@@ -66,7 +60,9 @@ def compare(runs: list[Path]) -> list[list[object]]:
         validation, train = row[-3], row[-2]
         return validation is None, validation or 0.0, train is None, train or 0.0
 
-    return [["run", *differ, *next(iter(found.values()))[1]], *sorted(rows, key=rank)]
+    *names, _ = next(iter(found.values()))[1]
+    units = dict.fromkeys(list(results)[-1] for _, results in found.values())
+    return [["run", *differ, *names, " or ".join(units)], *sorted(rows, key=rank)]
 
 
 def main() -> None:

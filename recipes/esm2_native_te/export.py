@@ -14,16 +14,14 @@ import sys
 from pathlib import Path
 
 
-import quiet  # noqa: F401  # isort: skip
-import torch
-import torch.distributed.checkpoint as dcp
+from common import quiet  # noqa: F401  # isort: skip
 from huggingface_hub import save_torch_state_dict
 from omegaconf import OmegaConf
 
-from build_model import is_reference
+from common import RECIPE
+from common.step_folder import damage, read_weights
 from convert import hf_config, save_hf
 from modeling_esm2 import Esm2Config
-from step_folder import damage
 
 
 CARD = """---
@@ -55,21 +53,6 @@ The configuration:
 """
 
 
-def read_weights(step_folder: Path) -> dict[str, torch.Tensor]:
-    """The model's full tensors on the CPU, from the shards of any strategy and number of ranks.
-
-    TransformerEngine's FP8 state is left out: it is of use only to go on training.
-    """
-    metadata = dcp.FileSystemReader(step_folder).read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in metadata.items()
-        if name.startswith("model.") and not name.endswith("._extra_state")
-    }
-    dcp.load(state, checkpoint_id=step_folder, no_dist=True)
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
-
-
 def export(step_folder: Path, target: Path) -> None:
     """Write the final model of one checkpoint; `target` appears only when it is complete.
 
@@ -85,31 +68,32 @@ def export(step_folder: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if is_reference(run["config"]["model_tag"]):
+    if config.layer_backend == "transformers":
         save_torch_state_dict(weights, partial)
         hf_config(config).save_pretrained(partial)
     else:
         save_hf(weights, config, partial)
-    shutil.copytree(Path(__file__).parent / "tokenizer", partial, dirs_exist_ok=True)
+    shutil.copytree(RECIPE / "tokenizer", partial, dirs_exist_ok=True)
     (partial / "README.md").write_text(model_card(run))
     partial.rename(target)
 
 
 def model_card(run: dict) -> str:
     """What the model is and how it came about, in Markdown."""
-    config, validation = run["config"], run.get("validation") or {}
+    config, counts = run["config"], run.get("logger", run)  # older files have it at the top
+    validation = counts["validation"] or {}
     data = config["dataset"]["load_dataset_kwargs"]
     files = data.get("data_files") or data["path"]
-    told = {k: v for k, v in config.items() if k not in ("checkpoint", "logger", "validation", "wandb_init_args")}
+    shown = {k: v for k, v in config.items() if k not in ("checkpoint", "logger", "validation", "wandb_init_args")}
     # A card gets published; where files lay on the machine it was written on is nobody's business.
-    told = json.loads(re.sub(r'"/[^"]*/([^"/]*)"', r'"\1"', json.dumps(told)))
+    shown = json.loads(re.sub(r'"/[^"]*/([^"/]*)"', r'"\1"', json.dumps(shown)))
     return CARD.format(
-        model_tag=told["model_tag"],
+        model_tag=shown["model_tag"],
         step=run["step"],
-        start=f"`{told['init_from']}`" if told["init_from"] else "random weights",
-        num_tokens=run["num_tokens"],
+        start=f"`{shown['init_from']}`" if shown["init_from"] else "random weights",
+        num_tokens=counts["num_tokens"],
         data=", ".join(Path(file).name for file in ([files] if isinstance(files, str) else files)),
-        config=OmegaConf.to_yaml(OmegaConf.create(told)),
+        config=OmegaConf.to_yaml(OmegaConf.create(shown)),
         **{key: f"{validation[key]:.4f}" if key in validation else "-" for key in ("loss", "perplexity", "accuracy")},
     )
 

@@ -43,12 +43,6 @@ STYLE = {
     "legend.edgecolor": "none",
     "legend.framealpha": 0.9,
 }
-PANELS = (
-    ("tokens_per_second", "Throughput, real tokens/s"),
-    ("learning_rate", "Learning rate"),
-    ("grad_norm", "Gradient norm"),
-)
-
 Metrics = dict[str, list[dict]]
 
 
@@ -80,10 +74,15 @@ def read_metrics(path: Path) -> Metrics:
     return {kind: [entries[step] for step in sorted(entries)] for kind, entries in by_step.items()}
 
 
-def read_facts(path: Path) -> list[str]:
-    """Say what ran, from the `run.json` beside a metrics file; empty without one."""
+def read_run(path: Path) -> dict:
+    """Return the `run.json` beside a metrics file; empty without one."""
     run_json = path.with_name("run.json")
-    run = json.loads(run_json.read_text()) if run_json.is_file() else {}
+    return json.loads(run_json.read_text()) if run_json.is_file() else {}
+
+
+def read_facts(path: Path) -> list[str]:
+    """Say what ran."""
+    run = read_run(path)
     facts = [run.get("model_tag")]
     if run.get("num_parameters"):
         facts.append(f"{EngFormatter(places=1, sep='')(run['num_parameters']).replace('G', 'B')} parameters")
@@ -92,6 +91,19 @@ def read_facts(path: Path) -> list[str]:
         facts.append(f"{run['num_ranks']} rank{'s' if run['num_ranks'] > 1 else ''}")
     facts.append(run.get("device"))
     return [fact for fact in facts if fact]
+
+
+def throughput_key(metrics: Metrics) -> str:
+    """Return the one key of a training line that ends so, e.g. `tokens_per_second` or `atoms_per_second`."""
+    keys = [key for key in metrics["train"][-1] if key.endswith("_per_second")]
+    if len(keys) != 1:
+        raise ValueError(f"A training line has one key that ends in _per_second; this one has {keys or 'none'}.")
+    return keys[0]
+
+
+def throughput_unit(key: str) -> str:
+    """Return the unit of that key, e.g. `tokens/s`."""
+    return f"{key.removesuffix('_per_second')}/s"
 
 
 def column(entries: list[dict], key: str) -> list[float]:
@@ -118,7 +130,7 @@ def line_width(i: int, num_runs: int) -> float:
     return 1.7 + 4.0 * (num_runs - 1 - i) / num_runs
 
 
-def draw_loss(ax: Axes, runs: dict[str, Metrics], smooth: int | None) -> None:
+def draw_loss(ax: Axes, runs: dict[str, Metrics], loss_name: str, smooth: int | None) -> None:
     """Draw each run's training loss, raw and smoothed, and its validation loss."""
     for i, (name, metrics) in enumerate(runs.items()):
         steps, losses = column(metrics["train"], "step"), column(metrics["train"], "loss")
@@ -147,13 +159,13 @@ def draw_loss(ax: Axes, runs: dict[str, Metrics], smooth: int | None) -> None:
                 zorder=3,
                 label=validation_label,
             )
-    title = "Masked-LM loss, nats" + (" (lines: train, markers: validation)" if len(runs) > 1 else "")
+    title = loss_name + (" (lines: train, markers: validation)" if len(runs) > 1 else "")
     ax.set(title=title, xlabel="Step")
 
 
-def draw_column(ax: Axes, runs: dict[str, Metrics], key: str, title: str) -> None:
-    """Draw one column of the training lines of each run, on an axis that starts at zero."""
-    for i, metrics in enumerate(runs.values()):
+def draw_column(ax: Axes, runs: dict[str, Metrics], keys: list[str], title: str) -> None:
+    """Draw one column of the training lines of each run, each run's own key, on an axis that starts at zero."""
+    for i, (metrics, key) in enumerate(zip(runs.values(), keys, strict=True)):
         steps, values = column(metrics["train"], "step"), column(metrics["train"], key)
         ax.plot(steps, values, color=COLOURS[i % len(COLOURS)], linewidth=0.7 * line_width(i, len(runs)))
     ax.axhline(0, color="none")
@@ -181,21 +193,29 @@ def plot_metrics(
         names = [str(run) for run in runs]
     metrics = dict(zip(names, map(read_metrics, paths), strict=True))
     facts = [read_facts(path) for path in paths]
+    loss_names = {read_run(path).get("loss_name", "Loss") for path in paths}
+    throughput = [throughput_key(found) for found in metrics.values()]
+    units = dict.fromkeys(map(throughput_unit, throughput))
+    panels = (
+        (throughput, f"Throughput, real {' or '.join(units)}"),
+        (["learning_rate"] * len(paths), "Learning rate"),
+        (["grad_norm"] * len(paths), "Gradient norm"),
+    )
     shared_facts = [fact for fact in facts[0] if all(fact in others for others in facts)]
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 6.8), dpi=150, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         figure.suptitle("  ·  ".join(shared_facts) or ", ".join(names), x=0.015, ha="left", fontsize=12.5)
-        grid = figure.add_gridspec(2, len(PANELS), height_ratios=(2, 1))
+        grid = figure.add_gridspec(2, len(panels), height_ratios=(2, 1))
         loss_ax = figure.add_subplot(grid[0, :])
-        draw_loss(loss_ax, metrics, smooth)
+        draw_loss(loss_ax, metrics, loss_names.pop() if len(loss_names) == 1 else "Loss", smooth)
         if reference_loss is not None:
             label = f"{reference_label} {reference_loss:.3f}"
             loss_ax.axhline(reference_loss, color=INK, linewidth=1.2, linestyle="--", label=label)
         loss_ax.legend()
-        for i, (key, title) in enumerate(PANELS):
-            draw_column(figure.add_subplot(grid[1, i]), metrics, key, title)
+        for i, (keys, title) in enumerate(panels):
+            draw_column(figure.add_subplot(grid[1, i]), metrics, keys, title)
         figure.axes[1].yaxis.set_major_formatter(EngFormatter(sep=""))
         figure.savefig(out)
 

@@ -15,13 +15,12 @@ from itertools import islice
 from pathlib import Path
 
 
-import quiet  # noqa: F401  # isort: skip
-import numpy as np
+from common import quiet  # noqa: F401  # isort: skip
 from omegaconf import DictConfig, OmegaConf
 
-from dataset import SequenceRows, TrainLoader
-from distributed import process_group
-from epoch_plan import EpochPlan
+from common.distributed import process_group
+from common.epoch_plan import EpochPlan
+from dataset import TrainLoader
 from plot_metrics import read_metrics
 
 
@@ -56,7 +55,7 @@ def main(folder: Path, step: int | None, micro_batch: str | None) -> None:
             epoch, window, index = (int(part) if part.isdigit() else -1 for part in micro_batch.split("."))
             if min(epoch, window, index) < 0:
                 raise IndexError
-            wanted = [plan.window(epoch, window)[index]]
+            chosen = [plan.window(epoch, window)[index]]
         except (ValueError, IndexError) as error:
             raise ValueError(
                 f"--micro-batch {micro_batch}: there is none of that name; it is EPOCH.WINDOW.NUMBER, as in 0.3.17."
@@ -66,24 +65,13 @@ def main(folder: Path, step: int | None, micro_batch: str | None) -> None:
             raise ValueError(f"--step {step} must lie between 1 and num_train_steps={settings.num_train_steps}.")
         known, name = first_micro_batch(folder, step)
         skipped = (step - known) * settings.micro_batches_per_step
-        wanted = islice(plan.starting_at(*name), skipped, skipped + settings.micro_batches_per_step)
-    print(f"{'micro-batch':>12} {'row':>12} {'tokens':>7}  sequence")
-    for batch in wanted:
+        chosen = islice(plan.starting_at(*name), skipped, skipped + settings.micro_batches_per_step)
+    print(f"{'micro-batch':>12} {'row':>12} {'size':>7}  what it is")
+    for batch in chosen:
         name = ".".join(map(str, batch[:3]))
-        lengths = plan.source.lengths(batch.rows, batch.epoch)
-        sequences = plan.source.read(batch.rows, batch.epoch)
-        ids = identifiers(plan.source, batch.rows)
-        for row, length, sequence, identifier in zip(batch.rows, lengths, sequences, ids, strict=True):
-            text = sequence.decode(errors="replace")
-            text = text if len(text) <= 60 else f"{text[:57]}..."
-            print(f"{name:>12} {row:>12} {length:>7}  {text}{identifier}")
-
-
-def identifiers(source: SequenceRows, rows: np.ndarray) -> list[str]:
-    """The other text columns of these rows, which say what they are."""
-    table = source.column.rows.with_format(None)[rows]
-    others = [k for k, values in table.items() if k != source.column.name and isinstance(values[0], str)]
-    return ["".join(f"  {k}={table[k][i]}" for k in others) for i in range(len(rows))]
+        sizes, lines = plan.source.sizes(batch.rows, batch.epoch), plan.source.describe(batch.rows, batch.epoch)
+        for row, size, line in zip(batch.rows, sizes, lines, strict=True):
+            print(f"{name:>12} {row:>12} {size:>7}  {line}")
 
 
 if __name__ == "__main__":

@@ -6,27 +6,38 @@ torchrun --nproc_per_node=8 train_fsdp2.py --config-name L0_sanity
 sbatch slurm.sh                                               # several nodes
 """
 
-import quiet  # noqa: F401  # isort: skip (first, before those that talk)
+from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import hydra
-import torch
 from omegaconf import DictConfig
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from anomalies import Anomalies
-from build_model import build_model, fill_model, model_config, read_pretrained
+import metrics
+from build_model import (
+    build_model,
+    build_precision,
+    materialize,
+    model_config,
+    prepare,
+    read_pretrained,
+    sharded_parts,
+    training_flops,
+)
 from checkpoint import Checkpointer
-from config import check_config, launch
-from dataset import TrainLoader
-from distributed import Distributed, StopSignal, clip_grad_norm_, passes_per_step, process_group
-from perf_logger import PerfLogger
-from precision import FP4, FP8, Precision
-from quant_stats import QuantStats
-from scheduler import adamw, linear_schedule
-from validation import Validator
+from common.anomalies import Anomalies
+from common.config import launch
+from common.distributed import Distributed, StopSignal, passes_per_step, process_group
+from common.ema import EMA
+from common.gradients import Strategy, add_gradients, clip_grad_norm_
+from common.perf_logger import PerfLogger
+from common.run_end import end_run
+from common.scheduler import adamw, linear_schedule
+from dataset import TrainLoader, open_validation
+from keys import check_config
 
 
 @hydra.main(version_base=None, config_path=f"{Path(__file__).parent}/hydra_config", config_name="L0_sanity")
@@ -39,102 +50,74 @@ def main(config: DictConfig) -> None:
 
 def train(config: DictConfig, distributed: Distributed) -> None:
     """The whole run."""
-    with distributed.one_voice():  # a user's mistake shows here, on all ranks, before anything is built
-        distributed = distributed.with_context_parallel(config.cp_size)
-        passes = passes_per_step(config.micro_batches_per_step, distributed.num_data_ranks, distributed.cp_size)
+    with distributed.fail_together():  # a user's mistake shows here, on all ranks, before anything is built
+        distributed = distributed.in_groups("cp_size", config.cp_size)
+        passes = passes_per_step(config.micro_batches_per_step, distributed)
         config.micro_batches_per_step = passes * distributed.num_data_ranks  # where it was null: a resume must know
         shape = model_config(config.model_tag, config.layer_backend, **config.model_kwargs)
-        precision = Precision(
-            distributed.device, config.precision, shape, FP8(**config.fp8_config), FP4(**config.fp4_config),
-            config.fp8_layers, config.fp4_layers, QuantStats(**config.quant_stats_config),
-        )  # fmt: skip
+        precision = build_precision(config, shape, distributed.device)
         layout = {"packed": config.use_sequence_packing, "pad_to_multiple_of": precision.multiple * config.cp_size}
         loader = TrainLoader(distributed, config.seed, **layout, **config.dataset)
-        validator = Validator(distributed, **layout, **config.validation)
-        model = build_model(config.model_tag, shape, distributed.context_parallel)  # on the meta device
+        validator = open_validation(distributed, **layout, **config.validation)
+        model = build_model(shape, distributed)  # on the meta device: no storage yet
         num_parameters = model.num_parameters()
-        checkpointer = Checkpointer(distributed, config, num_parameters, shape, **config.checkpoint)
-        fresh = checkpointer.resume_step is None
-        pretrained = read_pretrained(config.init_from, shape) if config.init_from and fresh else None
+        checkpointer = Checkpointer(distributed, config, shape, num_parameters, **config.checkpoint)
+        pretrained = None if checkpointer.resume_step else read_pretrained(config.init_from, shape)
         anomalies = Anomalies(distributed, config.logger.log_dir, **config.anomalies)
-        logger = PerfLogger(distributed, config, shape, num_parameters, precision, __file__, **config.logger)
-
-    precision.prepare(model)
-    if config.use_activation_checkpointing:
-        model.activation_checkpointing_enable()
-    if config.use_torch_compile:
-        for layer in model.esm.encoder.layer:
-            layer.compile(dynamic=True)
+        flops = partial(training_flops, shape, backend=precision.backend)
+        logger = PerfLogger(distributed, config, num_parameters, flops, precision, metrics, __file__, **config.logger)
+    prepare(model, config, precision)
 
     # ---- FSDP2: each layer is gathered just before it computes. Split first, so no rank ever holds the whole model.
-    policy = MixedPrecisionPolicy(param_dtype=precision.dtype, reduce_dtype=torch.float32)
-    for part in (*model.esm.encoder.layer, model):
+    for part in sharded_parts(model):  # what the model itself takes is not cast: in BF16 positions would be off
+        policy = MixedPrecisionPolicy(precision.dtype, precision.reduce_dtype, cast_forward_inputs=part is not model)
         fully_shard(part, mp_policy=policy)
-    model.to_empty(device=distributed.device)
-    fill_model(model, shape, config.seed, pretrained)
+    materialize(model, shape, config.seed, pretrained, distributed.device)
     optimizer = adamw(model.parameters(), **config.adamw_kwargs)
-    forward = precision.forward
-    gradient_scale = distributed.num_ranks  # it averages over ranks, and the loss is already divided by all labels
-    accumulate = nullcontext  # sharded gradients are summed at once: waiting would hold whole ones
+    strategy = Strategy(precision.forward, distributed.num_ranks, nullcontext)  # sharded gradients are summed at once
     # ----
 
+    ema = EMA(model, config.ema_decay)
     scheduler = linear_schedule(optimizer, **config.lr_scheduler_kwargs)
-    progress = checkpointer.load(model, optimizer, scheduler, loader)
-    logger.start(progress, [loader.note, *checkpointer.notes])
-    anomalies.start(progress)
-    stop, last, batches = StopSignal(), config.num_train_steps, iter(loader)
+    parts = {"scheduler": scheduler, "loader": loader, "logger": logger, "anomalies": anomalies}
+    step, last = checkpointer.load(model, optimizer, ema, parts), config.num_train_steps
+    logger.start(step, [loader.note, *checkpointer.notes])
+    stop, batches = StopSignal(), iter(loader)
     model.train()
 
-    def add_gradients(micro_batches, num_labels):
-        """Those of one step; returns each micro-batch's part of its loss."""
-        losses = []
-        for batch in micro_batches:
-            inputs = batch.to(distributed.device).inputs
-            with nullcontext() if batch is micro_batches[-1] else accumulate():
-                with forward():
-                    loss = model(**inputs, num_items_in_batch=max(num_labels, 1)).loss
-                (loss * gradient_scale).backward()
-            losses.append(loss.detach())
-        return losses
-
-    for step in range(progress["step"] + 1, last + 1):
+    while step < last:
+        step += 1
         started = time.perf_counter()
         micro_batches = [next(batches) for _ in range(passes)]
         data_wait_s = time.perf_counter() - started
-        num_labels, num_tokens, stopping = distributed.sum(
-            sum(b.num_labels for b in micro_batches), sum(b.num_tokens for b in micro_batches), stop.requested
-        )
+        counts, epoch, stopping = distributed.sum_counts(micro_batches, stop.requested)
+        gradients = partial(add_gradients, model, micro_batches, counts, strategy, distributed, config.seed)
 
-        losses = add_gradients(micro_batches, num_labels)
-        grad_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-        loss, is_sound = anomalies.judge(step, micro_batches, losses, grad_norm)
-        if is_sound:
+        losses = gradients()
+        grad_norm = clip_grad_norm_(model, config.max_grad_norm)
+        result = anomalies.judge(step, micro_batches, losses, grad_norm)
+        if result.is_sound:
             optimizer.step()
-        else:
+            ema.update(model)
+        else:  # computed once more, to see where it began
             optimizer.zero_grad()
             with anomalies.explain(model):
-                add_gradients(micro_batches, num_labels)
+                gradients()
         optimizer.zero_grad()
         if anomalies.fatal:
             break
-        logger.count(micro_batches, data_wait_s, num_tokens)
-        logger.log_step(step, loss, grad_norm, scheduler.get_last_lr()[0])
+
+        logger.count(micro_batches, counts, epoch, data_wait_s)
+        logger.log_step(step, result.losses, result.grad_norm, scheduler.get_last_lr()[0])
         scheduler.step()
         if validator.is_due(step, last):
-            with logger.paused():
-                logger.log_validation(step, validator.run(model, forward))
+            with logger.paused(), ema.applied(model):
+                logger.log_validation(step, validator.run(model, strategy.forward))
         if checkpointer.is_due(step, step == last or stopping):
-            progress = logger.progress() | anomalies.progress()
-            checkpointer.save(step, model, optimizer, scheduler, loader, progress, wait=stopping)
-        if stopping and step < last:
-            distributed.say(f"Stopped after step {step} as asked; {checkpointer.stopped()}")
+            checkpointer.save(step, model, optimizer, ema, parts, wait=stopping)
+        if stopping:
             break
-    else:
-        checkpointer.save_final(last)
-    checkpointer.finish()
-    logger.close()
-    anomalies.close()
-    checkpointer.close()
+    end_run(step, last, checkpointer, logger, anomalies)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe's `slurm.sh` on a real Slurm, stopped in every way that Slurm has; started by slurm/test.sh."""
+"""A recipe's `slurm.sh` on a real Slurm, stopped in every way that Slurm has; started by slurm/test.sh.
+
+RECIPE=recipes/NAME says which.
+"""
 
 import json
 import os
@@ -14,9 +17,9 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes" / "esm2_native_te"
-sys.path.insert(0, str(RECIPE / "tests"))
-from running import TINY, curve  # noqa: E402
+RECIPE = ROOT / os.environ.get("RECIPE", "recipes/esm2_native_te")
+sys.path.insert(0, str(RECIPE))
+from common.contract.running import TINY, curve  # noqa: E402
 
 
 pytestmark = pytest.mark.skipif(not os.environ.get("SLURM_CONF"), reason="no cluster: bash slurm/test.sh")
@@ -65,10 +68,10 @@ def wait_until(condition, seconds: float, what: str, recipe: Path) -> None:
         if condition():
             return
         time.sleep(0.25)
-    raise AssertionError(f"{what}: not in {seconds} s\n{told(recipe)}")
+    raise AssertionError(f"{what}: not in {seconds} s\n{output(recipe)}")
 
 
-def told(recipe: Path) -> str:
+def output(recipe: Path) -> str:
     """All jobs' output."""
     return "\n".join(path.read_text() for path in recipe.glob("slurm-*.out"))
 
@@ -102,7 +105,7 @@ def start_long_run(recipe: Path) -> tuple[str, Path]:
 def test_two_nodes_give_the_loss_of_one_process(recipe, trainer, tmp_path):
     variables = {"TRAINER": trainer} if trainer else {}
     number = sbatch(recipe, [], [*CONFIG, "logger.log_dir=outputs/run"], **variables)
-    assert wait_for_end(recipe, number)["JobState"] == "COMPLETED", told(recipe)
+    assert wait_for_end(recipe, number)["JobState"] == "COMPLETED", output(recipe)
     run = json.loads((recipe / "outputs" / "run" / "run.json").read_text())
     assert run["num_ranks"] == 2 and run["strategy"] == (trainer[6:-3] or "fsdp2")
     local = [sys.executable, "train_ddp.py", *CONFIG, f"logger.log_dir={tmp_path / 'local'}"]
@@ -113,40 +116,40 @@ def test_two_nodes_give_the_loss_of_one_process(recipe, trainer, tmp_path):
 def test_a_mistake_ends_the_job(recipe):
     number = sbatch(recipe, [], ["--config-name", "L0_sanity", "num_train_step=3"])
     assert wait_for_end(recipe, number)["JobState"] == "FAILED"
-    assert "error: Unknown key num_train_step: did you mean num_train_steps?" in told(recipe)
+    assert "error: Unknown key num_train_step: did you mean num_train_steps?" in output(recipe)
     number = sbatch(recipe, [], [], TRAINER="train.py")
-    assert wait_for_end(recipe, number)["ExitCode"] == "2:0" and "TRAINER=train.py" in told(recipe)
+    assert wait_for_end(recipe, number)["ExitCode"] == "2:0" and "TRAINER=train.py" in output(recipe)
 
 
 def test_near_its_time_limit_it_saves_requeues_itself_and_goes_on(recipe, long_curve):
     """Warned 15 s after its start, be it in the middle or, on a slow machine, before its first step."""
     number, folder = submit_long_run(recipe, "--time=2", "--signal=USR1@105")
-    wait_until(lambda: "back into the queue" in told(recipe), 120, "the warning", recipe)
+    wait_until(lambda: "back into the queue" in output(recipe), 120, "the warning", recipe)
     # Or it would go on by 15 s each time.
     subprocess.run(["scontrol", "update", f"JobId={number}", "TimeLimit=20"], check=True)
-    assert wait_for_end(recipe, number)["JobState"] == "COMPLETED", told(recipe)
-    assert int(job(number)["Restarts"]) >= 1 and "Going on from" in told(recipe)
+    assert wait_for_end(recipe, number)["JobState"] == "COMPLETED", output(recipe)
+    assert int(job(number)["Restarts"]) >= 1 and "Going on from" in output(recipe)
     assert curve(folder) == pytest.approx(long_curve, rel=1e-5)
 
 
 @pytest.mark.slow
-def test_told_to_go_on_later(recipe, long_curve):
+def test_asked_to_go_on_later(recipe, long_curve):
     number, folder = start_long_run(recipe)
     subprocess.run(["scancel", "--signal=USR1", number], check=True)
     wait_until(lambda: int(job(number)["Restarts"]) == 1, 60, "the requeue", recipe)
-    assert wait_for_end(recipe, number)["JobState"] == "COMPLETED", told(recipe)
+    assert wait_for_end(recipe, number)["JobState"] == "COMPLETED", output(recipe)
     assert curve(folder) == pytest.approx(long_curve, rel=1e-5)
 
 
-def test_told_to_end(recipe):
+def test_asked_to_end(recipe):
     number, folder = start_long_run(recipe)
     subprocess.run(["scancel", "--signal=TERM", number], check=True)
-    assert wait_for_end(recipe, number, 60)["JobState"] == "COMPLETED", told(recipe)
-    stopped = int(re.search(r"Stopped after step (\d+) as asked", told(recipe)).group(1))
+    assert wait_for_end(recipe, number, 60)["JobState"] == "COMPLETED", output(recipe)
+    stopped = int(re.search(r"Stopped after step (\d+) as asked", output(recipe)).group(1))
     assert (folder / f"step_{stopped}" / ".metadata").exists()
     again = sbatch(recipe, [], [*CONFIG, *LONG, f"logger.log_dir={folder}", f"checkpoint.ckpt_dir={folder}"])
     assert wait_for_end(recipe, again)["JobState"] == "COMPLETED"
-    assert f"step_{stopped}" in told(recipe)
+    assert f"step_{stopped}" in output(recipe)
 
 
 @pytest.mark.slow
@@ -157,13 +160,13 @@ def test_with_nowhere_to_save_it_does_not_begin_over_and_over(recipe):
     subprocess.run(["scancel", "--signal=USR1", number], check=True)
     found = wait_for_end(recipe, number, 60)
     assert found["JobState"] == "FAILED" and found["Restarts"] == "0"
-    assert "checkpoint.ckpt_dir is not set" in told(recipe)
+    assert "checkpoint.ckpt_dir is not set" in output(recipe)
 
 
 def test_requeued_by_an_operator(recipe, long_curve):
     number, folder = start_long_run(recipe)
     subprocess.run(["scontrol", "requeue", number], check=True)
-    assert wait_for_end(recipe, number)["JobState"] == "COMPLETED", told(recipe)
+    assert wait_for_end(recipe, number)["JobState"] == "COMPLETED", output(recipe)
     assert curve(folder) == pytest.approx(long_curve, rel=1e-5)
 
 
@@ -176,7 +179,7 @@ def test_a_node_that_dies(recipe, long_curve):
         wait_until(lambda: int(job(number)["Restarts"]) == 1, 150, "the requeue", recipe)
     finally:
         subprocess.run([*CLUSTER, "start", "node2"], check=True)
-    assert wait_for_end(recipe, number)["JobState"] == "COMPLETED", told(recipe)
+    assert wait_for_end(recipe, number)["JobState"] == "COMPLETED", output(recipe)
     assert curve(folder) == pytest.approx(long_curve, rel=1e-5)
 
 
@@ -186,24 +189,24 @@ def test_a_sweep(recipe):
     )
     number = sbatch(recipe, ["--array=1-2", "--nodes=1"], CONFIG, SWEEP="rates.txt")
     for task in (1, 2):
-        assert wait_for_end(recipe, f"{number}_{task}")["JobState"] == "COMPLETED", told(recipe)
+        assert wait_for_end(recipe, f"{number}_{task}")["JobState"] == "COMPLETED", output(recipe)
     runs = sorted((recipe / "outputs" / f"sweep_{number}").glob("run_*"))
     assert [run.name for run in runs] == ["run_1", "run_2"]
     table = subprocess.run([sys.executable, "compare_runs.py", *runs], cwd=recipe, capture_output=True, text=True)
     assert table.returncode == 0 and "adamw_kwargs.lr" in table.stdout and "| 0.01 |" in table.stdout
     number = sbatch(recipe, ["--array=9", "--nodes=1"], CONFIG, SWEEP="rates.txt")
     assert wait_for_end(recipe, f"{number}_9")["JobState"] == "FAILED"
-    assert "rates.txt has no run 9" in told(recipe)
+    assert "rates.txt has no run 9" in output(recipe)
 
 
 def test_only_nodes_are_killed_and_started():
-    for words, told in (
+    for words, message in (
         (["kill", "node9"], "node9: no such node; there are node1 node2."),
         (["start", "node9"], "node9: no such node"),
         (["start", "node1"], "node1 runs"),
     ):
         done = subprocess.run([*CLUSTER, *words], capture_output=True, text=True)
-        assert done.returncode == 1 and told in done.stderr
+        assert done.returncode == 1 and message in done.stderr
 
 
 def test_what_has_the_number_of_a_daemon_that_is_gone_is_left_alone(tmp_path):

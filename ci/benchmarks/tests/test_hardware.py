@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of what has been run says what the tests' outcomes say, and every cell's tests are there."""
+"""The tables of what has been run say what the tests' outcomes say, and every cell's tests are there."""
 
 import json
 import os
@@ -20,6 +20,7 @@ import hardware  # noqa: E402
 
 RUN = {"date": "2030-01-02", "device": "NVIDIA H300", "versions": {"torch": "9.1"}}
 H300 = "NVIDIA H300 (2030-01-02, torch 9.1)"
+RECIPE = hardware.ROOT / "recipes" / "esm2_native_te"
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +28,27 @@ def known_tests():
     """Names of all tests, as pytest lists them; those marked gpu apart."""
     found = {}
     for marker in ("gpu", "not gpu"):
-        for folder in sorted({file.parents[1] for file in hardware.files()}):
+        for folder in sorted({hardware.folder_of(file) for file in hardware.files()}):
             command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", marker, "-p", "no:cacheprovider"]
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             assert done.returncode in (0, 5), done.stdout[-2000:]
-            found.setdefault(marker, []).extend(line for line in done.stdout.splitlines() if "::" in line)
+            lines = [line for line in done.stdout.splitlines() if "::" in line]
+            found.setdefault(marker, []).extend(f"{folder.relative_to(hardware.ROOT)}/{line}" for line in lines)
     return found
 
 
-def test_every_cell_names_tests_that_exist(known_tests):
-    for row in hardware.rows():
+@pytest.mark.parametrize("recipe", hardware.recipes(), ids=lambda recipe: recipe.name)
+def test_every_cell_names_tests_that_exist(recipe, known_tests):
+    places = hardware.folders(recipe)
+    # Those of common/ and of a family's folder run once, in one of the recipes.
+    there = {
+        "not gpu": known_tests["not gpu"],
+        "gpu": [name for name in known_tests["gpu"] if name.startswith(places)],
+    }
+    assert hardware.rows(recipe), f"{recipe.name} has no row: hardware.FAMILIES lacks its family"
+    for row in hardware.rows(recipe):
         for pattern, marker in ((row.cpu, "not gpu"), (row.plain, "gpu"), (row.te, "gpu")):
-            assert pattern[0] == "=" or any(re.search(pattern, name) for name in known_tests[marker]), (
-                row.what,
-                pattern,
-            )
+            assert pattern[0] == "=" or any(re.search(pattern, name) for name in there[marker]), (row.what, pattern)
 
 
 NAME = "recipes/esm2_native_te/tests/test_gpu.py::test_in_bf16_all_are_near[train_ddp-{}-te]"
@@ -54,7 +61,7 @@ def bf16(*outcomes, **facts):
 
 
 def told(*runs):
-    return hardware.cell(hardware.rows()[2].te, list(runs))
+    return hardware.cell(hardware.rows(RECIPE)[2].te, list(runs), hardware.folders(RECIPE))
 
 
 def test_what_ran_where():
@@ -64,7 +71,7 @@ def test_what_ran_where():
     assert told(bf16("crashed", "crashed")) == f"2 of 2 tests lost in a crash on {H300}"
     assert told(bf16("failed", "timed out")) == f"1 of 2 tests fail and 1 of 2 tests lost in a timeout on {H300}"
     assert told(bf16("skipped", "not run")) == told(bf16()) == told() == hardware.NO
-    assert hardware.cell("=no", [RUN | {"tests": {}}]) == "no"
+    assert hardware.cell("=no", [RUN | {"tests": {}}], hardware.folders(RECIPE)) == "no"
 
 
 def test_runs_stand_beside_each_other():
@@ -89,14 +96,32 @@ def test_runs_stand_beside_each_other():
     ]
 
 
+def test_a_table_for_each_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "ROOT", tmp_path)
+    for name in ("one", "two", "three"):
+        folder = tmp_path / "recipes" / name
+        (folder / ("atoms" if name == "three" else "tokens")).mkdir(parents=True)
+        (folder / "README.md").write_text(f"# The {name}\n")
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    for folder in ("models/m", "recipes/two"):
+        (tmp_path / folder / "modeling_m.py").write_text("")
+    assert hardware.folders(tmp_path / "recipes/two") == ("recipes/two/", "models/m/")
+    assert hardware.folders(tmp_path / "recipes/one") == ("recipes/one/",)
+    passed = {NAME.format(layout).replace("esm2_native_te", "two"): "passed" for layout in ("packed", "padded")}
+    text = hardware.table([RUN | {"tests": passed}])
+    one, two = text.partition("## two\n")[::2]
+    assert one.startswith("## one\n[The one](../recipes/one/README.md)\n\n| | CPU |") and "## three" not in text
+    assert H300 in two and H300 not in one
+
+
 @pytest.fixture
 def gpu_file(tmp_path, monkeypatch):
     """Writes a file of gpu tests, in a repository of its own."""
     monkeypatch.setattr(hardware, "ROOT", tmp_path)
-    (tmp_path / "recipes" / "one" / "tests").mkdir(parents=True)
+    (tmp_path / "recipes" / "one" / "tests" / "common").mkdir(parents=True)
 
     def write(text):
-        file = tmp_path / "recipes" / "one" / "tests" / "test_it.py"
+        file = tmp_path / "recipes" / "one" / "tests" / "common" / "test_it.py"
         file.write_text(f"import os, signal, time, pytest\npytestmark = pytest.mark.gpu\n{text}")
         return file
 
@@ -126,7 +151,7 @@ def test_what_is_lost_is_told(text, timeout, expected, gpu_file, monkeypatch, ca
         found = hardware.measure(gpu_file(text), None, timeout)
     finally:
         signal.signal(signal.SIGINT, before)
-    name = "recipes/one/tests/test_it.py"
+    name = "recipes/one/tests/common/test_it.py"
     assert found == {name if key == "file" else f"{name}::test_{key}": value for key, value in expected.items()}
     assert (f"error: {name}: " in capfd.readouterr().err) == ("file" in expected)
 

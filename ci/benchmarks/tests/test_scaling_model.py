@@ -17,7 +17,8 @@ import scaling_model as cost  # noqa: E402
 import scaling_report  # noqa: E402
 
 from build_model import build_model, model_config  # noqa: E402
-from layers import AttentionInputs, TransformerLayer  # noqa: E402
+from common.distributed import Distributed  # noqa: E402
+from tokens.layers import AttentionInputs, TransformerLayer  # noqa: E402
 
 
 H100, IB, ETHERNET = cost.GPUS["H100"], cost.LINKS["ib400"], cost.LINKS["ethernet"]
@@ -32,7 +33,8 @@ def numbers():
 @pytest.mark.parametrize("size", cost.MODELS)
 def test_parameters_are_those_of_the_model(size):
     tag = next(tag for tag in cost.SIZES if f"_{size}_" in tag)
-    model = build_model(tag, model_config(tag, "torch"))  # on the meta device
+    alone = Distributed(0, 0, 1, torch.device("cpu"))
+    model = build_model(model_config(tag, "torch"), alone)  # on the meta device
     shape = cost.shape_of(size)
     assert shape.parameters == model.num_parameters()
     assert shape.layer == sum(p.numel() for p in model.esm.encoder.layer[0].parameters())
@@ -75,7 +77,7 @@ def test_both_kinds_of_strategy_send_eight_bytes_a_parameter():
 def test_flops_are_those_of_the_recipe():
     for size in ("8M", "15B"):
         found = cost.step(size, "H100", "ib400", "ddp", 1, 16384, SHARE, micro_tokens=16384, length=512)
-        flops = cost.training_flops(cost.shape_of(size).config, [512] * 32, 32 * round(0.15 * 512))
+        flops = cost.step_flops(cost.shape_of(size).config, [512] * 32, 32 * round(0.15 * 512))
         assert found.tflops == pytest.approx(flops / found.seconds / 1e12, rel=1e-3)
 
 

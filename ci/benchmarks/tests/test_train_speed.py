@@ -213,7 +213,7 @@ def test_settling_does_not_count_and_gives_no_memory_back(monkeypatch):
     connection = SimpleNamespace(send=told.append, recv=lambda: wants.pop(0))
     monkeypatch.setattr(contestant_process, "release_memory", lambda device: told.append("memory"))
     gate = contestant_process.Gate(connection, "cpu", Esm2Config(**contestant_process.SIZES["esm2_t4_1M"]))
-    batch = SimpleNamespace(num_tokens=10, num_labels=1, num_slots=12, seq_lens=[10])
+    batch = SimpleNamespace(counts={"tokens": 10, "labels": 1, "token_pairs": 100}, num_slots=12)
     with pytest.raises(contestant_process.Finished):
         gate.ready()
         for loss in (1.0, 2.0, 3.0):
@@ -236,9 +236,10 @@ def test_operations_are_those_that_a_contestant_has_to_do(facts, counted):
     gate.facts |= facts
     gate.wanted = gate.settling = gate.profiled = 0
     gate.begin()
-    gate.count([SimpleNamespace(num_tokens=30, num_labels=5, num_slots=40, seq_lens=[10, 20])], 0.5)
-    assert gate.counts["flops"] == training_flops(gate.shape, [10, 20], 5, counted)
-    assert (gate.counts["flops"] < training_flops(gate.shape, [10, 20], 5)) == (counted == "cpp")
+    counts = {"tokens": 30, "labels": 5, "token_pairs": 500}
+    gate.count([SimpleNamespace(counts=counts, num_slots=40)], 0.5)
+    assert gate.counts["flops"] == training_flops(gate.shape, counts, counted)
+    assert (gate.counts["flops"] < training_flops(gate.shape, counts)) == (counted == "cpp")
 
 
 def test_every_round_has_short_and_long_rows(tmp_path):

@@ -10,8 +10,9 @@ import torch
 from conftest import ODD
 from transformers import AutoModelForMaskedLM, EsmForMaskedLM
 
+from common.weights import copy_parameters
 from convert import hf_config, hf_to_native, native_config, native_to_hf, save_hf
-from modeling_esm2 import SIZES, Esm2ForMaskedLM, copy_parameters
+from modeling_esm2 import SIZES, Esm2ForMaskedLM
 
 
 TINY = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 100}

@@ -9,7 +9,8 @@ from conftest import ODD
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.multiprocessing import spawn
 
-from modeling_esm2 import Esm2Config, Esm2ForMaskedLM, copy_parameters, init_parameters
+from common.weights import copy_parameters
+from modeling_esm2 import Esm2Config, Esm2ForMaskedLM, init_parameters
 
 
 def train_step(model, batch):

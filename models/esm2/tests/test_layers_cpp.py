@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from conftest import ODD
 
-import layers
-import layers_cpp
-from modeling_esm2 import Esm2Config, cpp_available
+from common import compile_cpp
+from tokens import layers, layers_cpp
+from tokens.backends import cpp_available
 
 
-available, reason = cpp_available(Esm2Config())
+available, reason = cpp_available(16)
 pytestmark = pytest.mark.skipif(not available, reason=reason)
 
 # What one rounding to the type may be off, times a few.
@@ -41,8 +41,8 @@ def attention_inputs(lengths, dim):
     return layers.AttentionInputs(angles_SD, None, cu_seqlens, positions_T, max(lengths))
 
 
-def attention_and_gradient(kernels, qkv, inputs, grad, wanted_W=None):
-    context = kernels.attention(qkv, inputs, wanted_W)
+def attention_and_gradient(kernels, qkv, inputs, grad, selected_W=None):
+    context = kernels.attention(qkv, inputs, selected_W)
     return context.detach(), *torch.autograd.grad(context, qkv, grad)
 
 
@@ -79,7 +79,7 @@ ASKING = {
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("dim", [10, 12, 14, 16, 24, 40, 64])
 @pytest.mark.parametrize("asking", ASKING)
-def test_attention_of_wanted_tokens(asking, dim, dtype, monkeypatch):
+def test_attention_of_selected_tokens(asking, dim, dtype, monkeypatch):
     """As if all had asked and the others' answers had been of no use; new memory is full of NaN."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
@@ -89,22 +89,22 @@ def test_attention_of_wanted_tokens(asking, dim, dtype, monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def agrees_with_attention_of_all(wanted, dim, dtype):
+def agrees_with_attention_of_all(selected, dim, dtype):
     torch.manual_seed(dim)
     kernels, inputs = layers_cpp.Kernels(dim), attention_inputs(LENGTHS, dim)
     qkv = (2 * torch.randn(sum(LENGTHS), 3, 3 * dim)).to(dtype).requires_grad_()
-    grad = torch.randn(len(wanted), 3, dim).to(dtype)
-    context, grad_qkv = attention_and_gradient(kernels, qkv, inputs, grad, wanted)
-    every_grad = torch.zeros(len(qkv), 3, dim, dtype=dtype).index_copy(0, wanted, grad)
+    grad = torch.randn(len(selected), 3, dim).to(dtype)
+    context, grad_qkv = attention_and_gradient(kernels, qkv, inputs, grad, selected)
+    every_grad = torch.zeros(len(qkv), 3, dim, dtype=dtype).index_copy(0, selected, grad)
     every_context, expected_grad = attention_and_gradient(kernels, qkv, inputs, every_grad)
     assert context.shape == grad.shape and grad_qkv.shape == qkv.shape
-    if len(wanted):  # one block's queries round together
-        assert error(context, every_context[wanted].double()) < CLOSE[dtype] / 3
+    if len(selected):  # one block's queries round together
+        assert error(context, every_context[selected].double()) < CLOSE[dtype] / 3
         assert error(grad_qkv, expected_grad.double()) < CLOSE[dtype] / 3
-    others = torch.ones(len(qkv), dtype=torch.bool).index_fill(0, wanted, False)
+    others = torch.ones(len(qkv), dtype=torch.bool).index_fill(0, selected, False)
     assert not grad_qkv[others, :, :dim].any()
     sequences = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    assert not grad_qkv[~torch.isin(sequences, sequences[wanted])].any()
+    assert not grad_qkv[~torch.isin(sequences, sequences[selected])].any()
 
 
 def inputs_without_angles(lengths, dim):
@@ -412,10 +412,10 @@ def compiled_with(monkeypatch):
             cache.cache_clear()
 
     def compile_with(*flags, included=()):
-        command = [*shlex.split(layers_cpp.get_cxx_compiler()), *flags, "-E", "-x", "c++", os.devnull]
+        command = [*shlex.split(compile_cpp.get_cxx_compiler()), *flags, "-E", "-x", "c++", os.devnull]
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip(f"this compiler does not know {' '.join(flags)}")  # AMX came with gcc 11
-        monkeypatch.setattr(layers_cpp, "FLAGS", (*layers_cpp.FLAGS, *flags, *included))
+        monkeypatch.setattr(compile_cpp, "FLAGS", (*compile_cpp.FLAGS, *flags, *included))
         clear()
 
     yield compile_with
@@ -596,7 +596,7 @@ def test_borders_that_do_not_fit_are_refused():
             kernels.attention(qkv, inputs)
 
 
-def test_wanted_tokens_that_do_not_fit_are_refused():
+def test_selected_tokens_that_do_not_fit_are_refused():
     kernels, inputs, qkv = layers_cpp.Kernels(16), attention_inputs((20, 30), 16), torch.randn(50, 2, 48)
     expected = kernels.attention(qkv, inputs)
     assert torch.equal(kernels.attention(qkv, inputs, torch.arange(0, 50, 3, dtype=torch.int32)), expected[::3])

@@ -5,7 +5,9 @@ import pytest
 import torch
 from conftest import ODD
 
-from modeling_esm2 import Esm2Config, Esm2ForMaskedLM, copy_parameters, named_tensors, te_available
+from common.weights import copy_parameters, named_tensors
+from modeling_esm2 import Esm2Config, Esm2ForMaskedLM
+from tokens.backends import te_available
 
 
 available, reason = te_available()
@@ -55,18 +57,18 @@ def test_loss_and_gradients(models, make_batches, layout, checkpointing):
 
 
 @pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
-def test_wanted_tokens(models, make_batches, layout):
+def test_selected_tokens(models, make_batches, layout):
     """In both backends as if all tokens had been asked for, and the others left aside."""
     batch = make_batches((40, 200, 90), align=16)[layout]
     num_tokens = batch.pop("labels").numel()
     batch = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
     for model in models:
         gradients = []
-        for wanted in (torch.arange(3, num_tokens, 7, device="cuda"), None):
+        for selected in (torch.arange(3, num_tokens, 7, device="cuda"), None):
             model.zero_grad()
             with torch.autocast("cuda", torch.bfloat16):
-                x_WE = model.esm(**batch, wanted_W=wanted).last_hidden_state
-            if wanted is None:
+                x_WE = model.esm(**batch, selected_W=selected).last_hidden_state
+            if selected is None:
                 x_WE = x_WE.flatten(0, -2)[3::7]
             (x_WE.float() * torch.linspace(-1, 1, x_WE.numel(), device="cuda").view(x_WE.shape)).sum().backward()
             gradients.append(torch.cat([x.grad.flatten() for x in model.esm.encoder.parameters()]))

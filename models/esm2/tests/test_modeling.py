@@ -11,17 +11,17 @@ from conftest import ODD
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.weights import copy_parameters
 from modeling_esm2 import (
     SIZES,
     Embeddings,
     Esm2Config,
     Esm2ForMaskedLM,
     Esm2Model,
-    copy_parameters,
     init_parameters,
     training_flops,
-    wanted_tokens,
 )
+from tokens.layout import select_tokens
 
 
 def loss_and_gradients(model, batch, **options):
@@ -35,6 +35,11 @@ def assert_same_step(left, right):
     torch.testing.assert_close(left[0], right[0], rtol=1e-6, atol=0)
     for name in left[1]:
         torch.testing.assert_close(left[1][name], right[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def assert_equal_step(left, right):
+    assert torch.equal(left[0], right[0])
+    assert all(torch.equal(left[1][name], right[1][name]) for name in right[1])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
@@ -101,53 +106,72 @@ def test_head_on_labels_only(make_model, make_batches, lengths):
     labels = packed.pop("labels")
     logits_TV = model(**packed).logits
     assert logits_TV.shape == (len(labels), 33)
-    torch.testing.assert_close(output.logits, logits_TV[labels != -100])
-    torch.testing.assert_close(output.loss, F.cross_entropy(logits_TV, labels))
     num_labels = int((labels != -100).sum())
-    for given in (2 * num_labels, torch.tensor(2 * num_labels)):
-        halved = model(**packed, labels=labels, num_items_in_batch=given)
+    assert output.logits.shape == (min(len(labels), 64 * math.ceil(num_labels / 64)), 33)
+    torch.testing.assert_close(output.logits[output.labels != -100], logits_TV[labels != -100])
+    assert torch.equal(output.labels[output.labels != -100], labels[labels != -100])
+    torch.testing.assert_close(output.loss, F.cross_entropy(logits_TV, labels))
+    for given in (2 * num_labels, 2.0 * num_labels, torch.tensor(2 * num_labels)):
+        halved = model(**packed, labels=labels, counts={"labels": given, "tokens": 1})
         torch.testing.assert_close(halved.loss, output.loss / 2)
+    assert output.parts is None
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
+def test_what_a_collator_knows_changes_nothing(make_model, make_batches, layout, backend):
+    """Lengths and selected tokens that come with the batch; they need not be read from a device then."""
+    model, batch = make_model(layer_backend=backend), make_batches((40, 200, 90))[layout]
+    known = {"selected": torch.from_numpy(select_tokens(batch["labels"].numpy()))}
+    known |= {"counts": {"labels": int((batch["labels"] != -100).sum())}}
+    expected = loss_and_gradients(model, batch)
+    if layout == 1:
+        known["seq_lens"] = batch["cu_seqlens"].diff().tolist()
+        batch.pop("max_seqlen")
+        assert_equal_step(loss_and_gradients(model, batch), expected)
+        known["max_seqlen"] = max(known["seq_lens"])
+    assert_equal_step(loss_and_gradients(model, batch, **known), expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
-def test_wanted_tokens(make_model, make_batches, layout, num_layers, backend, checkpointing):
+def test_selected_tokens(make_model, make_batches, layout, num_layers, backend, checkpointing):
     """Outputs and gradients are as if all tokens had been computed, and the others left aside."""
     model = make_model(ODD | {"num_hidden_layers": num_layers}, layer_backend=backend).esm
     if checkpointing:
         model.activation_checkpointing_enable()
     batch = make_batches((17, 5, 40))[layout]
     num_tokens = batch.pop("labels").numel()
-    for wanted in (
+    for selected in (
         torch.tensor([3, 4, 11, num_tokens - 1]),
         torch.arange(num_tokens),
         torch.tensor([], dtype=torch.long),
     ):
         model.zero_grad()
-        found_WE = model(**batch, wanted_W=wanted).last_hidden_state
+        found_WE = model(**batch, selected_W=selected).last_hidden_state
         factors_WE = torch.randn(found_WE.shape)
         (found_WE * factors_WE).sum().backward()
         found = {name: x.grad for name, x in model.named_parameters()}
         model.zero_grad()
-        expected_WE = model(**batch).last_hidden_state.flatten(0, -2)[wanted]
+        expected_WE = model(**batch).last_hidden_state.flatten(0, -2)[selected]
         (expected_WE * factors_WE).sum().backward()
-        assert found_WE.shape == (len(wanted), ODD["hidden_size"])
+        assert found_WE.shape == (len(selected), ODD["hidden_size"])
         torch.testing.assert_close(found_WE, expected_WE, rtol=1e-5, atol=1e-5)
         for name, x in model.named_parameters():
             torch.testing.assert_close(found[name], x.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("num_labels", [0, 1, 63, 64, 65, 128, 190, 200])
-def test_which_tokens_are_wanted(num_labels):
+def test_which_tokens_are_selected(num_labels):
     labels = torch.full((200,), -100)
     labels[torch.randperm(200)[:num_labels]] = 5
     for layout in (labels, labels.view(4, 50)):
-        wanted, found = wanted_tokens(layout)
-        assert found == num_labels and len(wanted) == min(200, 64 * max(1, math.ceil(num_labels / 64)))
-        assert (wanted.diff() > 0).all() and wanted[0] >= 0 and wanted[-1] < 200
-        assert (labels[wanted] != -100).sum() == num_labels
+        selected = torch.from_numpy(select_tokens(layout.numpy()))
+        assert selected.dtype == torch.int64 and len(selected) == min(200, 64 * max(1, math.ceil(num_labels / 64)))
+        assert (selected.diff() > 0).all() and selected[0] >= 0 and selected[-1] < 200
+        assert (labels[selected] != -100).sum() == num_labels
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
@@ -163,11 +187,11 @@ def test_last_layer_computes_labelled_tokens_only(make_model, make_batches, layo
         if hasattr(module, "matmul"):
             module.matmul = partial(watched, name)
     model(**batch)
-    all_tokens, wanted = batch["input_ids"].shape, (64,)  # filled up
+    all_tokens, selected = batch["input_ids"].shape, (64,)  # filled up
     assert 10 < (batch["labels"] != -100).sum() < 64
     parts = ("self_attention.layernorm_qkv", "self_attention.proj", "layernorm_mlp")
     assert [rows[f"layer.0.{part}"] for part in parts] == [all_tokens] * 3
-    assert [rows[f"layer.1.{part}"] for part in parts] == [all_tokens, wanted, wanted]
+    assert [rows[f"layer.1.{part}"] for part in parts] == [all_tokens, selected, selected]
 
 
 @pytest.mark.parametrize("lengths", [(17, 5, 30), (40, 200, 90)], ids=str)
@@ -266,7 +290,7 @@ def test_compiled_layers(make_model, make_batches, layout):
     model, compiled = make_model(), make_model()
     for layer in compiled.esm.encoder.layer:
         layer.compile(dynamic=True, backend="aot_eager")
-    # One for all layers but the last, one for the last, whose wanted tokens may also be all there are.
+    # One for all layers but the last, one for the last, whose selected tokens may also be all there are.
     with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
         for lengths in ((17, 5, 30), (9, 41), (40, 200, 90), (12, 8, 7, 33), (300, 250, 2), (31, 2, 6)):
             batch = make_batches(lengths)[layout]
@@ -288,6 +312,8 @@ def test_wrong_batches(make_model, make_batches):
     [
         ({"hidden_size": 66}, "multiple of 12"),
         ({"padded_vocab_size": 32}, "padded_vocab_size 32"),
+        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob 1.0 must be at least 0 and below 1"),
+        ({"hidden_dropout_prob": -0.1}, "hidden_dropout_prob -0.1"),
         ({"layer_backend": "jax"}, "layer_backend 'jax'"),
     ],
 )
@@ -327,11 +353,17 @@ def test_published_sizes(name, millions):
     assert round(sum(x.numel() for x in model.parameters()) / 1e6) == pytest.approx(millions, abs=1)
 
 
+def counts(lengths, num_labels):
+    """Those of a batch, as a collator gives them."""
+    pairs = sum(length**2 for length in lengths)
+    return {"labels": num_labels, "tokens": sum(lengths), "token_pairs": pairs}
+
+
 def test_training_flops(make_model, make_batches):
     model = make_model(layer_backend="torch")
     lengths = (40, 200, 90)
     _, packed = make_batches(lengths)
-    num_labels = len(wanted_tokens(packed["labels"])[0])
+    num_labels = len(select_tokens(packed["labels"].numpy()))
     assert num_labels == 64  # those that fill up are computed as if they had a label
     # The counter knows matrix products, not the CPU's fused attention.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
@@ -339,15 +371,15 @@ def test_training_flops(make_model, make_batches):
     # The plain layers' attention is of all tokens, also in the last one.
     beside = 3 * 4 * 60 * sum(length**2 for length in lengths) * (1 - num_labels / sum(lengths))
     expected = 3 * counter.get_total_flops() - beside
-    assert training_flops(model.config, lengths, num_labels, "torch") == pytest.approx(expected, rel=1e-12)
+    assert training_flops(model.config, counts(lengths, num_labels), "torch") == pytest.approx(expected, rel=1e-12)
     packed.pop("labels")
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(**packed)
-    assert training_flops(model.config, lengths, sum(lengths)) == 3 * counter.get_total_flops()
+    assert training_flops(model.config, counts(lengths, sum(lengths))) == 3 * counter.get_total_flops()
     # By hand, for one protein of 10 tokens with 2 labels and E = 60, F = 91, P = 64.
     products = 10 * 2 * (60 * 180 + 60 * 60 + 60 * 91 + 91 * 60)
     attention = 2 * (2 * 10 * 10 * 60)
     head = 2 * 2 * (60 * 60 + 60 * 64)
-    assert training_flops(model.config, [10], 2) == 3 * (2 * (products + attention) + head)
+    assert training_flops(model.config, counts([10], 2)) == 3 * (2 * (products + attention) + head)
     last = 10 * 2 * 60 * 180 + 2 * 2 * (60 * 60 + 60 * 91 + 91 * 60) + 2 * (2 * 2 * 10 * 60)
-    assert training_flops(model.config, [10], 2, "torch") == 3 * (products + attention + last + head)
+    assert training_flops(model.config, counts([10], 2), "torch") == 3 * (products + attention + last + head)

@@ -35,17 +35,16 @@ from typing import NamedTuple
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import quiet  # noqa: F401  # isort: skip
+from common import quiet  # noqa: F401  # isort: skip
 import matplotlib
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from running import RECIPE, TINY, TRAINERS, environment, marks, torchrun, with_table, write_table
 
-from build_model import is_reference
+from common.contract.running import RECIPE, TINY, TRAINERS, environment, marks, torchrun, with_table, write_table
+from common.step_folder import read_weights
 from convert import native_to_hf
-from export import read_weights
 from modeling_esm2 import Esm2Config
 from plot_metrics import COLOURS, FAINT, INK, MARKERS, STYLE, read_metrics
 
@@ -140,7 +139,7 @@ def read_run(folder: Path) -> Trajectory:
             raise ValueError(f"step {line['step']}: loss or gradient norm is not a finite number.")
     step_folder = folder / f"step_{metrics['train'][-1]['step']}"
     saved, weights = json.loads((step_folder / "run.json").read_text()), read_weights(step_folder)
-    if not is_reference(saved["config"]["model_tag"]):
+    if saved["model"]["layer_backend"] != "transformers":
         # Query, key and value apart, and no rows that only fill up the vocabulary.
         weights = native_to_hf(weights, Esm2Config(**saved["model"]))
     return Trajectory(metrics, dict(weights), json.loads((folder / "run.json").read_text()), saved)

@@ -24,15 +24,14 @@ from pathlib import Path
 
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-import quiet  # noqa: E402, F401  # isort: skip
+from common import quiet  # noqa: E402, F401  # isort: skip
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from running import RECIPE, TINY, TRAINERS, environment, torchrun, with_table, write_table  # noqa: E402
 
-from export import read_weights  # noqa: E402
-from perf_logger import cpu_name, versions  # noqa: E402
+from common.contract.running import RECIPE, TINY, TRAINERS, environment, torchrun, with_table, write_table  # noqa: E402
+from common.run_facts import cpu_name, versions  # noqa: E402
+from common.step_folder import damage, read_weights  # noqa: E402
 from rows import open_plan  # noqa: E402
-from step_folder import damage  # noqa: E402
 
 
 SAVE_EVERY, KEEP, NUM_RANKS = 3, 2, 2
@@ -194,7 +193,7 @@ def planned(folder: Path, num_steps: int) -> tuple[list[dict], np.ndarray]:
         some = list(islice(batches, settings.micro_batches_per_step))
         for batch in some:
             np.add.at(times, batch.rows, 1)
-            tokens += int(plan.source.lengths(batch.rows, batch.epoch).sum())
+            tokens += int(plan.source.sizes(batch.rows, batch.epoch).sum())
         steps.append({"step": step, "first_micro_batch": list(some[0][:3]), "num_tokens": tokens})
     return steps, times
 

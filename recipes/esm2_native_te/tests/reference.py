@@ -3,7 +3,7 @@
 
 Written from Lin et al. 2023 (doi:10.1126/science.ade2574), RoFormer (arXiv:2104.09864), AdamW (arXiv:1711.05101) and
 the semantics of `transformers.EsmForMaskedLM`. What is a definition and no number to be checked comes from the recipe:
-the order of rows and where a crop starts (`epoch_plan`), the names and layout of weights, and which draws of numpy's
+the order of rows and where a crop starts (`common/epoch_plan.py`), the names and layout of weights, and which draws of numpy's
 generator decide about a mask.
 
 Shapes: S tokens of one sequence, E the width, H heads of D channels.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epoch_plan import EpochPlan, Grouping, uniform_below
+from common.epoch_plan import EpochPlan, Grouping, uniform_below
 
 
 VOCABULARY = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
@@ -153,7 +153,7 @@ def mask(
 
 @dataclass
 class Rows:
-    """A column of text, read as the recipe defines it: `plan` needs `len` and `lengths` of it."""
+    """A column of text, read as the recipe defines it: `plan` needs `len` and `sizes` of it."""
 
     texts: list[str | None]
     seed: int
@@ -162,7 +162,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def lengths(self, rows: np.ndarray, epoch: int) -> np.ndarray:
+    def sizes(self, rows: np.ndarray, epoch: int) -> np.ndarray:
         return np.array([len(self.tokens(int(row), epoch)) if tokenize(self.texts[row]) else 0 for row in rows])
 
     def tokens(self, row: int, epoch: int) -> list[int]:
@@ -262,8 +262,7 @@ class Settings:
     max_rows: int  # of validation
 
     def plan(self, rows: Rows, seed: int | None) -> EpochPlan:
-        grouping = Grouping("", self.micro_batch_size, self.token_micro_batch_size, self.max_seq_length)
-        return EpochPlan(rows, grouping, seed, self.window_rows)
+        return EpochPlan(rows, Grouping(self.micro_batch_size, self.token_micro_batch_size), seed, self.window_rows)
 
 
 def train(settings: Settings, texts: list[str | None], first: dict[str, Tensor], num_heads: int) -> list[dict]:

@@ -12,15 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from running import RECIPE, TINY, environment, run_here, torchrun
 
-import layers_cpp
-import precision
 import train_fsdp2
-from modeling_esm2 import Esm2Config, resolve_layer_backend
-from precision import FP4 as FP4Section
-from precision import FP8 as FP8Section
-from precision import Precision
+from common.contract.running import RECIPE, TINY, environment, run_here, torchrun
+from tokens import layers_cpp
+from tokens.backends import resolve_layer_backend, slower_backend_note
+from tokens.formats import FP4 as FP4Section
+from tokens.formats import FP8 as FP8Section
+from tokens.formats import RECIPES
+from tokens.low_precision import LowPrecision
 
 
 REFERENCE = "model_tag=facebook/esm2_t6_8M_UR50D"
@@ -52,7 +52,7 @@ def refused(tmp_path, capfd, monkeypatch):
         assert files(tmp_path) == before
         return told
 
-    monkeypatch.setattr(train_fsdp2, "fill_model", built)
+    monkeypatch.setattr(train_fsdp2, "materialize", built)
     monkeypatch.chdir(tmp_path)
     return start
 
@@ -107,6 +107,9 @@ def test_keys(refused, override, parts):
         ("max_grad_norm=-1.0", "a number above 0"),
         ("max_grad_norm=null", "a number above 0"),
         ("max_grad_norm=nan", "a number above 0"),
+        ("ema_decay=0", "a number above 0 and below 1 or null"),
+        ("ema_decay=1.0", "a number above 0 and below 1 or null"),
+        ("model_kwargs.hidden_dropout_prob=-0.1", "a number of at least 0 or null"),
         ("use_sequence_packing=1", "true or false"),
         ("use_sequence_packing='yes'", "true or false"),
         ("use_torch_compile=null", "true or false"),
@@ -166,6 +169,7 @@ def test_types_and_ranges(refused, override, wanted):
         (["validation.every_n_steps=0"], ["validation.every_n_steps=0 must be at least 1"]),
         (["logger.frequency=0"], ["logger.frequency=0 must be at least 1"]),
         (["model_kwargs.num_attention_heads=5"], ["hidden_size 48", "num_attention_heads 5", "a multiple of 10"]),
+        (["model_kwargs.hidden_dropout_prob=1"], ["hidden_dropout_prob 1", "at least 0 and below 1"]),
         (["model_tag=esm3"], ["model_tag=esm3", "no local folder", "esm2_t6_8M_UR50D"]),
         (["model_tag=facebook/esm2_t7"], ["model_tag=facebook/esm2_t7", "esm2_t6_8M_UR50D"]),
         (["layer_backend=te"], ["layer_backend", "te", "no CUDA device", "torch or auto"]),
@@ -268,7 +272,7 @@ def write_bad_data(folder: Path) -> None:
 
 BAD_DATA = [
     ("parquet", "missing.parquet", ["data_files=missing.parquet: no such file", "full path"]),
-    ("parquet", "empty.parquet", ["empty.parquet: the file is empty", "with sequences"]),
+    ("parquet", "empty.parquet", ["empty.parquet: the file is empty", "with rows"]),
     ("parquet", "no_rows.parquet", ["split=train of no_rows.parquet has no rows"]),
     ("parquet", "other_column.parquet", ["sequence_column=sequence: the data has no such column", "has protein"]),
     ("parquet", "numbers.parquet", ["sequence_column=sequence: the column holds int64, not text"]),
@@ -449,12 +453,12 @@ def test_wandb_that_does_not_start(refused, monkeypatch):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Let `Precision` see a GPU of some capability, and TransformerEngine."""
+    """Let `LowPrecision` see a GPU of some capability, and TransformerEngine."""
 
-    def be(capability: tuple[int, int], backend: str, too_old: bool = False) -> None:
+    def be(capability: tuple[int, int], too_old: bool = False) -> None:
         scaling = types.SimpleNamespace(
             Format={"HYBRID": "hybrid", "E4M3": "e4m3"},
-            **{name: lambda fp8_format=None, margin=0: (fp8_format, margin) for name in precision.RECIPES},
+            **{name: lambda fp8_format=None, margin=0: (fp8_format, margin) for name in RECIPES},
         )
         for name, module in (
             ("transformer_engine", types.SimpleNamespace()),
@@ -474,7 +478,6 @@ def machine(monkeypatch):
         monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.SimpleNamespace(quantization=support))
         monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.quantization", support)
         scaling.recipe = sys.modules["transformer_engine"].common = scaling
-        monkeypatch.setattr(precision, "resolve_layer_backend", lambda config: backend)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {capability}")
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
@@ -485,11 +488,13 @@ def machine(monkeypatch):
 A100, L4, H100, B200, RTX_5090 = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 
 
-def on_gpu(recipe: str, dtype: str = "auto", **options) -> Precision:
-    config = Esm2Config(hidden_size=640, intermediate_size=2560)
-    if precision.RECIPES[recipe].bits == 4:
-        return Precision(torch.device("cuda", 0), dtype, config, fp4=FP4Section(enabled=True, fp4_recipe=recipe))
-    return Precision(torch.device("cuda", 0), dtype, config, FP8Section(enabled=True, fp8_recipe=recipe, **options))
+def on_gpu(recipe: str, dtype: str = "auto", backend: str = "te", **options) -> LowPrecision:
+    device, widths = torch.device("cuda", 0), {"hidden_size": 640, "intermediate_size": 2560}
+    if RECIPES[recipe].bits == 4:
+        section = {"fp4": FP4Section(enabled=True, fp4_recipe=recipe)}
+    else:
+        section = {"fp8": FP8Section(enabled=True, fp8_recipe=recipe, **options)}
+    return LowPrecision(device, dtype, backend, 6, widths, True, **section)
 
 
 @pytest.mark.parametrize(
@@ -508,7 +513,7 @@ def on_gpu(recipe: str, dtype: str = "auto", **options) -> Precision:
     ],
 )
 def test_recipes_need_their_gpu(machine, recipe, capability, needs):
-    machine(capability, "te")
+    machine(capability)
     if needs is None:
         assert on_gpu(recipe, fp8_format="E4M3", fp8_recipe_kwargs={"margin": 2}).scalings == {recipe: ("e4m3", 2)}
         return
@@ -518,53 +523,64 @@ def test_recipes_need_their_gpu(machine, recipe, capability, needs):
 
 
 def test_what_a_gpu_has_instead(machine):
-    machine(H100, "te")
+    machine(H100)
     with pytest.raises(ValueError, match="which has DelayedScaling, Float8CurrentScaling, Float8BlockScaling"):
         on_gpu("MXFP8BlockScaling")
-    machine(A100, "te")
+    machine(A100)
     with pytest.raises(ValueError, match="which has none of them"):
         on_gpu("DelayedScaling")
 
 
 def test_an_argument_that_the_recipe_does_not_have(machine):
-    machine(H100, "te")
+    machine(H100)
     with pytest.raises(ValueError) as error:
         on_gpu("DelayedScaling", fp8_recipe_kwargs={"margins": 2})
     assert_told(str(error.value), "fp8_config.fp8_recipe_kwargs={'margins': 2}", "DelayedScaling", "'margins'")
 
 
 def test_packages_that_are_too_old_for_a_recipe(machine):
-    machine(H100, "te", too_old=True)
+    machine(H100, too_old=True)
     with pytest.raises(ValueError, match=r"fp8_recipe=Float8BlockScaling does not run here: CUDA >= 12\.9"):
         on_gpu("Float8BlockScaling")
 
 
 @pytest.mark.parametrize(("backend", "recipe"), [("torch", "MXFP8BlockScaling"), ("te", "NVFP4BlockScaling")])
 def test_formats_that_round_bf16_only(machine, backend, recipe):
-    machine(B200, backend)
+    machine(B200)
     with pytest.raises(ValueError, match=rf"{recipe} takes BF16 numbers on GPUs; precision=bf16"):
-        on_gpu(recipe, "fp32")
+        on_gpu(recipe, "fp32", backend)
 
 
 @pytest.mark.parametrize(("capability", "emulated"), [(A100, True), (H100, False)])
 def test_without_transformer_engine_a_gpu_takes_torchao(machine, capability, emulated):
-    machine(capability, "torch")
-    chosen = on_gpu("Float8CurrentScaling")
+    machine(capability)
+    chosen = on_gpu("Float8CurrentScaling", backend="torch")
     assert chosen.emulated is emulated and ("emulated" in chosen.notes[-1]) is emulated
-    assert "PyTorch's are slower" in chosen.notes[0]
-    assert on_gpu("MXFP8BlockScaling").emulated
+    assert on_gpu("MXFP8BlockScaling", backend="torch").emulated
     with pytest.raises(ValueError, match=r"DelayedScaling.* needs TransformerEngine"):
-        on_gpu("DelayedScaling")
+        on_gpu("DelayedScaling", backend="torch")
+
+
+def test_why_auto_came_to_slower_layers_is_said_once_and_first():
+    gpu = torch.device("cuda", 0)
+    note = slower_backend_note("auto", "torch", gpu, 32)
+    assert "faster form cannot be had" in note and "PyTorch's are slower" in note
+    assert slower_backend_note("torch", "torch", gpu, 32) is slower_backend_note("auto", "te", gpu, 32) is None
+    widths = {"hidden_size": 64, "intermediate_size": 96}
+    chosen = LowPrecision(
+        torch.device("cpu"), "fp32", "torch", 2, widths, True, FP8Section(enabled=True), notes=[note]
+    )
+    assert chosen.notes[0] == note and len(chosen.notes) == 2
 
 
 def test_transformer_engine_that_is_missing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(sys.modules, "layers_te", None)
+    monkeypatch.setitem(sys.modules, "tokens.layers_te", None)
     with pytest.raises(
         ValueError, match="layer_backend: te is impossible because TransformerEngine cannot be imported"
     ):
-        resolve_layer_backend(Esm2Config(layer_backend="te"))
-    assert resolve_layer_backend(Esm2Config(layer_backend="auto")) == "torch"
+        resolve_layer_backend("te", 32)
+    assert resolve_layer_backend("auto", 32) == "torch"
 
 
 def test_a_compiler_that_is_missing(monkeypatch, tmp_path, capsys):
@@ -575,7 +591,7 @@ def test_a_compiler_that_is_missing(monkeypatch, tmp_path, capsys):
         with pytest.raises(
             ValueError, match=r"layer_backend: cpp is impossible .* no C\+\+ compiler .*no_such_compiler"
         ):
-            resolve_layer_backend(Esm2Config(layer_backend="cpp"))
+            resolve_layer_backend("cpp", 16)
         run_here("train_ddp", tmp_path, "num_train_steps=1", "use_sequence_packing=true")
     finally:
         layers_cpp.library.cache_clear()

@@ -6,9 +6,10 @@ from multiprocessing.reduction import ForkingPickler
 import numpy as np
 import pytest
 import torch
-from ranks import content, excess_chi_square
 
-from collator import IGNORED, MASK, PAD, MaskedLMCollator, mask_tokens
+from collator import MASK, PAD, MaskedLMCollator, mask_tokens
+from common.contract.ranks import content, excess_chi_square
+from tokens.layout import IGNORED, select_tokens
 
 
 AMINO_ACIDS = range(4, 24)
@@ -18,7 +19,7 @@ CLS, EOS = 0, 2
 def sample(lengths=(17, 5, 40, 3), name=(0, 0, 0), seed=1) -> dict:
     """Sequences of so many tokens with <cls> and <eos>, ambiguous residues included."""
     random = np.random.default_rng(seed)
-    return {"name": name, "tokens": [np.r_[CLS, random.integers(4, 29, n - 2), EOS] for n in lengths]}
+    return {"name": name, "items": [np.r_[CLS, random.integers(4, 29, n - 2), EOS] for n in lengths]}
 
 
 def collate(packed: bool, multiple: int = 1, seed: int = 3, **options):
@@ -106,7 +107,7 @@ def test_packed(multiple):
     assert batch.inputs["input_ids"].shape == batch.inputs["labels"].shape == (65 + extra,)
     assert (batch.inputs["input_ids"][65:] == PAD).all() and (batch.inputs["labels"][65:] == IGNORED).all()
     assert (batch.inputs["input_ids"][:65] != PAD).all()
-    assert batch.seq_lens == lengths
+    assert batch.inputs["seq_lens"] == lengths + ([extra] if extra else [])
 
 
 @pytest.mark.parametrize("multiple, width", [(1, 40), (8, 40), (16, 48)])
@@ -114,7 +115,7 @@ def test_padded(multiple, width):
     batch = collate(False, multiple)
     assert batch.inputs["input_ids"].shape == batch.inputs["labels"].shape == (4, width)
     mask = batch.inputs["attention_mask"]
-    assert mask.sum(1).tolist() == batch.seq_lens == [17, 5, 40, 3]
+    assert mask.sum(1).tolist() == [17, 5, 40, 3]
     assert (mask.diff(dim=1) <= 0).all()  # pads stand behind the tokens
     assert torch.equal(batch.inputs["input_ids"] == PAD, mask == 0)
     assert (batch.inputs["labels"][mask == 0] == IGNORED).all()
@@ -125,18 +126,33 @@ def test_padded(multiple, width):
 )
 def test_counts(packed, multiple, num_slots):
     batch = collate(packed, multiple)
-    assert (batch.num_tokens, batch.num_slots) == (65, num_slots)
-    assert batch.num_labels == (batch.inputs["labels"] != IGNORED).sum() > 0
+    assert batch.counts.keys() == {"labels", "tokens", "token_pairs"}
+    assert (batch.counts["tokens"], batch.num_slots) == (65, num_slots)
+    assert batch.counts["labels"] == (batch.inputs["labels"] != IGNORED).sum() > 0
+    assert batch.counts["token_pairs"] == 17**2 + 5**2 + 40**2 + 3**2  # without what pads
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_without_labels(packed):
+@pytest.mark.parametrize("multiple, num_parts", [(1, 1), (16, 1), (16, 2), (16, 4)])
+def test_selected_tokens_are_those_of_the_ranks_part(packed, multiple, num_parts):
+    lengths = (170, 50, 400, 30)
+    labels = collate(packed, multiple, lengths=lengths).inputs["labels"].flatten()
+    for part in range(num_parts):
+        batch = MaskedLMCollator(packed, 3, 0.3, multiple, part, num_parts)(sample(lengths))
+        selected = batch.inputs["selected"]
+        assert selected.dtype == torch.int64
+        assert selected.tolist() == select_tokens(labels.chunk(num_parts)[part].numpy()).tolist()
+        assert torch.equal(batch.inputs["labels"].flatten(), labels)  # of the whole micro-batch, on each rank
+        assert batch.counts["labels"] == (labels != IGNORED).sum()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_uncounted(packed):
     batch = collate(packed)
-    empty = batch.without_labels()
-    assert empty.num_labels == 0 and (empty.inputs["labels"] == IGNORED).all()
-    assert empty.inputs["labels"].shape == batch.inputs["labels"].shape
-    assert torch.equal(empty.inputs["input_ids"], batch.inputs["input_ids"])
-    assert batch.num_labels > 0 and (batch.inputs["labels"] != IGNORED).any()  # the first one is as it was
+    empty = batch.uncounted()
+    assert empty.counts == {"labels": 0, "tokens": 0, "token_pairs": 0} and empty.num_slots == 0
+    assert (empty.name, empty.inputs) == (batch.name, batch.inputs)
+    assert batch.counts["labels"] > 0 and batch.num_slots > 0  # the first one is as it was
 
 
 @pytest.mark.parametrize("packed", [False, True])

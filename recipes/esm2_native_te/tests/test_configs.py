@@ -20,14 +20,15 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
-from running import RECIPE, TRAINERS, metrics, run_here
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import train_ddp
 from build_model import model_config
-from config import SECTIONS, keyword_only, launch, top_level
+from common.config import keyword_only, launch
+from common.contract.running import RECIPE, TRAINERS, metrics, run_here
+from common.step_folder import read_weights
 from convert import save_native
-from export import read_weights
+from keys import SECTIONS, top_level
 from modeling_esm2 import Esm2Config
 
 
@@ -103,7 +104,7 @@ def test_every_argument_is_read(section):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_every_key_outside_sections_is_read(trainer):
-    text = (RECIPE / f"{trainer}.py").read_text() + (RECIPE / "perf_logger.py").read_text()
+    text = "".join((RECIPE / file).read_text() for file in (f"{trainer}.py", "build_model.py", "common/perf_logger.py"))
     for key in keyword_only(top_level):
         assert f"config.{key}" in text, key
 

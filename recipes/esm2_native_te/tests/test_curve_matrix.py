@@ -8,7 +8,8 @@ import sys
 import curve_matrix
 import pytest
 from curve_matrix import REFERENCE, Case, execute, main
-from running import RECIPE, run_here
+
+from common.contract.running import RECIPE, run_here
 
 
 COMMAND = [sys.executable, "tests/curve_matrix.py"]

@@ -21,14 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
-from ranks import content, excess_chi_square, run_ranks
 
+from common.contract.ranks import content, excess_chi_square, run_ranks
+from common.open_data import Column
 from dataset import (
     CLS,
     EOS,
     VOCABULARY,
     ClusterRows,
-    Column,
     SequenceRows,
     TrainLoader,
     crop,
@@ -89,10 +89,10 @@ def read(loader: TrainLoader, num: int) -> list[tuple]:
 
 def sequences_of(batch_content: tuple) -> list[str]:
     """The residues of a packed batch as they were before the masks."""
-    _, seq_lens, _, _, inputs = batch_content
+    *_, inputs = batch_content
     tokens = [t if label == -100 else label for t, label in zip(inputs["input_ids"], inputs["labels"], strict=True)]
-    ends = np.cumsum(seq_lens)
-    framed = [tokens[end - n : end] for n, end in zip(seq_lens, ends, strict=True)]
+    ends = np.cumsum(inputs["seq_lens"])
+    framed = [tokens[end - n : end] for n, end in zip(inputs["seq_lens"], ends, strict=True)]
     assert all((s[0], s[-1]) == (CLS, EOS) for s in framed)
     return ["".join(VOCABULARY[t] for t in s[1:-1]) for s in framed]
 
@@ -189,6 +189,8 @@ def test_a_changed_file_is_read_anew(distributed, tmp_path, kind, streaming):
     assert sorted(read_epochs(make_loader(distributed, kwargs), 1)[0]) == ["MKVA", "MKVL"]
     write(tmp_path, kind, ["MKVL", "MKVC"])  # as long as before
     assert sorted(read_epochs(make_loader(distributed, kwargs), 1)[0]) == ["MKVC", "MKVL"]
+    write(tmp_path, kind, ["MKVL", "MKVLAG"])  # longer: its index is another one too
+    assert sorted(read_epochs(make_loader(distributed, kwargs), 1)[0]) == ["MKVL", "MKVLAG"]
 
 
 @pytest.mark.parametrize("how", ["list", "pattern", "by split", "from Hydra"])
@@ -341,18 +343,20 @@ def expected(distributed, kwargs: dict, num: int, **options) -> list[tuple]:
 def test_padded_and_packed_read_the_same(distributed, tmp_path):
     kwargs = write(tmp_path, "parquet")
     packed, padded = (list(islice(make_loader(distributed, kwargs, packed=p), 30)) for p in (True, False))
-    assert [(b.name, b.seq_lens, b.num_labels) for b in packed] == [(b.name, b.seq_lens, b.num_labels) for b in padded]
+    assert [(b.name, b.counts) for b in packed] == [(b.name, b.counts) for b in padded]
+    lengths = [b.inputs["attention_mask"].sum(1).tolist() for b in padded]
+    assert [b.inputs["seq_lens"] for b in packed] == lengths
 
 
 def test_budget_and_order(distributed, tmp_path):
     kwargs = write(tmp_path, "parquet")
     batches = list(islice(make_loader(distributed, kwargs), 40))
-    assert all(batch.num_tokens <= 256 and batch.num_slots == batch.num_tokens for batch in batches)
+    assert all(batch.num_slots == batch.counts["tokens"] <= 256 for batch in batches)
     assert batches[-1].name[0] > 0  # past the end of an epoch
     other_seed = make_loader(distributed, kwargs, seed=2)
     assert [sequences_of(content(b)) for b in batches] != [sequences_of(c) for c in read(other_seed, 40)]
     rows = list(islice(make_loader(distributed, kwargs, micro_batch_size=4), 15))
-    assert [len(batch.seq_lens) for batch in rows] == [4] * 15
+    assert [len(batch.inputs["seq_lens"]) for batch in rows] == [4] * 15
 
 
 @pytest.mark.parametrize("before, after", [(0, 2), (2, 0)])
@@ -391,22 +395,27 @@ def test_batches_are_what_they_have_always_been(distributed, tmp_path, how):
         size = {"micro_batch_size": 4} if how == "rows" else {}
         kwargs = write(tmp_path, "parquet", odd) | {"streaming": how == "a stream"}
         loader = make_loader(distributed, kwargs, packed=how != "rows", **size)
-    batches = [(*map(repr, facts), sorted(inputs.items())) for *facts, inputs in read(loader, 40)]
+    batches = []
+    for name, counts, num_slots, inputs in read(loader, 40):  # as they were written then
+        kept = {key: value for key, value in inputs.items() if key not in ("seq_lens", "selected")}
+        seq_lens = [sum(row) for row in inputs["attention_mask"]] if how == "rows" else inputs["seq_lens"]
+        batches.append((*map(repr, (name, seq_lens, counts["labels"], num_slots)), sorted(kept.items())))
     assert batches[-1][0] > "(1,"  # past an epoch
     assert hashlib.sha256(repr(batches).encode()).hexdigest()[:16] == DIGESTS[how]
 
 
 def test_each_row_is_read_once(distributed, tmp_path, monkeypatch):
-    read_rows, read_them = [], SequenceRows.read
+    read_rows, read_them = [], SequenceRows.sequences
     loader = make_loader(distributed, write(tmp_path, "parquet"))
 
     def counting(source, rows, epoch):
         read_rows.extend((epoch, row) for row in rows.tolist())
         return read_them(source, rows, epoch)
 
-    monkeypatch.setattr(SequenceRows, "read", counting)
+    monkeypatch.setattr(SequenceRows, "sequences", counting)
     assert len(read_epochs(loader, 2)) == 2
-    assert Counter(epoch for epoch, _ in read_rows) == {0: 60, 1: 60, 2: 16}  # of the third only the first window
+    first = len(loader.plan.window(2, 0)[0].rows)
+    assert Counter(epoch for epoch, _ in read_rows) == {0: 60, 1: 60, 2: first}  # to plan a window, none is read
     assert len(set(read_rows)) == len(read_rows)
 
 
@@ -414,7 +423,7 @@ def test_rows_of_an_earlier_window_are_read_again(distributed, tmp_path):
     plan = make_loader(distributed, write(tmp_path, "parquet")).plan
     before, after = plan.window(0, 0)[0], plan.window(0, 1)[0]
     for micro_batch in (after, before):
-        residues = [bytes(t[1:-1]) for t in plan.source.sample(micro_batch)["tokens"]]
+        residues = [bytes(t[1:-1]) for t in plan.source.read(micro_batch.rows, 0)]
         assert all(r in tokenize(PROTEINS[i].encode()) for r, i in zip(residues, micro_batch.rows, strict=True))
 
 
@@ -426,7 +435,7 @@ print("script", flush=True)
 sys.path[:0] = sys.argv[1:3]
 from test_dataset import content, make_loader, read, write
 
-from distributed import process_group
+from common.distributed import process_group
 
 if __name__ == "__main__":
     with process_group(seed=0) as distributed:
@@ -452,7 +461,7 @@ from pathlib import Path
 sys.path[:0] = [".", "tests"]
 from test_dataset import make_loader, write
 
-from distributed import process_group
+from common.distributed import process_group
 
 if __name__ == "__main__":
     with process_group(seed=0) as distributed:
@@ -621,7 +630,7 @@ def test_an_epoch_shows_one_member_of_each_cluster(distributed, tmp_path):
 def test_members_have_equal_chances(distributed, tmp_path):
     source = make_loader(distributed, **write_clusters(tmp_path)).plan.source
     rows = np.arange(3, 40, 4)  # those of four members
-    draws = Counter(s.decode() for epoch in range(300) for s in source.read(rows, epoch))
+    draws = Counter(s.decode() for epoch in range(300) for s in source.sequences(rows, epoch))
     counts = np.array([draws[MEMBERS[m]] for row in rows for m in CLUSTERS[row]])
     assert excess_chi_square(counts, 75, 3 * len(rows)) < 5
 
@@ -639,7 +648,9 @@ def test_clusters_in_workers(distributed, tmp_path):
 def test_a_source_in_use_can_be_sent_to_a_worker(distributed, tmp_path):
     source = make_loader(distributed, **write_clusters(tmp_path)).plan.source
     assert isinstance(source, ClusterRows) and source.connection is not None
-    assert pickle.loads(pickle.dumps(source)).read(np.arange(40), 3) == source.read(np.arange(40), 3)
+    sent, rows = pickle.loads(pickle.dumps(source)), np.arange(40)
+    assert sent.sequences(rows, 3) == source.sequences(rows, 3)
+    assert sent.sizes(rows, 3).tolist() == source.sizes(rows, 3).tolist()
 
 
 def test_empty_clusters_are_skipped_and_many_ids_found(distributed, tmp_path):
@@ -770,7 +781,7 @@ def test_a_stream_whose_later_rows_are_all_empty_does_not_spin(distributed, tmp_
     kwargs = [write(tmp_path, "parquet", rows, f"s{i}") for i, rows in enumerate((PROTEINS[:9], ["-"] * 9))]
     files = {"data_files": [k["data_files"] for k in kwargs], "streaming": True}
     loader = make_loader(distributed, kwargs[0] | files, num_workers=2)
-    with pytest.raises(ValueError, match="no sequences for rank 0, worker 1"):
+    with pytest.raises(ValueError, match="no rows for rank 0, worker 1"):
         read(loader, 50)
 
 
@@ -786,8 +797,8 @@ def test_an_epoch_of_real_proteins(distributed, real_proteins, budget):
     for batch in make_loader(distributed, kwargs, **options):
         if batch.name[0] == 1:
             break
-        assert batch.num_tokens <= budget
-        seq_lens += batch.seq_lens
+        assert batch.counts["tokens"] <= budget
+        seq_lens += batch.inputs["seq_lens"]
         num_batches += 1
     assert sorted(seq_lens) == sorted(min(n + 2, 1024) for n in lengths)
     assert sum(seq_lens) / (num_batches * budget) >= 0.99

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
-from running import RECIPE, TRAINERS, run_here, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from common.contract.running import RECIPE, TRAINERS, run_here, run_ranks
+from common.step_folder import read_weights
 from convert import save_native
-from export import read_weights
 from modeling_esm2 import Esm2Config, Esm2ForMaskedLM
 
 
@@ -26,7 +26,7 @@ inputs = tokenizer(sys.argv[2].replace("K", "<mask>"), return_tensors="pt")
 model, info = AutoModelForMaskedLM.from_pretrained(sys.argv[1], output_loading_info=True)
 assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
 AutoModel.from_pretrained(sys.argv[1])
-assert not any(name in sys.modules for name in ("modeling_esm2", "layers", "convert", "transformer_engine"))
+assert not any(name in sys.modules for name in ("modeling_esm2", "common", "tokens", "convert", "transformer_engine"))
 torch.save((dict(inputs), model.eval()(**inputs).logits.detach()), sys.argv[3])
 """
 

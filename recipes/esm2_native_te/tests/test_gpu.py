@@ -10,14 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from running import RECIPE, TINY, TRAINERS, curve, environment, metrics, run_here, run_ranks
 from safetensors.torch import load_file
 
 import train_fsdp2
-from context_parallel import ContextParallel
-from distributed import Distributed
-from modeling_esm2 import te_available
-from precision import RECIPES
+from common.contract.running import RECIPE, TINY, TRAINERS, curve, environment, metrics, run_here, run_ranks
+from common.distributed import Distributed
+from tokens.backends import te_available
+from tokens.context_parallel import ContextParallel
+from tokens.formats import RECIPES
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -33,7 +33,7 @@ SHAPE = (
 def fits(recipe):
     """Whether this GPU has the format."""
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    return RECIPES[recipe].capability <= capability < RECIPES[recipe].too_new
+    return RECIPES[recipe].runs_on(capability)
 
 
 def formats():
@@ -107,8 +107,8 @@ def test_the_final_model_opens_with_plain_transformers(backend, tmp_path):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_context_parallels_hooks_on_one_gpu(backend, bf16_losses, tmp_path, monkeypatch):
     """A group of one exchanges with itself: what two GPUs do, but for the sending."""
-    alone = lambda distributed, cp_size: replace(distributed, context_parallel=ContextParallel(dist.group.WORLD))  # noqa: E731
-    monkeypatch.setattr(Distributed, "with_context_parallel", alone)
+    alone = lambda distributed, key, size: replace(distributed, group=dist.group.WORLD)  # noqa: E731
+    monkeypatch.setattr(Distributed, "in_groups", alone)
     exchanged = []
     way = ContextParallel.tokens_to_heads
     monkeypatch.setattr(ContextParallel, "tokens_to_heads", lambda self, x: exchanged.append(x.shape) or way(self, x))

@@ -15,21 +15,22 @@ import pyarrow.parquet as pq
 import pytest
 import reference
 import torch
-from ranks import excess_chi_square
-from running import run_here
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import modeling_esm2
-from collator import IGNORED, MaskedLMCollator
+from collator import MaskedLMCollator
+from common.contract.ranks import excess_chi_square
+from common.contract.running import run_here
+from common.gradients import clip_grad_norm_
+from common.scheduler import adamw, linear_schedule
+from common.step_folder import read_weights
+from common.weights import copy_parameters
 from convert import save_native
 from dataset import SequenceRows
-from distributed import clip_grad_norm_
-from epoch_plan import MicroBatch
-from export import read_weights
-from modeling_esm2 import Embeddings, Esm2Config, Esm2ForMaskedLM, copy_parameters, training_flops, wanted_tokens
-from scheduler import adamw, linear_schedule
+from modeling_esm2 import Embeddings, Esm2Config, Esm2ForMaskedLM, training_flops
+from tokens.layout import IGNORED
 
 
 NUM_HEADS = 4
@@ -72,15 +73,15 @@ def doubles(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def sample(lengths: tuple[int, ...], index: int = 0) -> dict:
     """Proteins of so many tokens with <cls> and <eos>."""
     random = np.random.default_rng((7, index))
-    return {"name": (0, 0, index), "tokens": [np.r_[0, random.integers(4, 29, n - 2), 2] for n in lengths]}
+    return {"name": (0, 0, index), "items": [np.r_[0, random.integers(4, 29, n - 2), 2] for n in lengths]}
 
 
 def masked(sample: dict, rate: float) -> list[tuple[list[int], list[int | None]]]:
     """What the collator with seed 3 makes of the sample, by the reference."""
     tokens, labels = reference.mask(
-        np.concatenate(sample["tokens"]).tolist(), np.random.default_rng((3, *sample["name"])), rate
+        np.concatenate(sample["items"]).tolist(), np.random.default_rng((3, *sample["name"])), rate
     )
-    ends = np.cumsum([len(tokens) for tokens in sample["tokens"]]).tolist()
+    ends = np.cumsum([len(tokens) for tokens in sample["items"]]).tolist()
     return [(tokens[a:b], labels[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
 
 
@@ -139,7 +140,8 @@ def test_logits_and_loss(precise, layout):
     inputs = inputs_of(sample(LONG), 0.3, layout)
     logits, is_labelled, loss = expected_outputs()
     output = model(**inputs)
-    assert error(output.logits, logits[is_labelled]) < FORWARD[precision]
+    assert (output.labels != IGNORED).sum() == is_labelled.sum() < len(output.labels)  # and some to fill up
+    assert error(output.logits[output.labels != IGNORED], logits[is_labelled]) < FORWARD[precision]
     assert output.loss.item() == pytest.approx(loss, rel=FORWARD[precision])
     present = slice(len(logits)) if layout[0] else inputs["attention_mask"].bool()
     del inputs["labels"]
@@ -163,7 +165,7 @@ def test_gradients_of_several_micro_batches(precise, layout):
     num_labels = sum(label is not None for _, labels in sequences for label in labels)
     total = 0.0
     for batch, rate in STEP:
-        part = model(**inputs_of(batch, rate, layout), num_items_in_batch=num_labels).loss
+        part = model(**inputs_of(batch, rate, layout), counts={"labels": num_labels}).loss
         part.backward()
         total += part.item()
     assert total == pytest.approx(loss, rel=BACKWARD[precision])
@@ -222,7 +224,7 @@ def test_token_dropout_scales_each_sequence_by_itself(token_dropout, packed):
 @pytest.mark.parametrize("max_norm", [1e-3, 3.0, 1e9])
 def test_clipping_scales_all_gradients_by_their_common_norm(max_norm):
     random = torch.Generator().manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((7, 5), (11,), (1, 3, 2))]
+    parameters = torch.nn.ParameterList(torch.zeros(shape) for shape in ((7, 5), (11,), (1, 3, 2)))
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=random)
     values = [value for parameter in parameters for value in parameter.grad.flatten().tolist()]
@@ -370,6 +372,19 @@ def test_runs_are_those_of_the_reference(trainer, packed, settings, start, tmp_p
         assert all(torch.equal(weights[name], buffers[name]) for name in buffers)
 
 
+def test_hugging_faces_model_computes_all_of_its_last_layer(start, tmp_path):
+    file = start / "proteins.parquet"
+    run_here(
+        "train_ddp", tmp_path, *overrides(ROWS), "model_tag=facebook/esm2_t6_8M_UR50D", f"init_from={start}/weights",
+        f"dataset.load_dataset_kwargs.data_files={file}", "validation.load_dataset_kwargs=null",
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line, expected in zip(lines, replay(ROWS, file), strict=True):
+        flops = sum(reference.flops(*size, 2, 48, 80) for size in expected["micro_batches"])
+        assert line["model_tflops"] * 1e12 * line["step_time_s"] == pytest.approx(flops, rel=1e-9)
+        assert line["loss"] == pytest.approx(expected["loss"], rel=5e-6)
+
+
 # ---- masks
 
 NUM_BATCHES, NUM_TOKENS = 300, 1000
@@ -414,7 +429,7 @@ def unlikely(masker: Callable[[list[int], int], tuple]) -> dict[str, float]:
 
 def test_masks_have_the_published_rates():
     def masker(tokens: list[int], index: int) -> tuple:
-        sample = {"name": (index % 2, index // 2 % 5, index // 10), "tokens": [np.array(tokens)]}
+        sample = {"name": (index % 2, index // 2 % 5, index // 10), "items": [np.array(tokens)]}
         inputs = MaskedLMCollator(True, 3, 0.15)(sample).inputs
         return inputs["input_ids"].tolist(), inputs["labels"].tolist()
 
@@ -473,7 +488,7 @@ def uneven(starts: np.ndarray) -> dict[str, float]:
 def test_crops_start_anywhere_in_every_row_and_epoch():
     rows = SequenceRows("dataset", datasets.Dataset.from_dict({"sequence": LONG_ROWS}), "sequence", 12, 9)
     everything = np.arange(len(LONG_ROWS))
-    tokens = np.array([rows.sample(MicroBatch(epoch, 0, 0, everything))["tokens"] for epoch in range(12)]).astype(int)
+    tokens = np.array([rows.read(everything, epoch) for epoch in range(12)]).astype(int)
     assert tokens.shape == (12, len(LONG_ROWS), 12)
     starts = tokens[:, :, 1] - 4
     for num in range(2, 17):
@@ -501,6 +516,10 @@ def test_other_crops_would_be_seen(seen, start):
 # ---- operations
 
 
+def counts_of(seq_lens: list[int], num_labels: int) -> dict[str, int]:
+    return {"labels": num_labels, "tokens": sum(seq_lens), "token_pairs": sum(length**2 for length in seq_lens)}
+
+
 @pytest.mark.parametrize("layers, width, feed_forward", [(2, 48, 80), (5, 24, 7)])
 @pytest.mark.parametrize("seq_lens, num_labels", [([3], 1), ([17, 5, 40], 11), ([1024, 1], 0)])
 @pytest.mark.parametrize("backend", [None, "transformers", "te", "torch", "cpp"])
@@ -509,8 +528,8 @@ def test_operations_by_hand(layers, width, feed_forward, seq_lens, num_labels, b
         num_hidden_layers=layers, hidden_size=width, intermediate_size=feed_forward, num_attention_heads=4
     )
     expected = reference.flops(seq_lens, num_labels, layers, width, feed_forward, backend in ("torch", "cpp"))
-    assert training_flops(config, seq_lens, num_labels, backend) == pytest.approx(expected, rel=1e-12)
-    assert training_flops(config, [], 0, backend) == 0
+    assert training_flops(config, counts_of(seq_lens, num_labels), backend) == pytest.approx(expected, rel=1e-12)
+    assert training_flops(config, counts_of([], 0), backend) == 0
 
 
 @LAYOUTS
@@ -521,7 +540,7 @@ def test_operations_are_those_of_forward_and_backward_pass(layout):
     inputs = inputs_of(batch, 0.3, layout)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(**inputs).loss.backward()
-    num_labels = len(wanted_tokens(inputs["labels"])[0])
+    num_labels = len(inputs["selected"])
     assert num_labels == 64  # those that fill up are computed as if they had a label
     # The recipe counts tokens. What is padded costs more: every row up to the longest, or a last segment of pads.
     width = -(-140 // multiple) * multiple
@@ -529,4 +548,4 @@ def test_operations_are_those_of_forward_and_backward_pass(layout):
     # The plain layers' attention is of all tokens, also in the last one.
     beside = 3 * 4 * 48 * sum(length**2 for length in slots) * (1 - num_labels / sum(slots))
     found = counter.get_total_flops() - beside
-    assert found == pytest.approx(training_flops(model.config, slots, num_labels, "torch"), rel=1e-12)
+    assert found == pytest.approx(training_flops(model.config, counts_of(slots, num_labels), "torch"), rel=1e-12)

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from running import RECIPE, TINY, curve, environment, meeting, metrics, run_here
 
-from collator import Batch
+from common.batch import Batch
+from common.contract.running import RECIPE, TINY, curve, environment, meeting, metrics, run_here
 from dataset import CLS, EOS, VOCABULARY, TrainLoader
 
 
@@ -44,12 +44,17 @@ def write(folder: Path, *files: list[str]) -> str:
     return f"{DATA}.data_files={folder}/*.parquet"
 
 
+def seq_lens_of(batch: Batch) -> list[int]:
+    mask = batch.inputs.get("attention_mask")
+    return batch.inputs["seq_lens"] if mask is None else mask.sum(1).tolist()
+
+
 def sequences_of(batch: Batch) -> list[str]:
     """What a batch was before it was masked and laid out."""
     tokens = torch.where(batch.inputs["labels"] == -100, batch.inputs["input_ids"], batch.inputs["labels"])
     if "attention_mask" in batch.inputs:
         tokens = tokens[batch.inputs["attention_mask"].bool()]
-    framed = [part.tolist() for part in tokens.split(batch.seq_lens)]
+    framed = [part.tolist() for part in tokens.split(seq_lens_of(batch))]
     assert all((part[0], part[-1]) == (CLS, EOS) for part in framed)
     return ["".join(VOCABULARY[token] for token in part[1:-1]) for part in framed]
 
@@ -247,7 +252,7 @@ def test_a_worker_that_fails_ends_the_run(tmp_path):
     command = [sys.executable, "train_ddp.py", *TINY, data, f"{DATA}.streaming=true", "dataset.num_workers=2"]
     command += ["logger.log_dir=null", "validation.load_dataset_kwargs=null"]
     done = subprocess.run(command, cwd=RECIPE, env=environment(), capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1 and "no sequences for rank 0, worker 1" in done.stderr
+    assert done.returncode == 1 and "no rows for rank 0, worker 1" in done.stderr
 
 
 def test_a_stream_of_one_row(read, tmp_path):
@@ -308,7 +313,7 @@ def test_every_row_is_too_long(two_ranks, read, tmp_path):
     rows = proteins(9, 150, 400)
     data = write(tmp_path / "data", rows)
     alone = curve(assert_layouts_agree(tmp_path, read, data))
-    assert {n for batch in read for n in batch.seq_lens} == {96}
+    assert {n for batch in read for n in seq_lens_of(batch)} == {96}
     assert all(any(s in row for row in rows) for batch in read for s in sequences_of(batch))
     two_ranks(tmp_path / "two", data, PACKED)
     assert curve(tmp_path / "two") == pytest.approx(alone, rel=1e-5)

@@ -3,10 +3,10 @@
 
 import pytest
 import torch
-from running import TRAINERS, curve, metrics, run_here, run_ranks
 from transformers import AutoModelForMaskedLM
 
-from export import read_weights
+from common.contract.running import TRAINERS, curve, metrics, run_here, run_ranks
+from common.step_folder import read_weights
 
 
 PACKED = "use_sequence_packing=true"

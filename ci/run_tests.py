@@ -1,0 +1,163 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Run the tests, and end with a table of where the minutes went; bash ci/test.sh starts it.
+
+bash ci/test.sh                           all fast tests, each folder's from a copy outside the repository; lint, the
+                                          tables in docs, what docs tell users to type, Slurm (where slurm-wlm and
+                                          munge are installed), the site and the zips
+bash ci/test.sh recipes/NAME models/NAME  the tests of these folders only
+bash ci/test.sh --only-repository         all but the tests of folders
+bash ci/test.sh -k plan                   options of pytest come last; with some, only lint, tables and tests run
+
+Folders whose pins differ are tested in environments of their own (ci/environments.py). PYTHON=python3.12 chooses the
+interpreter. A part that fails stops no other.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import repository
+from environments import environments
+
+
+ROOT = Path(__file__).resolve().parents[1]
+OWN = "recipes/esm2_native_te"  # in whose environment the repository's own tests and the benchmarks run
+NOT_FAILED = {0: "ok", 5: "no test selected", 77: "left out"}  # by exit code: 5 is pytest's, 77 slurm/test.sh's
+DOCS = ("docs", "docs/requirements.txt")
+
+
+class Part(NamedTuple):
+    """Commands that run in one environment, whose name or folder is given as ci/environment.sh takes it."""
+
+    name: str
+    environment: tuple[str, ...]
+    folder: Path
+    commands: list[list[str]]
+
+
+def run(part: Part) -> int:
+    """The first exit code that is not 0; all commands run."""
+    print(f"\n--- {part.name}", flush=True)
+    code = 0
+    for command in part.commands:
+        script = f"source ci/environment.sh {shlex.join(part.environment)} && " if part.environment else ""
+        script += f"cd {shlex.quote(str(part.folder))} && {shlex.join(command)}"
+        code = code or subprocess.run(["bash", "-c", script, "ci/test.sh"], cwd=ROOT).returncode
+    return code
+
+
+def tests(name: str, environment: str, folder: Path, options: list[str]) -> Part:
+    """A folder's tests, in two processes, because most of a test's time is waiting for ranks to start."""
+    pytest = ["python", "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile", *options]
+    return Part(name, ("--of", environment), folder, [pytest])
+
+
+def copied(folder: str, scratch: Path) -> Path:
+    """A copy without environments and what runs leave."""
+    left_by_runs = shutil.ignore_patterns("__pycache__", ".venv", "outputs")
+    return Path(shutil.copytree(ROOT / folder, scratch / folder, ignore=left_by_runs))
+
+
+def tables() -> Part:
+    """Those in docs are those that the committed numbers give."""
+    tests = "recipes/esm2_native_te/tests"
+    checks = [(tests, name, name, "docs/exactness.md") for name in ("curve_matrix", "kill_anywhere")]
+    checks += [("ci/benchmarks", "train_speed", "train_speed", page) for page in ("docs/speed.md", "README.md")]
+    checks += [("ci/benchmarks", "data_speed", "data_speed", "docs/data.md")]
+    checks += [("ci/benchmarks", name, name, "docs/scaling.md")
+               for name in ("scaling_model", "scaling_ranks", "largest_model", "context_memory")]  # fmt: skip
+    checks += [("ci/benchmarks", "precision_curves", "precision_curves", "docs/exactness.md")]
+    commands = [["python", f"{folder}/{script}.py", "--from", f"docs/results/{numbers}.json", "--check", page]
+                for folder, script, numbers, page in checks]  # fmt: skip
+    commands.append(["python", "ci/benchmarks/hardware.py", "--check", "docs/hardware.md"])
+    return Part("tables in docs", ("--of", OWN), ROOT, commands)
+
+
+def commands_in_docs() -> list[Part]:
+    """Each folder's page in the folder's environment, the others in that of the repository."""
+    parts = []
+    for name, folders in environments(ROOT).items():
+        more = ["docs", "."] if OWN in folders else []
+        title = "commands in docs" + (f" ({name})" if len(environments(ROOT)) > 1 else "")
+        parts.append(Part(title, ("--of", folders[0]), ROOT, [["python", "ci/run_docs.py", *folders, *more]]))
+    return parts
+
+
+def chosen(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
+    """Folders to test, whether the repository's own parts run, and options of pytest. Raises ValueError."""
+    known = [folder for folders in environments(ROOT).values() for folder in folders]
+    folders, only_repository, rest = [], False, list(arguments)
+    while rest and (not rest[0].startswith("-") or rest[0] == "--only-repository"):
+        word = rest.pop(0)
+        if word == "--only-repository":
+            only_repository = True
+            continue
+        folder = word.removeprefix(f"{ROOT}/").removeprefix("./").rstrip("/")
+        if folder not in known:
+            raise ValueError(f"{word} is no recipe or model; there are {', '.join(sorted(known))}.")
+        folders.append(folder)
+    if folders and only_repository:
+        raise ValueError(f"--only-repository tests no folder; leave it or {folders[0]} out.")
+    return folders or ([] if only_repository else sorted(known)), not folders, rest
+
+
+def summary(rows: list[tuple[str, float, str]]) -> str:
+    """The table at the end."""
+    rows = [*rows, ("all", sum(seconds for _, seconds, _ in rows), "")]
+    return "\n".join(["| part | minutes | result |", "|---|---:|---|",
+                      *(f"| {name} | {seconds / 60:.1f} | {result} |" for name, seconds, result in rows)])  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    """Run what is asked for; 1 if anything failed."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    repository.files_of(ROOT)  # ends where there is no git
+    try:
+        folders, whole, options = chosen(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    beside = ROOT.parent / "shared" / "data"  # real proteins, if they are there
+    os.environ.setdefault("TEST_DATA", str(beside))
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ.pop("VIRTUAL_ENV", None)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        parts = [Part("lint", ("--of", OWN), ROOT, [["bash", "ci/lint.sh"]]), tables()] if whole else []
+        parts += [tests(folder, folder, copied(folder, scratch), options) for folder in folders]
+        if whole:
+            # These belong to the repository, and need all of it around them.
+            repository.copy(ROOT, scratch / "repository")
+            for part in ("ci/benchmarks", "ci/tests"):
+                parts.append(tests(part, OWN, scratch / "repository" / part, options))
+        if whole and not options:
+            parts += commands_in_docs()
+            parts += [
+                Part("Slurm", (), ROOT, [["bash", "slurm/test.sh"]]),
+                Part("site", DOCS, ROOT, [["mkdocs", "build", "--strict", "--quiet", "--site-dir", f"{name}/site"]]),
+                Part("zips", DOCS, ROOT, [["python", "ci/build_zips.py", "--out", f"{name}/zips"]]),
+            ]
+        rows = []
+        for part in parts:
+            started = time.monotonic()
+            code = run(part)
+            rows.append((part.name, time.monotonic() - started, NOT_FAILED.get(code, "FAILED")))
+    table = summary(rows)
+    print(f"\n{table}")
+    if page := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with open(page, "a") as file:
+            file.write(f"{table}\n")
+    return int(any(result == "FAILED" for *_, result in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test of a recipe stands on: no network is asked, no cache is left, no process group outlives its test.
+
+A conftest.py takes it over by `from common.contract.fixtures import *`.
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+
+
+from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
+import pytest
+
+
+CACHE = tempfile.TemporaryDirectory(prefix="recipe_tests_")  # removed when pytest ends
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which the next import does
+# Read once, at a process's first matrix product on a GPU: a deterministic run may come after others.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+from common.contract.running import THIS_RECIPE  # noqa: E402
+
+
+__all__ = ["distributed", "no_group_of_an_earlier_test"]
+# Ranks and workers are forked from a server that has imported these once.
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed.tensor", "torchdata.stateful_dataloader", "hydra", "megatron_fsdp", *THIS_RECIPE.PRELOAD]
+)
+
+
+@pytest.fixture(autouse=True)
+def no_group_of_an_earlier_test():
+    """Groups end with their test, although DTensor's caches keep them."""
+    yield
+    running = sys.modules["common.contract.running"]
+    if running.has_groups():
+        running.forget_groups()
+
+
+@pytest.fixture
+def distributed():
+    """A process group of this process alone."""
+    from common.distributed import process_group
+
+    with process_group(seed=0) as alone:
+        yield alone

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model draws follows from the seed and the micro-batch: not from the rank, its past, or how often it drew."""
+
+import json
+
+import pytest
+import torch
+
+from common.contract.running import TRAINERS, curve, run_here, run_ranks
+from common.random_numbers import seed_from, seed_micro_batch
+
+
+DROPOUT = ("model_kwargs.hidden_dropout_prob=0.1", "use_sequence_packing=true", "layer_backend=torch")
+
+
+@pytest.fixture(scope="module")
+def reference_curve(tmp_path_factory):
+    return curve(run_here("train_ddp", tmp_path_factory.mktemp("dropout"), *DROPOUT))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_one_curve_on_one_and_two_ranks(trainer, reference_curve, tmp_path):
+    alone = curve(run_here(trainer, tmp_path / "alone", *DROPOUT))
+    assert alone == pytest.approx(reference_curve, rel=1e-5)
+    shared = curve(run_ranks(trainer, 2, tmp_path / "shared", *DROPOUT))
+    assert shared == pytest.approx(reference_curve, rel=1e-5)
+
+
+def test_four_ranks(reference_curve, tmp_path):
+    assert curve(run_ranks("train_fsdp2", 4, tmp_path, *DROPOUT)) == pytest.approx(reference_curve, rel=1e-5)
+
+
+def test_dropout_is_on_and_belongs_to_the_seed(reference_curve, tmp_path):
+    without = curve(run_here("train_ddp", tmp_path / "without", *DROPOUT[1:]))
+    assert without != pytest.approx(reference_curve, rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [("layer_backend=cpp",), ("use_activation_checkpointing=true",)])
+def test_not_to_the_backend_nor_to_recomputation(options, reference_curve, tmp_path):
+    assert curve(run_here("train_ddp", tmp_path, *DROPOUT, *options)) == pytest.approx(reference_curve, rel=1e-5)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_after_a_resume_it_is_the_same_to_the_bit(trainer, tmp_path):
+    whole = curve(run_here(trainer, tmp_path / "whole", *DROPOUT))
+    saving = (f"checkpoint.ckpt_dir={tmp_path / 'cut'}", "checkpoint.save_every_n_steps=2")
+    for last in (4, 6):
+        run_here(trainer, tmp_path / "cut", *DROPOUT, *saving, f"num_train_steps={last}")
+    # The cut run validates at its own end too, so its training steps are compared.
+    assert curve(tmp_path / "cut")[:12] == whole[:12]
+
+
+def test_a_step_computed_again_draws_the_same(tmp_path, monkeypatch):
+    """Where only what is dropped decides whether a number is finite, the second look finds what the first did."""
+    import modeling_esm2
+
+    forward = modeling_esm2.LMHead.forward
+
+    def fragile(self, x, embedding):  # no number if a certain draw comes up: one in sixteen forward passes or so
+        return forward(self, x, embedding) / (torch.rand(()) > 0.06).float()
+
+    monkeypatch.setattr(modeling_esm2.LMHead, "forward", fragile)
+    run_here("train_ddp", tmp_path, *DROPOUT, "anomalies.on_nonfinite=skip", "num_train_steps=12",
+             "validation.load_dataset_kwargs=null")  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "anomalies.jsonl").read_text().splitlines()]
+    assert lines and all(line["module"] == "lm_head" and line["what"] == "output" for line in lines)
+
+
+def test_seeds_differ_by_every_part_of_the_key():
+    keys = [(seed, epoch, part) for seed in range(8) for epoch in range(8) for part in range(8)]
+    assert len({seed_from(*key) for key in keys}) == len(keys)
+    seed_micro_batch(1, (0, 0, 3))
+    first = torch.rand(3)
+    seed_micro_batch(1, (0, 0, 3), part=1)
+    assert not torch.equal(torch.rand(3), first)
+    seed_micro_batch(1, (0, 0, 3))
+    assert torch.equal(torch.rand(3), first)
