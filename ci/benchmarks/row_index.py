@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an index of lengths saves: sequences read and time to the first batch, with several ranks and workers.
 
-python ci/benchmarks/row_index.py                        # five minutes; writes docs: JSON, table of data.md
+python ci/benchmarks/row_index.py                        # three minutes; writes docs: JSON, table of data.md
 python ci/benchmarks/row_index.py --quick --output quick.json            # few rows, 2 ranks, one round
 python ci/benchmarks/row_index.py --from docs/results/row_index.json --check docs/data.md
 
@@ -11,6 +11,8 @@ the window, and makes its micro-batches of what it has read (here a stand-in for
 index). "built": the recipe's first start with a data set, which measures all rows once. "mapped": later starts. Ranks
 are processes that meet over gloo and take their batches step by step, as in training, but train nothing. The ways must
 give the same batches. Counted is what `sequences()` returns, and where: in workers, or in the ranks before they begin.
+Time begins with the loader, when the server that workers are forked from has loaded its libraries: these are the same
+in all ways, and take longer than the rest.
 """
 
 import argparse
@@ -29,17 +31,16 @@ from statistics import median
 
 from data_speed import ROOT, SEED, write_proteins  # isort: skip (it finds the recipe)
 import datasets
-import numpy as np
 import torch
 from command_line import Failed, add_files, check_files, parse_with_overrides, run_or_read
+from counted_rows import CHECK, INDEX, WORKERS, Counted, ReadForLengths, bytes_read
 from largest_model import family, stat
-from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 import dataset
 from common.contract.ranks import run_ranks
 from common.distributed import Distributed
-from common.loader import end_workers
+from common.loader import end_workers, script_unseen, start_worker_server
 from common.run_facts import cpu_name, versions
 
 
@@ -52,51 +53,6 @@ QUICK = FULL | {
     "num_rows": 10_000, "num_ranks": 2, "token_micro_batch_size": 2048, "window_rows": 200, "steps": 20, "rounds": 1,
 }  # fmt: skip
 WAYS = {"rows": "the rows", "built": "the index, first start", "mapped": "the index, later starts"}
-PLACES = ("workers", "index", "check")  # workers; the index; the first rows, which each rank looks at for odd signs
-
-
-class Counted(dataset.SequenceRows):
-    """The recipe's source; each process writes down when it has read how much, in a file of its own in `log`."""
-
-    place = "check"
-
-    def __init__(self, log: Path, *arguments):
-        super().__init__(*arguments)
-        self.log = log
-
-    def sequences(self, rows: np.ndarray, epoch: int) -> list[bytes]:
-        """As in the recipe."""
-        found = super().sequences(rows, epoch)
-        place = "workers" if get_worker_info() else self.place
-        with open(self.log / f"{place}.{os.getpid()}", "a") as file:
-            file.write(f"{time.monotonic()} {sum(map(len, found))}\n")
-        return found
-
-    def build_index(self, distributed: Distributed) -> None:
-        """As in the recipe."""
-        self.place = "index"
-        super().build_index(distributed)
-        self.place = "check"
-
-
-class ReadForLengths(Counted):
-    """As the recipe's source was without an index: lengths by reading the rows, which are held for the window."""
-
-    held: dict | None = None
-
-    def build_index(self, distributed: Distributed) -> None:
-        """There is none."""
-
-    def sizes(self, rows: np.ndarray, epoch: int) -> np.ndarray:
-        """Tokens of each row."""
-        residues = [dataset.tokenize(sequence) for sequence in self.sequences(rows, epoch)]
-        self.held = dict(zip(((epoch, row) for row in rows.tolist()), residues, strict=True))
-        return dataset.num_tokens(np.array([len(some) for some in residues]), self.max_seq_length)
-
-    def read(self, rows: np.ndarray, epoch: int) -> list[np.ndarray]:
-        """Of what is held."""
-        residues = [self.held[epoch, row] for row in rows.tolist()]
-        return dataset.crop(residues, rows, self.max_seq_length, self.seed, epoch)
 
 
 def cpu_seconds() -> float:
@@ -111,6 +67,11 @@ def rank(distributed: Distributed, way: str, source: dict, cache: str, log: str,
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
     dataset.SequenceRows = partial(ReadForLengths if way == "rows" else Counted, Path(log))
+    start_worker_server()
+    first = multiprocessing.get_context("forkserver").Process(target=int)
+    with script_unseen():
+        first.start()
+    first.join()  # then the server has loaded what it is to
     try:
         return steps(distributed, source, settings)
     except BaseException:
@@ -136,15 +97,6 @@ def steps(distributed: Distributed, source: dict, settings: dict) -> dict:
             cpu = cpu_seconds() - cpu
         digest.update(batch.inputs["input_ids"].numpy().tobytes())
     return {"started": started, "opened": opened, "ended": ended, "cpu_s": cpu, "digest": digest.hexdigest()}
-
-
-def bytes_read(log: Path, until: float) -> dict[str, int]:
-    """Of sequences, up to that time, by where they were read."""
-    found = dict.fromkeys(PLACES, 0)
-    for file in log.iterdir():
-        lines = (line.split() for line in file.read_text().splitlines())
-        found[file.name.partition(".")[0]] += sum(int(size) for when, size in lines if float(when) <= until)
-    return found
 
 
 def run(way: str, source: dict, folder: Path, settings: dict) -> tuple[dict, list[str]]:
@@ -221,16 +173,16 @@ def table(numbers: dict) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for way, name in WAYS.items():
         found, others = rounds[way], rounds["rows"]
-        read = [[turn[key]["workers"] for turn in found] for key in ("bytes_to_first_step", "bytes_to_last_step")]
-        read.append([sum(turn["bytes_to_first_step"][place] for place in PLACES[1:]) for turn in found])
+        read = [[turn[key][WORKERS] for turn in found] for key in ("bytes_to_first_step", "bytes_to_last_step")]
+        read.append([sum(turn["bytes_to_first_step"][place] for place in (INDEX, CHECK)) for turn in found])
         cells = [name, *map(mega, read), f"{median(turn['open_s'] for turn in found):.1f}"]
         for key in ("first_batch_s", "cpu_s"):
             mine = [turn[key] for turn in found]
             cells.append(f"{median(mine):.1f}" if way == "rows" else over(mine, [turn[key] for turn in others]))
         lines.append(f"| {' | '.join(cells)} |")
-    less = [a["bytes_to_last_step"]["workers"] / b["bytes_to_last_step"]["workers"]
+    less = [a["bytes_to_last_step"][WORKERS] / b["bytes_to_last_step"][WORKERS]
             for a, b in zip(rounds["rows"], rounds["mapped"], strict=True)]  # fmt: skip
-    check = mega([turn["bytes_to_first_step"]["check"] for turn in rounds["mapped"]])
+    check = mega([turn["bytes_to_first_step"][CHECK] for turn in rounds["mapped"]])
     told = ", ".join(f"{name} {version}" for name, version in numbers["versions"].items())
     facts = [
         f"{settings['num_ranks']} ranks of {settings['num_workers']} workers; {settings['num_rows']:,} made-up rows",
@@ -264,6 +216,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    import row_index  # by its name, under which ranks and workers find the classes above
-
-    sys.exit(row_index.main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -31,7 +31,6 @@ LINES = (  # of a trainer, and what stands there instead
     (r"    prepare\(.*\n", ""),
     (r"config.seed, pretrained, ", "config.seed, "),
     (r"config.deterministic", "False"),
-    (r"loader.note, ", ""),
     (r"(    parts = .*)}\n",
      r'    schedules = LossSchedules(config.loss_schedules)\n\1, "loss_schedules": schedules}\n'),
     (r"distributed, config.seed\)\n", "distributed, config.seed, **schedules.coefficients(step, epoch))\n"),
@@ -144,7 +143,7 @@ def test_coefficients_follow_steps_and_epochs_and_are_restored(recipe, file, tmp
 def test_a_mistake_is_one_sentence(recipe, file):
     command = [sys.executable, "train_ddp.py", f"dataset.load_dataset_kwargs.data_files={file}"]
     for override, sentence in (
-        ("model_kwargs.widht=3", "error: Unknown key model_kwargs.widht: did you mean model_kwargs.width?"),
+        ("model_kwargs.widths=3", "error: Unknown key model_kwargs.widths: did you mean model_kwargs.width?"),
         ("model_kwargs.width=wide", "error: model_kwargs.width=wide must be a whole number above 0."),
     ):
         done = subprocess.run([*command, override], cwd=recipe, capture_output=True, text=True)

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +23,12 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from build_model import facts
+from common import safe_reading
 from common.distributed import TIMEOUT, Distributed, SharedError, unwrapped
 from common.ema import EMA
 from common.files import flat, make_folder
 from common.run_end import Outcome
+from common.safe_reading import read_metadata
 from common.step_folder import (
     StepWriter,
     complete_steps,
@@ -47,6 +49,21 @@ HARMLESS = (
     "use_torch_compile", "use_activation_checkpointing", "layer_backend", "precision", "deterministic",
     "dataset.num_workers", "anomalies.", "cp_size", "ema_decay",
 )  # fmt: skip
+
+
+@contextmanager
+def pickled_scales_allowed():
+    """TransformerEngine unpickles its own state in the block."""
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 class Checkpointer:
@@ -70,9 +87,10 @@ class Checkpointer:
         async_save: bool = False,
         max_to_keep: int | None = 2,
         allow_config_change: bool = False,
+        allow_pickled_scales: bool = False,
     ):
         self.distributed, self.async_save = distributed, async_save
-        self.every, self.keep = save_every_n_steps, max_to_keep
+        self.every, self.keep, self.allow_pickled_scales = save_every_n_steps, max_to_keep, allow_pickled_scales
         self.config = OmegaConf.to_container(config, resolve=True)
         self.folder, self.save_final_model = Path(ckpt_dir) if ckpt_dir else None, save_final_model
         self.shape, self.resume_step, self.notes = shape, None, []
@@ -270,25 +288,31 @@ class Checkpointer:
                 set_aside(self._path(step))
             self._tidy()
         path, state = self._path(self.resume_step), self._state(model, optimizer, ema)
-        known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        weights = state["model"]
+        configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        with self.distributed.fail_together():
+            known, weights = read_metadata(path).state_dict_metadata, state["model"]
+            # Scales of delayed scaling, pickled by TransformerEngine. A layer that has not computed yet has none to
+            # read into; the plain layers wrote none, and then they start anew.
+            saved = {
+                k: known[f"model.{k}"].size for k in weights if k.endswith("_extra_state") and f"model.{k}" in known
+            }
+            if any(map(any, saved.values())) and not self.allow_pickled_scales:
+                raise ValueError(
+                    f"{path} has scales of TransformerEngine's delayed scaling, which are pickles and could run code; "
+                    "set checkpoint.allow_pickled_scales=true if you trust whoever wrote it."
+                )
+        scales = {name: torch.empty(size, dtype=torch.uint8) for name, size in saved.items()}
         if not any(name.startswith("ema.") for name in known):
             del state["ema"]
         state = {k: v for k, v in state.items() if not k.startswith("rng.") or k in known}  # fewer ranks wrote fewer
-        # Scales of delayed scaling, pickled by TransformerEngine. A layer that has not computed yet has none to read
-        # into; the plain layers wrote none, and then they start anew.
-        saved = (k for k in weights if k.endswith("_extra_state") and f"model.{k}" in known)
-        scales = {k: torch.empty(known[f"model.{k}"].size, dtype=torch.uint8) for k in saved}
         state["model"] = {k: v for k, v in weights.items() if not k.endswith("_extra_state")} | scales
-        if scales:  # as much to be trusted as .metadata, which is a pickle too
-            os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] = "1"
-        dcp.load(state, checkpoint_id=path)
-        set_state_dict(
-            unwrapped(model),
-            optimizer,
-            model_state_dict=weights | state["model"],
-            optim_state_dict=state["optimizer"],
-        )
+        with self.distributed.fail_together():
+            safe_reading.load(state, path)
+        weights |= state["model"]
+        with pickled_scales_allowed() if scales else nullcontext():
+            set_state_dict(unwrapped(model), optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"])
+        for group, values in zip(optimizer.param_groups, configured, strict=True):
+            group.update(values)  # as the configuration is now; the schedule has set the learning rate already
         if (rng := state.get(f"rng.cpu.{self.distributed.rank}")) is not None:
             torch.set_rng_state(rng)
         if (rng := state.get(f"rng.cuda.{self.distributed.rank}")) is not None:

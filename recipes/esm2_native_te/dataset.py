@@ -291,7 +291,7 @@ class TrainLoader(Loader):
             raise ValueError(f"{section}.protein_database needs {section}.load_dataset_kwargs.streaming=false.")
         source = open_source(section, rows, sequence_column, cluster_column, protein_database, max_seq_length, seed)
         some = source.sequences(np.arange(min(window_rows, len(source))), epoch=0)
-        self.note = describe_cleaning(some)
+        cleaning = describe_cleaning(some)
         if not any(tokenize(sequence) for sequence in some):
             raise ValueError(f"{section}: the first {len(some):,} sequences are all empty; is the column right?")
         if streaming:
@@ -306,6 +306,7 @@ class TrainLoader(Loader):
             data = EpochPlan(source, grouping, seed, window_rows)
         collate = MaskedLMCollator.on(distributed, packed, seed, mlm_probability, pad_to_multiple_of)
         super().__init__(distributed, section, data, collate, num_workers)
+        self.notes += [cleaning] if cleaning else []
 
 
 def open_validation(

@@ -40,7 +40,8 @@ def test_start_and_plan(run):
     (start,) = result["start"]
     assert start["cold_s"][0] > 1 and not start["warm_s"]
     plan = result["plan"]
-    assert 0 < plan["shuffle_window_ms"] < plan["plan_window_ms"] and plan["read_window_ms"] > 0
+    assert 0 < plan["shuffle_window_ms"] < plan["plan_window_ms"]
+    assert plan["plan_indexed_window_ms"] > 0 and plan["read_window_ms"] > 0
     assert data_speed.extrapolated(plan) == pytest.approx(6500 * plan["epochs"][0]["cpu_s"])
 
 

@@ -19,7 +19,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch.utils._pytree import tree_leaves
 
 from common.batch import Batch
-from common.distributed import Distributed, unwrapped
+from common.distributed import Distributed, own_part, unwrapped
 from common.files import append_line, finite
 
 
@@ -168,11 +168,6 @@ class Anomalies:
     def load_state_dict(self, state: dict) -> None:
         """Go on from there."""
         self.recent, self.num_skipped = state.get("recent_losses", []), state.get("num_skipped", 0)
-
-
-def own_part(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """What this rank holds of a tensor, which may be split over the ranks."""
-    return getattr(tensor, "_local_tensor", tensor)
 
 
 def is_finite(tensor: torch.Tensor | None) -> bool:

@@ -117,11 +117,15 @@ class Distributed:
         dist.all_reduce(total)
         return total.numpy().tolist()
 
-    def sum_counts(self, batches: list[Batch], stop: bool) -> tuple[dict[str, int], bool]:
-        """Each count of a step over all ranks, and whether any rank was asked to `stop`: one all-reduce."""
+    def sum_counts(self, batches: list[Batch], stop: bool) -> tuple[dict[str, int], int, bool]:
+        """By one all-reduce, what all ranks have to know of a step.
+
+        Each count of its micro-batches summed up, the epoch of the first, and whether any rank was asked to `stop`.
+        """
         names = list(batches[0].counts)
-        *totals, stops = self.sum(*(sum(batch.counts[name] for batch in batches) for name in names), stop)
-        return {name: int(total) for name, total in zip(names, totals, strict=True)}, stops > 0
+        epoch = batches[0].name[0] if self.is_main else 0
+        *totals, epoch, stops = self.sum(*(sum(batch.counts[k] for batch in batches) for k in names), epoch, stop)
+        return {name: int(total) for name, total in zip(names, totals, strict=True)}, int(epoch), stops > 0
 
     def max(self, value: float) -> float:
         """The largest of all ranks."""
@@ -295,3 +299,8 @@ class StopSignal:
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The model itself, where a strategy has wrapped it."""
     return getattr(model, "module", model)
+
+
+def own_part(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """What this rank holds of a tensor, which may be split over the ranks."""
+    return getattr(tensor, "_local_tensor", tensor)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from common.distributed import unwrapped
+from common.distributed import own_part, unwrapped
 from common.step_folder import copy_offsets, has_own_offsets
 
 
@@ -89,12 +89,7 @@ class EMA:
     def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """This rank's part of each average and of its parameter."""
         parameters = dict(unwrapped(model).named_parameters())
-        return [(own_part(average), own_part(parameters[name])) for name, average in self.averages.items()]
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, which may be split over the ranks."""
-    return getattr(tensor, "_local_tensor", tensor).detach()
+        return [(own_part(average), own_part(parameters[name]).detach()) for name, average in self.averages.items()]
 
 
 @torch.no_grad()

@@ -27,12 +27,13 @@ class Strategy(NamedTuple):
 
 def add_gradients(
     model: torch.nn.Module, batches: list[Batch], counts: dict[str, int], strategy: Strategy,
-    distributed: Distributed, seed: int,
+    distributed: Distributed, seed: int, **arguments,
 ) -> list[dict[str, torch.Tensor]]:  # fmt: skip
     """Add up the gradients of this rank's micro-batches; `counts` are those of the whole step, over all ranks.
 
-    Returns what each micro-batch contributes to the step's `loss`, and to the `parts` of it that the model names,
-    scalars on the device.
+    `arguments` are further ones of the model, the same in the whole step: coefficients of loss terms, say. Returns
+    what each micro-batch contributes to the step's `loss`, and to the `parts` of it that the model names, as scalars
+    on the device.
     """
     losses = []
     for batch in batches:
@@ -40,7 +41,7 @@ def add_gradients(
         inputs = batch.to(distributed.device).inputs
         with nullcontext() if batch is batches[-1] else strategy.accumulate():
             with strategy.forward():
-                output = model(**inputs, counts=counts)
+                output = model(**inputs, counts=counts, **arguments)
             (output.loss * strategy.gradient_scale).backward()
         losses.append({"loss": output.loss.detach(), **{k: v.detach() for k, v in (output.parts or {}).items()}})
     return losses

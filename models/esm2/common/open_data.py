@@ -16,12 +16,10 @@ from datasets.table import InMemoryTable
 from common.distributed import Distributed
 
 
-# Else the hub is told of each local file: seconds, where none answers.
-datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-
-
 def open_rows(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | datasets.IterableDataset:
     """`datasets.load_dataset`; a user's mistake is a ValueError of one sentence that names `section`."""
+    # Else the hub is asked to count each local file: seconds, where none answers.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     name, path = f"{section}.load_dataset_kwargs", load_dataset_kwargs.get("path")
     files = load_dataset_kwargs.get("data_files")
     if path in ("parquet", "arrow", "csv", "json", "text", "fasta") and "data_dir" not in load_dataset_kwargs:

@@ -20,16 +20,19 @@ class Precision:
     """How a run computes: `dtype` in the model's layers (None: FP32), with FP32 weights always.
 
     `precision` is auto, bf16 or fp32; auto takes BF16 where it is faster. `notes` are sentences for the reader of the
-    log. For subclasses with fewer bits: `multiple` is what the number of rows of a rank's matrices must divide by,
-    `layers` are those of each format, as text, and `stats` measures what rounding does.
+    log, `backend` is whose implementation of the layers computes, where there are several. For subclasses with fewer
+    bits: `multiple` is what the number of rows of a rank's matrices must divide by, `layers` are those of each format,
+    as text, and `stats` measures what rounding does.
     """
 
     def __init__(self, device: torch.device, precision: str, bf16_pays: bool):
         self.device = device
         takes_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_faster(device, bf16_pays))
         self.dtype = torch.bfloat16 if takes_bf16 else None
+        self.reduce_dtype = torch.float32 if takes_bf16 else None  # of gradients that are summed; None: as they are
         self.multiple = 1
         self.notes: list[str] = []
+        self.backend: str | None = None
         self.layers: dict[str, str] = {}
         self.stats = None
 

@@ -23,6 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.utils._pytree import tree_map
 
+from common import safe_reading
+from common.safe_reading import read_metadata
+
 
 SUMS = "SHA256SUMS"
 LOCKS: dict[Path, int] = {}
@@ -116,13 +119,13 @@ def read_weights(step_folder: Path) -> dict[str, torch.Tensor]:
     The averaged weights (`ema_decay`), where there are any, take the place of the last ones. TransformerEngine's FP8
     state is left out: it is of use only to go on training.
     """
-    metadata = dcp.FileSystemReader(step_folder).read_metadata().state_dict_metadata
+    metadata = read_metadata(step_folder).state_dict_metadata
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
         if name.startswith(("model.", "ema.")) and not name.endswith("._extra_state")
     }
-    dcp.load(state, checkpoint_id=step_folder, no_dist=True)
+    safe_reading.load(state, step_folder, no_dist=True)
     weights = {name.removeprefix("model."): x for name, x in state.items() if name.startswith("model.")}
     return weights | {name.removeprefix("ema."): x for name, x in state.items() if name.startswith("ema.")}
 

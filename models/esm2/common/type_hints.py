@@ -115,6 +115,8 @@ def _bare(hint: Any) -> tuple[Any, tuple]:
             hint = reduce(or_, hint.__constraints__) if hint.__constraints__ else hint.__bound__ or Any
         elif type(hint).__name__ == "TypeAliasType":  # the statement `type X = ...`
             hint = hint.__value__
+        elif type(origin).__name__ == "TypeAliasType":  # `X[int]` of `type X[T] = ...`
+            hint = origin.__value__[get_args(hint)]
         else:
             return type(None) if hint is None else Any if hint is object else hint, metadata
 

@@ -9,7 +9,7 @@ Every matrix product goes through the attribute `matmul(x, weight, bias)` of its
 `layernorm_mlp`), `F.linear` unless replaced: that is where another precision comes in.
 """
 
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,10 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-# If the first cosine of a process runs on several threads, one of them may be off by 1.5e-4 (MKL's, with torch 2.13).
-torch.ones(1, dtype=torch.float32, device="cpu").cos()
+@cache
+def first_cosine() -> None:
+    """On several threads, the first of a process may be off by 1.5e-4 on one of them (MKL's, with torch 2.13)."""
+    torch.ones(1, dtype=torch.float32, device="cpu").cos()
 
 
 class AttentionInputs:
@@ -47,6 +49,7 @@ class AttentionInputs:
         if seq_lens is not None:
             self.seq_lens = seq_lens
         self.angles_SD, self.mask_B11S, self.cu_seqlens, self.max_seqlen = angles_SD, mask_B11S, cu_seqlens, max_seqlen
+        first_cosine()
         cos_SD, sin_SD = angles_SD.cos(), angles_SD.sin()
         num_angles = angles_SD.shape[1] // 2
         self.cos_SR, self.sin_SR = cos_SD[:, :num_angles].contiguous(), sin_SD[:, :num_angles].contiguous()

@@ -118,8 +118,9 @@ class Distributed:
         return total.numpy().tolist()
 
     def sum_counts(self, batches: list[Batch], stop: bool) -> tuple[dict[str, int], int, bool]:
-        """What all ranks know of a step, by one all-reduce: each count of its micro-batches summed up, the epoch of its
-        first one, and whether any rank was asked to `stop`.
+        """By one all-reduce, what all ranks have to know of a step.
+
+        Each count of its micro-batches summed up, the epoch of the first, and whether any rank was asked to `stop`.
         """
         names = list(batches[0].counts)
         epoch = batches[0].name[0] if self.is_main else 0

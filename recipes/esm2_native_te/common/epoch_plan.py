@@ -109,6 +109,30 @@ class EpochPlan:
         self.num_rows = len(source)
         self.num_windows = -(-self.num_rows // self.window_rows)
 
+    @property
+    def rules(self) -> dict:
+        """What decides which rows a micro-batch has, besides the data: for a resume to compare."""
+        some = self.source.sizes(np.arange(min(1000, len(self.source))), 0)  # the longest allowed shows in these
+        return {
+            "seed": self.seed, "window_rows": self.window_rows, "num_rows": self.grouping.num_rows,
+            "budget": self.grouping.budget, "largest": int(some.max(initial=0)),
+        }  # fmt: skip
+
+    def place_under(self, rules: dict, position: tuple[int, int, int]) -> tuple[tuple[int, int, int], str | None]:
+        """Where to go on, by these rules, from a position by other ones; and a sentence where that is not exact."""
+        now, (epoch, window, _) = self.rules, position
+        changed = [name for name in rules if rules[name] != now.get(name)]
+        if not changed:
+            return position, None
+        if "seed" in changed:  # the order of the rows is another one
+            return (epoch + 1, 0, 0), f"The seed has changed: what was left of epoch {epoch} is not read."
+        first = window * rules["window_rows"] // self.window_rows * self.window_rows
+        sentence = (
+            f"Micro-batches are made up anew, because {', '.join(changed)} changed, from row {first:,} of epoch "
+            f"{epoch} on; what had been read since is read again."
+        )
+        return (epoch, first // self.window_rows, 0), sentence
+
     def window(self, epoch: int, window: int) -> list[MicroBatch]:
         """The micro-batches of one window."""
         first = window * self.window_rows

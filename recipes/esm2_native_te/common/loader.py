@@ -141,6 +141,7 @@ class Loader:
         num_workers: int,
     ):
         self.distributed, self.section, self.num_workers = distributed, section, num_workers
+        self.notes: list[str] = []  # for the log
         self.plan = data if isinstance(data, EpochPlan) else None
         if self.plan:
             self.sampler = RankSampler(self.plan, distributed.data_rank, distributed.num_data_ranks)
@@ -168,7 +169,7 @@ class Loader:
         """What is left to read, the same on every rank; JSON."""
         if self.plan:
             position = self.sampler.position_after(self.last_name) if self.last_name else self.sampler.position
-            return {"position": list(position), "data": self.plan.source.identity}
+            return {"position": list(position), "rules": self.plan.rules, "data": self.plan.source.identity}
         states = [None] * self.distributed.num_ranks
         torch.distributed.all_gather_object(states, self.loader.state_dict())
         return {"layout": self._layout(), "ranks": states[:: self.distributed.group_size]}
@@ -195,7 +196,9 @@ class Loader:
                     f"{kwargs}: the data is not what the checkpoint was made with ({', '.join(wrong)} differ), though "
                     "it has as many rows; give the old data, or start anew in another folder."
                 )
-            self.sampler.position = tuple(state["position"])
+            rules = state.get("rules", self.plan.rules)
+            self.sampler.position, note = self.plan.place_under(rules, tuple(state["position"]))
+            self.notes += [note] if note else []
         elif state["layout"] != self._layout():
             raise ValueError(
                 f"A streamed data set resumes only on the layout it was saved on, {state['layout']}; this run has "

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -111,7 +112,7 @@ class PerfLogger:
         # torchrun has started this run again, before its first checkpoint: what is there is no earlier run's.
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         if path.exists() and step == 0 and not restarted:
-            number = 1 + len(list(self.folder.glob("metrics.before_*.jsonl")))
+            number = next(n for n in count(1) if not (self.folder / f"metrics.before_{n}.jsonl").exists())
             path.rename(self.folder / f"metrics.before_{number}.jsonl")
             if (anomalies := self.folder / "anomalies.jsonl").exists():
                 anomalies.rename(self.folder / f"anomalies.before_{number}.jsonl")
@@ -161,8 +162,8 @@ class PerfLogger:
         tflops, speed = flops / seconds / 1e12, units / seconds
         self._write(
             {
-                "kind": "train", "step": step, "epoch": self.epoch, "first_micro_batch": self.first_micro_batch, **losses,
-                "grad_norm": grad_norm, "learning_rate": learning_rate,
+                "kind": "train", "step": step, "epoch": self.epoch, "first_micro_batch": self.first_micro_batch,
+                **losses, "grad_norm": grad_norm, "learning_rate": learning_rate,
                 f"{self.unit}_per_second": speed, f"num_{self.unit}": self.num_units, "fill": units / slots,
                 "step_time_s": seconds / window["steps"], "data_wait_s": wait / num_ranks / window["steps"],
                 "peak_memory_gib": memory, "model_tflops": tflops,

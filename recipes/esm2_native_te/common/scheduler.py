@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer and the learning-rate schedule of ESM-2 (Lin et al. 2023, supplement A.2.4)."""
+"""The optimizer and the learning-rate schedule; the defaults are those of ESM-2 (Lin et al. 2023, A.2.4)."""
 
 from collections.abc import Iterable
 
@@ -7,6 +7,24 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+
+class Schedule(LambdaLR):
+    """A schedule of which a checkpoint keeps the place alone: peak and shape are what the configuration says now."""
+
+    def state_dict(self) -> dict:
+        """How many steps were made."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on after so many steps."""
+        self.last_epoch = state["last_epoch"]
+        self._step_count = self.last_epoch + 1
+        fractions = [fraction(self.last_epoch) for fraction in self.lr_lambdas]
+        rates = [peak * fraction for peak, fraction in zip(self.base_lrs, fractions, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._last_lr = rates
 
 
 def adamw(
@@ -35,7 +53,7 @@ def linear_schedule(
     num_training_steps: PositiveInt = 500_000,
     decay_fraction: PositiveFloat = 0.9,
     min_lr_fraction: NonNegativeFloat = 0.1,
-) -> LambdaLR:
+) -> Schedule:
     """Linear warm-up to the peak, linear decay to `min_lr_fraction` of it at `decay_fraction` of the run, then flat.
 
     Raises ValueError if the warm-up does not end before the decay does.
@@ -53,4 +71,4 @@ def linear_schedule(
         done = min(1.0, (step - num_warmup_steps) / (decay_end - num_warmup_steps))
         return 1.0 - done * (1.0 - min_lr_fraction)
 
-    return LambdaLR(optimizer, fraction_of_peak)
+    return Schedule(optimizer, fraction_of_peak)

@@ -55,7 +55,10 @@ class SizeIndex:
     @cached_property
     def digest(self) -> str:
         """A fingerprint of all sizes: other data has another, wherever it lies."""
-        return sha256(np.ascontiguousarray(self.sizes)).hexdigest()[:16]
+        digest = sha256(np.ascontiguousarray(self.sizes))
+        if self.offsets is not None:
+            digest.update(np.ascontiguousarray(self.offsets))
+        return digest.hexdigest()[:16]
 
 
 def measured(sizes: list[np.ndarray], members: list[np.ndarray | None]) -> dict[str, np.ndarray]:
@@ -77,15 +80,18 @@ def size_index(distributed: Distributed, section: str, key: str | None, num_rows
     if key is None:
         return SizeIndex(measured(*map(list, zip(*map(measure, chunks), strict=True))))
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "row_sizes"
-    target, parts = folder / key, folder / f".{key}.parts"
+    target, parts = folder / key, folder / f".{key}.by_{CHUNK}"
     if all(distributed.gather(target.is_dir())):
         return open_index(target)
     if num_rows > CHUNK:
         distributed.say(f"{section}: the sizes of {num_rows:,} rows are measured once, and kept in {folder}.")
     with distributed.shared_errors():
-        with writable(section, folder):
-            parts.mkdir(parents=True, exist_ok=True)
         mine = range(distributed.local_rank, len(chunks), distributed.num_local_ranks)
+        if target.is_dir():  # another node has a cache of its own, without it
+            mine = range(0)
+        else:
+            with writable(section, folder):
+                parts.mkdir(parents=True, exist_ok=True)
         quiet = not distributed.is_main or not sys.stderr.isatty()
         for number in tqdm(mine, unit=f" x {CHUNK:,} rows", desc=section, disable=quiet, leave=False):
             if not (path := parts / f"{number}.npz").exists():

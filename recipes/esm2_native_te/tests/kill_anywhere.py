@@ -118,7 +118,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in read(f"/proc/{pid}/task/{pid}/children").split()]
 
 
-class Lost(Exception):
+class RunFailed(Exception):
     """The run did what it should not."""
 
 
@@ -127,9 +127,9 @@ def wait_for(condition, run: Run, what: str, seconds: float = 300):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         if run.process.poll() is not None and not condition():
-            raise Lost(f"the run ended with exit code {run.process.returncode} before {what}")
+            raise RunFailed(f"the run ended with exit code {run.process.returncode} before {what}")
         if time.monotonic() > deadline:
-            raise Lost(f"nothing happened in {seconds:.0f} s: {what}")
+            raise RunFailed(f"nothing happened in {seconds:.0f} s: {what}")
         time.sleep(0.005)
     return value
 
@@ -168,7 +168,7 @@ def disturb(run: Run, kind: str, before: tuple[int, int], draw: random.Random, n
         kill(ranks if draw.random() < 0.5 else [draw.choice(ranks)], getattr(signal, kind))
         wait_for(lambda: run.process.poll() is not None, run, "the run stopped as asked")
         if run.process.returncode:
-            raise Lost(f"{kind}: exit code {run.process.returncode}")
+            raise RunFailed(f"{kind}: exit code {run.process.returncode}")
     else:
         at = {"pruning": PRUNING, "exporting": EXPORTING}.get(kind, IN_A_SAVE)
         rank = draw.randrange(NUM_RANKS) if at == IN_A_SAVE else 0
@@ -229,7 +229,7 @@ def main(folder: Path, trainer: str, num_deaths: int, seed: int, more: list[str]
     print(f"{trainer}, {num_steps} steps: undisturbed ...", flush=True)
     calm.start(background=False, max_restarts=0)
     if calm.process.wait():
-        raise Lost(f"the undisturbed run failed: {(calm.folder / 'log.txt').read_text()[-2000:]}")
+        raise RunFailed(f"the undisturbed run failed: {(calm.folder / 'log.txt').read_text()[-2000:]}")
     deaths, life, most = [], (0, 0), 0
     try:
         order = deaths_in_order(num_deaths, draw)
@@ -246,9 +246,9 @@ def main(folder: Path, trainer: str, num_deaths: int, seed: int, more: list[str]
             most = max(most, left)
             print(f"{number + 1:>3}  {deaths[-1]['kind']}, at step {deaths[-1]['step']}; {left} folders", flush=True)
         if disturbed.process.wait(timeout=600):
-            raise Lost(f"the run failed in the end with exit code {disturbed.process.returncode}")
+            raise RunFailed(f"the run failed in the end with exit code {disturbed.process.returncode}")
         wrong = compare(disturbed, calm, num_steps)
-    except Lost as error:
+    except RunFailed as error:
         wrong = [f"{error}; the end of its log:\n{(disturbed.folder / 'log.txt').read_text()[-3000:]}"]
     finally:
         if disturbed.process and disturbed.process.poll() is None:
@@ -284,8 +284,8 @@ def table(results: list[dict]) -> str:
         cells = [f"`{result['trainer']}`", str(result["num_steps"]), str(len(came)), *counts]
         rows.append(f"| {' | '.join([*cells, str(result['most_folders']), end])} |")
     first = results[0]
-    told = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    return "\n".join([*rows, "", f"Two ranks, seed {first['seed']}. {first['machine']}; {told}."])
+    packages = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    return "\n".join([*rows, "", f"Two ranks, seed {first['seed']}. {first['machine']}; {packages}."])
 
 
 def read_arguments() -> argparse.Namespace:

@@ -3,8 +3,8 @@
 
 Written from Lin et al. 2023 (doi:10.1126/science.ade2574), RoFormer (arXiv:2104.09864), AdamW (arXiv:1711.05101) and
 the semantics of `transformers.EsmForMaskedLM`. What is a definition and no number to be checked comes from the recipe:
-the order of rows and where a crop starts (`common/epoch_plan.py`), the names and layout of weights, and which draws of numpy's
-generator decide about a mask.
+the order of rows and where a crop starts (common/epoch_plan.py), the names and layout of weights, and which draws of
+numpy's generator decide about a mask.
 
 Shapes: S tokens of one sequence, E the width, H heads of D channels.
 """

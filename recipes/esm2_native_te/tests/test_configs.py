@@ -104,7 +104,8 @@ def test_every_argument_is_read(section):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_every_key_outside_sections_is_read(trainer):
-    text = "".join((RECIPE / file).read_text() for file in (f"{trainer}.py", "build_model.py", "common/perf_logger.py"))
+    files = (f"{trainer}.py", "build_model.py", "common/perf_logger.py")
+    text = "".join((RECIPE / file).read_text() for file in files)
     for key in keyword_only(top_level):
         assert f"config.{key}" in text, key
 
@@ -232,9 +233,9 @@ def test_a_folder_gives_the_size(kind, tmp_path):
 def test_help_explains_every_key(trainer, capsys):
     with patch.object(sys, "argv", [f"{trainer}.py", "--help"]):
         launch(importlib.import_module(trainer).main)
-    told = capsys.readouterr().out
-    assert "torchrun --nproc_per_node=8" in told and "L1_650M" in told
-    lines = [line for line in told.partition("# ---- model")[2].splitlines() if re.match(r" *\w+:", line)]
+    message = capsys.readouterr().out
+    assert "torchrun --nproc_per_node=8" in message and "L1_650M" in message
+    lines = [line for line in message.partition("# ---- model")[2].splitlines() if re.match(r" *\w+:", line)]
     known = OmegaConf.to_container(OmegaConf.load(FOLDER / "defaults.yaml"))
     known = {key: value for key, value in known.items() if key not in ("defaults", "hydra")}
     for key, value in known.items():

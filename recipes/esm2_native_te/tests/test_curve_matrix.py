@@ -72,9 +72,9 @@ def test_a_table_is_checked_against_the_numbers(small, tmp_path, capsys):
 def test_another_trajectory_is_told(monkeypatch, capsys):
     in_this_process(monkeypatch, lambda case: [] if case == REFERENCE else ["seed=1"])
     assert main(ONE_MORE) == 1
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     for what in ("loss", "validation loss", "gradient norm", "weights", "key biases"):
-        assert f"packed, 0 workers: {what} differ" in told
+        assert f"packed, 0 workers: {what} differ" in message
 
 
 def test_the_same_trajectory_is_not(monkeypatch):
@@ -88,9 +88,9 @@ def test_workers_must_not_change_a_bit(monkeypatch, capsys, tmp_path):
     in_this_process(monkeypatch, change)
     numbers = str(tmp_path / "m.json")
     assert main([*PACKED, "--workers", "0", "2", "--json", numbers]) == 1
-    told = capsys.readouterr()
-    assert "not equal to the bit" in told.err and "differ by" not in told.err
-    assert "0 and 2: **not equal**" in told.out
+    message = capsys.readouterr()
+    assert "not equal to the bit" in message.err and "differ by" not in message.err
+    assert "0 and 2: **not equal**" in message.out
     assert main(["--from", numbers]) == 1
 
 
@@ -102,9 +102,9 @@ def test_a_failing_run_is_told_and_the_others_go_on(monkeypatch, capsys, tmp_pat
 
     in_this_process(monkeypatch, change)
     assert main([*PACKED, "--workers", "0", "2"]) == 1
-    told = capsys.readouterr()
-    assert "2/3  train_ddp, 1 rank, packed, 0 workers" in told.err and "the reason" in told.err
-    assert "3/3  train_ddp, 1 rank, packed, 2 workers" in told.err and "0 **failed**" in told.out
+    message = capsys.readouterr()
+    assert "2/3  train_ddp, 1 rank, packed, 0 workers" in message.err and "the reason" in message.err
+    assert "3/3  train_ddp, 1 rank, packed, 2 workers" in message.err and "0 **failed**" in message.out
 
 
 def test_a_failing_command_is_shown_with_its_reason(monkeypatch):

@@ -95,12 +95,12 @@ def test_offline_export_equals_the_one_at_the_end(run, tmp_path):
 
 
 def test_mistakes_are_one_sentence(run, tmp_path):
-    for arguments, told in (
+    for arguments, message in (
         ([str(run / "step_6"), str(run / "final_model")], "exists"),
         ([str(tmp_path), str(tmp_path / "out")], "no whole checkpoint"),
     ):
         done = subprocess.run([sys.executable, "export.py", *arguments], cwd=RECIPE, capture_output=True, text=True)
-        assert done.returncode != 0 and told in done.stderr and done.stderr.count("\n") == 1
+        assert done.returncode != 0 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["hf", "native"])

@@ -48,7 +48,8 @@ def formats():
 
 
 def saves(path, *more):
-    return [f"checkpoint.ckpt_dir={path}", "checkpoint.save_every_n_steps=3", *more]
+    switch = "checkpoint.allow_pickled_scales=true"  # for delayed scaling
+    return [f"checkpoint.ckpt_dir={path}", "checkpoint.save_every_n_steps=3", switch, *more]
 
 
 def on_cpu(log_dir, *overrides):

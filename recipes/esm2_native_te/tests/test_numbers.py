@@ -2,13 +2,10 @@
 """The numbers are right, and not only equal to each other: against `reference.py`, which is plain and in float64."""
 
 import json
-import math
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,14 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import modeling_esm2
 from collator import MaskedLMCollator
-from common.contract.ranks import excess_chi_square
 from common.contract.running import run_here
-from common.gradients import clip_grad_norm_
-from common.scheduler import adamw, linear_schedule
 from common.step_folder import read_weights
 from common.weights import copy_parameters
 from convert import save_native
-from dataset import SequenceRows
 from modeling_esm2 import Embeddings, Esm2Config, Esm2ForMaskedLM, training_flops
 from tokens.layout import IGNORED
 
@@ -218,66 +211,6 @@ def test_token_dropout_scales_each_sequence_by_itself(token_dropout, packed):
             torch.testing.assert_close(vector, expected, rtol=1e-6, atol=0)
 
 
-# ---- one update
-
-
-@pytest.mark.parametrize("max_norm", [1e-3, 3.0, 1e9])
-def test_clipping_scales_all_gradients_by_their_common_norm(max_norm):
-    random = torch.Generator().manual_seed(0)
-    parameters = torch.nn.ParameterList(torch.zeros(shape) for shape in ((7, 5), (11,), (1, 3, 2)))
-    for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=random)
-    values = [value for parameter in parameters for value in parameter.grad.flatten().tolist()]
-    expected = math.sqrt(math.fsum(value**2 for value in values))
-    assert 3.0 < expected < 1e9
-    assert float(clip_grad_norm_(parameters, max_norm)) == pytest.approx(expected, rel=1e-6)
-    clipped = [value for parameter in parameters for value in parameter.grad.flatten().tolist()]
-    # PyTorch divides by the norm plus 1e-6.
-    assert clipped == pytest.approx([value * min(1.0, max_norm / expected) for value in values], rel=1e-6)
-
-
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-@pytest.mark.parametrize("eps", [1e-8, 0.1])
-def test_updates_by_hand(eps, weight_decay, fused):
-    """Twelve updates of a few numbers with gradients of any size; in float64, so that only the formula counts."""
-    random = np.random.default_rng(0)
-    values, moments = random.normal(size=5).tolist(), [(0.0, 0.0)] * 5
-    weight = torch.nn.Parameter(torch.tensor(values, dtype=torch.float64))
-    options = {"lr": 0.05, "betas": [0.8, 0.95], "eps": eps, "weight_decay": weight_decay}
-    optimizer = adamw([weight], **options, fused=fused)
-    for step in range(1, 13):
-        gradient = (random.normal(size=5) * [1e-9, 1e-3, 0.1, 1, 100]).tolist()
-        weight.grad = torch.tensor(gradient, dtype=torch.float64)
-        optimizer.step()
-        for i in range(5):
-            values[i], moments[i] = reference.adamw(values[i], gradient[i], moments[i], step, **options)
-        assert weight.tolist() == pytest.approx(values, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    "warmup, total, decay_fraction, floor",
-    [
-        (3, 20, 0.9, 0.1),
-        (0, 12, 0.5, 0.0),
-        (1, 4, 1.0, 0.7),
-        (2, 100, 0.29, 0.1),
-    ],
-)
-def test_every_step_of_the_schedule(warmup, total, decay_fraction, floor):
-    optimizer = adamw([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    schedule = linear_schedule(
-        optimizer, num_warmup_steps=warmup, num_training_steps=total, decay_fraction=decay_fraction,
-        min_lr_fraction=floor,
-    )  # fmt: skip
-    end = round(decay_fraction * total)
-    for step in range(1, total + 5):
-        expected = reference.learning_rate(step, 0.3, warmup, end, floor)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12), step
-        optimizer.step()
-        schedule.step()
-
-
 # ---- whole runs
 
 
@@ -383,134 +316,6 @@ def test_hugging_faces_model_computes_all_of_its_last_layer(start, tmp_path):
         flops = sum(reference.flops(*size, 2, 48, 80) for size in expected["micro_batches"])
         assert line["model_tflops"] * 1e12 * line["step_time_s"] == pytest.approx(flops, rel=1e-9)
         assert line["loss"] == pytest.approx(expected["loss"], rel=5e-6)
-
-
-# ---- masks
-
-NUM_BATCHES, NUM_TOKENS = 300, 1000
-
-
-def unlikely(masker: Callable[[list[int], int], tuple]) -> dict[str, float]:
-    """How improbable the masks of many micro-batches are, each statistic in standard deviations of its chi-square."""
-    random = np.random.default_rng(8)
-    tokens = random.integers(4, 24, (NUM_BATCHES, NUM_TOKENS))
-    tokens[:, 0], tokens[:, -1] = 0, 2
-    masked, labels = map(
-        np.array, zip(*(masker(row.tolist(), index) for index, row in enumerate(tokens)), strict=True)
-    )
-    labels = np.where(labels == None, IGNORED, labels).astype(int)  # noqa: E711
-    chosen = labels != IGNORED
-    assert not chosen[:, [0, -1]].any() and (masked[~chosen] == tokens[~chosen]).all()
-    assert (labels[chosen] == tokens[chosen]).all()
-    tokens, masked, chosen = tokens[:, 1:-1], masked[:, 1:-1], chosen[:, 1:-1]
-
-    def share(chosen: np.ndarray, size: np.ndarray | int) -> float:
-        sizes = np.broadcast_to(size, chosen.shape)
-        return excess_chi_square(
-            np.stack((chosen, sizes - chosen)), np.stack((0.15 * sizes, 0.85 * sizes)), chosen.size
-        )
-
-    kept, hidden = masked[chosen] == tokens[chosen], masked[chosen] == reference.MASK
-    pairs = np.bincount(2 * chosen[:, ::2].ravel() + chosen[:, 1::2].ravel(), minlength=4)
-    changed = np.bincount(masked[chosen][~kept & ~hidden], minlength=33)
-    return {
-        "rate": share(chosen.sum(), chosen.size),
-        # A random amino acid is the old one 1 time in 20.
-        "kinds": excess_chi_square(
-            np.array([hidden.sum(), kept.sum(), changed.sum()]), np.array([0.8, 0.105, 0.095]) * chosen.sum(), 2
-        ),
-        "replacements": excess_chi_square(changed[4:24], changed.sum() / 20, 19),
-        "micro-batches": share(chosen.sum(1), NUM_TOKENS - 2),
-        "places": share(chosen.sum(0), NUM_BATCHES),
-        "residues": share(np.bincount(tokens[chosen])[4:], np.bincount(tokens.ravel())[4:]),
-        "neighbours": excess_chi_square(pairs, pairs.sum() * np.array([0.85**2, 0.1275, 0.1275, 0.15**2]), 3),
-    }
-
-
-def test_masks_have_the_published_rates():
-    def masker(tokens: list[int], index: int) -> tuple:
-        sample = {"name": (index % 2, index // 2 % 5, index // 10), "items": [np.array(tokens)]}
-        inputs = MaskedLMCollator(True, 3, 0.15)(sample).inputs
-        return inputs["input_ids"].tolist(), inputs["labels"].tolist()
-
-    for name, deviations in unlikely(masker).items():
-        assert abs(deviations) < 5, name
-
-
-@pytest.mark.parametrize(
-    "seen, options",
-    [
-        ("rate", {"rate": 0.16}),
-        ("rate", {"rate": 0.14}),
-        ("kinds", {"shares": (0.78, 0.11)}),
-        ("kinds", {"shares": (0.8, 0.11)}),
-        ("kinds", {"shares": (0.8, 0.0)}),
-        ("replacements", {"others": reference.AMINO_ACIDS[:19]}),
-        ("replacements", {"others": reference.RESIDUES}),
-        ("micro-batches", {"spread": 0.03}),  # 12% and 18% in turn
-        ("places", {"seeds": 20}),  # twenty micro-batches' masks again and again
-        (None, {}),
-    ],
-)
-def test_other_rates_would_be_seen(seen, options):
-    def masker(tokens: list[int], index: int) -> tuple:
-        kwargs = {"rate": 0.15} | options
-        kwargs["rate"] += kwargs.pop("spread", 0) * (-1) ** index
-        return reference.mask(tokens, np.random.default_rng((1, index % kwargs.pop("seeds", NUM_BATCHES))), **kwargs)
-
-    found = unlikely(masker)
-    assert found[seen] > 10 if seen else max(map(abs, found.values())) < 5
-
-
-# ---- crops
-
-LETTERS = "LAGVSERTIDPKQNFYMHWCXBUZO"  # tokens 4, 5, 6, ...: the first one tells where a crop starts
-LONG_ROWS = [LETTERS] * 1500 + [LETTERS[: 11 + i % 14] for i in range(1400)]
-NUM_STARTS = np.array([len(text) - 9 for text in LONG_ROWS])  # with room for 10 residues
-
-
-def uneven(starts: np.ndarray) -> dict[str, float]:
-    """How improbable these starts are, [epoch, row], each statistic in standard deviations of its chi-square."""
-    counts, expected, degrees = [], [], 0
-    for num in range(2, 17):
-        some = starts[:, num == NUM_STARTS]
-        counts += np.bincount(some.ravel(), minlength=num).tolist()
-        expected += [some.size / num] * num
-        degrees += num - 1
-    quarters = starts[:, NUM_STARTS == 16] // 4
-    pairs = np.bincount((4 * quarters[:-1] + quarters[1:]).ravel(), minlength=16)
-    return {
-        "starts": excess_chi_square(np.array(counts), np.array(expected), degrees),
-        "next epoch": excess_chi_square(pairs, pairs.sum() / 16, 15),
-    }
-
-
-def test_crops_start_anywhere_in_every_row_and_epoch():
-    rows = SequenceRows("dataset", datasets.Dataset.from_dict({"sequence": LONG_ROWS}), "sequence", 12, 9)
-    everything = np.arange(len(LONG_ROWS))
-    tokens = np.array([rows.read(everything, epoch) for epoch in range(12)]).astype(int)
-    assert tokens.shape == (12, len(LONG_ROWS), 12)
-    starts = tokens[:, :, 1] - 4
-    for num in range(2, 17):
-        some = starts[:, num == NUM_STARTS]
-        assert (some.min(), some.max()) == (0, num - 1)  # the first residue is seen, and the last one
-    for name, deviations in uneven(starts).items():
-        assert abs(deviations) < 5, name
-
-
-@pytest.mark.parametrize(
-    "seen, start",
-    [
-        ("starts", lambda u, num: u * (num - 1)),  # the last one never
-        ("starts", lambda u, num: u * (num - 1) + 0.5),  # both ends half as often
-        ("starts", lambda u, num: 0.97 * u * num),
-        ("next epoch", lambda u, num: (u[0] + 0.1 * u) % 1 * num),  # near where it was
-        (None, lambda u, num: u * num),
-    ],
-)
-def test_other_crops_would_be_seen(seen, start):
-    found = uneven(start(np.random.default_rng(0).random((12, len(LONG_ROWS))), NUM_STARTS).astype(int))
-    assert found[seen] > 10 if seen else max(map(abs, found.values())) < 5
 
 
 # ---- operations

@@ -16,69 +16,19 @@ from io import StringIO
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import torch
+from recorded import DATA, contents, proteins, record, seq_lens_of, sequences_of, write
 
 from common.batch import Batch
 from common.contract.running import RECIPE, TINY, curve, environment, meeting, metrics, run_here
-from dataset import CLS, EOS, VOCABULARY, TrainLoader
 
 
 PACKED = "use_sequence_packing=true"
-DATA = "dataset.load_dataset_kwargs"
-
-
-def proteins(num: int, shortest: int = 5, longest: int = 60, seed: int = 0) -> list[str]:
-    random = np.random.default_rng(seed)
-    return ["".join(random.choice(list("LAGVSERTIDPKQNFYMHWC"), random.integers(shortest, longest + 1)))
-            for _ in range(num)]  # fmt: skip
-
-
-def write(folder: Path, *files: list[str]) -> str:
-    """One Parquet file for each list; the override that reads them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, sequences in enumerate(files):
-        pq.write_table(pa.table({"sequence": pa.array(sequences, pa.string())}), folder / f"{number}.parquet")
-    return f"{DATA}.data_files={folder}/*.parquet"
-
-
-def seq_lens_of(batch: Batch) -> list[int]:
-    mask = batch.inputs.get("attention_mask")
-    return batch.inputs["seq_lens"] if mask is None else mask.sum(1).tolist()
-
-
-def sequences_of(batch: Batch) -> list[str]:
-    """What a batch was before it was masked and laid out."""
-    tokens = torch.where(batch.inputs["labels"] == -100, batch.inputs["input_ids"], batch.inputs["labels"])
-    if "attention_mask" in batch.inputs:
-        tokens = tokens[batch.inputs["attention_mask"].bool()]
-    framed = [part.tolist() for part in tokens.split(seq_lens_of(batch))]
-    assert all((part[0], part[-1]) == (CLS, EOS) for part in framed)
-    return ["".join(VOCABULARY[token] for token in part[1:-1]) for part in framed]
-
-
-def record(patch: pytest.MonkeyPatch) -> list[Batch]:
-    """Every batch that the trainers in this process take from here on."""
-    taken, plain = [], TrainLoader.__iter__
-
-    def recorded(loader):
-        for batch in plain(loader):
-            taken.append(batch)
-            yield batch
-
-    patch.setattr(TrainLoader, "__iter__", recorded)
-    return taken
 
 
 @pytest.fixture
 def read(monkeypatch) -> list[Batch]:
     return record(monkeypatch)
-
-
-def contents(batches: list[Batch]) -> list[tuple]:
-    return [(batch.name, sequences_of(batch), batch.inputs["labels"].tolist()) for batch in batches]
 
 
 @pytest.fixture(scope="module")
@@ -99,23 +49,23 @@ def two_ranks() -> Iterator[Callable]:
 
 def _rank(variables: dict[str, str], folder: Path, overrides: tuple[str, ...]) -> dict:
     os.environ |= variables
-    code, told = 0, StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stderr(told):
+    code, message = 0, StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(message):
         taken = record(patch)
         try:
             run_here("train_fsdp2", folder, *overrides)
         except SystemExit as stopped:
             code = stopped.code
-    errors = [line for line in told.getvalue().splitlines() if "error" in line.lower()]
+    errors = [line for line in message.getvalue().splitlines() if "error" in line.lower()]
     return {"read": contents(taken), "code": code, "errors": errors}
 
 
 def refused(ranks: list[dict]) -> str:
-    """The one sentence with which all ranks end, told by the first of them."""
+    """The one sentence with which all ranks end, printed by the first of them."""
     assert [(rank["code"], len(rank["errors"])) for rank in ranks] == [(2, 1), (2, 0)], ranks
-    (told,) = ranks[0]["errors"]
-    assert told.startswith("error: ")
-    return told
+    (message,) = ranks[0]["errors"]
+    assert message.startswith("error: ")
+    return message
 
 
 # ---- streaming
@@ -210,10 +160,10 @@ def test_a_stream_goes_on_only_on_its_layout(two_ranks, tmp_path, capsys):
     one, two = "'num_ranks': 1, 'num_workers': 0", "'num_ranks': 1, 'num_workers': 2"
     with pytest.raises(SystemExit) as stopped:
         run_here("train_ddp", tmp_path / "again", *options, "dataset.num_workers=2")
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and told.startswith("error: ") and one in told and two in told, told
-    told = refused(two_ranks(tmp_path / "ranks", *options))
-    assert one in told and "'num_ranks': 2, 'num_workers': 0" in told and "start anew" in told
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and message.startswith("error: ") and one in message and two in message, message
+    message = refused(two_ranks(tmp_path / "ranks", *options))
+    assert one in message and "'num_ranks': 2, 'num_workers': 0" in message and "start anew" in message
 
 
 def test_a_stream_and_a_plan_do_not_go_on_from_each_other(tmp_path, capsys):
@@ -223,13 +173,13 @@ def test_a_stream_and_a_plan_do_not_go_on_from_each_other(tmp_path, capsys):
         run_here("train_ddp", tmp_path, *options, *ckpt, "num_train_steps=1")
         with pytest.raises(SystemExit) as stopped:
             run_here("train_ddp", tmp_path, *options, *ckpt, f"{DATA}.streaming={after}")
-        told = capsys.readouterr().err.splitlines()[-1]
-        assert stopped.value.code == 2 and f"error: {DATA}.streaming={after}, but the checkpoint" in told, told
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert stopped.value.code == 2 and f"error: {DATA}.streaming={after}, but the checkpoint" in message, message
 
 
 def test_a_stream_with_fewer_rows_than_ranks_is_refused(two_ranks, tmp_path):
-    told = refused(two_ranks(tmp_path, write(tmp_path, proteins(1)), f"{DATA}.streaming=true"))
-    assert f"error: {DATA}.streaming=true: the stream has no row for worker 0 of rank 1; use fewer ranks" in told
+    message = refused(two_ranks(tmp_path, write(tmp_path, proteins(1)), f"{DATA}.streaming=true"))
+    assert f"error: {DATA}.streaming=true: the stream has no row for worker 0 of rank 1; use fewer ranks" in message
 
 
 @pytest.mark.parametrize(
@@ -243,7 +193,7 @@ def test_a_stream_with_too_few_rows_for_the_workers(two_ranks, tmp_path, num_row
     if worker is None:
         assert [rank["code"] for rank in ranks] == [0, 0]
     else:
-        assert f"worker {worker} of rank" in (told := refused(ranks)) and "num_workers than 2" in told, told
+        assert f"worker {worker} of rank" in (message := refused(ranks)) and "num_workers than 2" in message, message
 
 
 def test_a_worker_that_fails_ends_the_run(tmp_path):
@@ -396,11 +346,11 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, capsys, section, name, co
     where = f"{section}.load_dataset_kwargs"
     with pytest.raises(SystemExit) as stopped:
         run_here("train_ddp", tmp_path, f"{where}.path={name[2:]}", f"{where}.data_files={tmp_path / name}")
-    told = capsys.readouterr().err
-    assert stopped.value.code == 2 and told.startswith(f"error: {where}") and told.count("\n") == 1, told
-    if section == "validation" and "has no rows" in told:
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.startswith(f"error: {where}") and message.count("\n") == 1, message
+    if section == "validation" and "has no rows" in message:
         parts = parts[:1]
-    assert all(part in told for part in parts), told
+    assert all(part in message for part in parts), message
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])

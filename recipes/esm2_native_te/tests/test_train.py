@@ -127,8 +127,8 @@ def test_few_bits_stay_near_fp32_and_say_that_they_are_emulated(
     losses = metrics(run_here(trainer, tmp_path, *WIDE, *options, *layout), "train", "loss")
     assert losses == pytest.approx(wide_losses, rel=2e-2)
     assert losses != pytest.approx(wide_losses, rel=1e-6)
-    told = capsys.readouterr().err
-    assert "emulated" in told and ("in layers 1 by" if options == LOW["one layer"] else "in all layers") in told
+    message = capsys.readouterr().err
+    assert "emulated" in message and ("in layers 1 by" if options == LOW["one layer"] else "in all layers") in message
 
 
 @pytest.mark.parametrize("options", LOW.values(), ids=LOW)

@@ -13,16 +13,17 @@ import tempfile
 from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
 import pytest
 
-from common.contract.running import THIS_RECIPE
 
-
-__all__ = ["distributed", "no_group_of_an_earlier_test"]
 CACHE = tempfile.TemporaryDirectory(prefix="recipe_tests_")  # removed when pytest ends
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which the next import does
 # Read once, at a process's first matrix product on a GPU: a deterministic run may come after others.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+from common.contract.running import THIS_RECIPE  # noqa: E402
+
+
+__all__ = ["distributed", "no_group_of_an_earlier_test"]
 # Ranks and workers are forked from a server that has imported these once.
 multiprocessing.set_forkserver_preload(
     ["torch.distributed.tensor", "torchdata.stateful_dataloader", "hydra", "megatron_fsdp", *THIS_RECIPE.PRELOAD]

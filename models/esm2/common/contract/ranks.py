@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.multiprocessing
 
-from collator import Batch
+from common.batch import Batch
 from common.contract.running import meeting
 from common.distributed import process_group
 
@@ -34,7 +34,7 @@ def _rank(rank: int, function: Callable, variables: list[dict], folder: Path, ar
 def content(batch: Batch) -> tuple:
     """Everything in a batch, as values that compare with ==."""
     inputs = {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in batch.inputs.items()}
-    return batch.name, batch.seq_lens, batch.num_labels, batch.num_slots, inputs
+    return batch.name, batch.counts, batch.num_slots, inputs
 
 
 def excess_chi_square(counts: np.ndarray, expected: np.ndarray | float, degrees: int) -> float:

@@ -14,7 +14,9 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 from hydra import compose, initialize_config_dir
@@ -22,17 +24,26 @@ from hydra.core.global_hydra import GlobalHydra
 from torch.distributed.tensor import _redistribute, debug
 
 from common import RECIPE
+from common.config import launch, register_resolvers
+from common.step_folder import unlock
 
 
-TRAINERS = ("train_ddp", "train_fsdp2", "train_mfsdp")
-# Odd widths and a bias of 33, so that shards are uneven.
-TINY = [
-    "model_kwargs.hidden_size=48", "model_kwargs.num_hidden_layers=2", "model_kwargs.num_attention_heads=4",
-    "model_kwargs.intermediate_size=80", "dataset.max_seq_length=96", "dataset.micro_batch_size=2",
-    "micro_batches_per_step=4", "num_train_steps=6", "logger.frequency=1", "validation.max_rows=11",
-    "validation.every_n_steps=3", "precision=fp32", "lr_scheduler_kwargs.num_warmup_steps=2", "adamw_kwargs.lr=4e-4",
-    "use_sequence_packing=false",
-]  # fmt: skip
+def _this_recipe() -> ModuleType:
+    """`tests/this_recipe.py`: its smallest run, and what else these tests have to know of it."""
+    spec = spec_from_file_location("this_recipe", RECIPE / "tests" / "this_recipe.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+THIS_RECIPE = _this_recipe()
+TINY = THIS_RECIPE.TINY
+TRAINERS = getattr(THIS_RECIPE, "TRAINERS", ("train_ddp", "train_fsdp2", "train_mfsdp"))
+
+
+def recipe_module(name: str) -> ModuleType:
+    """A file at the recipe's top, by the name that it has in every recipe."""
+    return importlib.import_module(name)
 
 
 def run_here(trainer: str, log_dir: Path, *overrides: str, apart: bool | None = None) -> Path:
@@ -45,12 +56,9 @@ def run_here(trainer: str, log_dir: Path, *overrides: str, apart: bool | None = 
         return _run_apart(trainer, log_dir, *overrides)
     GlobalHydra.instance().clear()
     arguments = [f"{trainer}.py", *TINY, f"logger.log_dir={log_dir}", *overrides]
-    from common.config import launch
-    from common.step_folder import unlock
-
     try:
         with patch.object(sys, "argv", arguments):
-            launch(importlib.import_module(trainer).main)
+            launch(recipe_module(trainer).main)
     finally:  # as the end of a process does
         unlock()
         forget_groups()
@@ -58,16 +66,16 @@ def run_here(trainer: str, log_dir: Path, *overrides: str, apart: bool | None = 
 
 
 def _run_apart(trainer: str, log_dir: Path, *overrides: str) -> Path:
-    told, code = _processes([{}], 600, trainer, log_dir, *overrides)
-    sys.stderr.write(told)
+    output, code = _processes([{}], 600, trainer, log_dir, *overrides)
+    sys.stderr.write(output)
     if code in (2, 3):  # a user's mistake
         raise SystemExit(code)
-    assert code == 0, told[-4000:]
+    assert code == 0, output[-4000:]
     return log_dir
 
 
 def _processes(variables: list[dict], timeout: int, *job) -> tuple[str, int]:
-    """A process for each, forked from a server that has imported much already; what they told, the first bad code.
+    """A process for each, forked from a server that has imported much already; what they wrote, the first bad code.
 
     As with torchrun, the others are ended when one fails.
     """
@@ -97,11 +105,11 @@ def _processes(variables: list[dict], timeout: int, *job) -> tuple[str, int]:
         return "".join(file.read_text() for file in files if file.exists()), code
 
 
-def _apart(variables: dict, folder: str, told: str, *job) -> None:
+def _apart(variables: dict, folder: str, output: str, *job) -> None:
     os.environ.clear()
     os.environ |= variables
     os.chdir(folder)
-    with open(told, "w") as file:
+    with open(output, "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     run_here(*job, apart=False)
@@ -150,18 +158,19 @@ def run_ranks(
     if with_torchrun:
         command = [*torchrun(num_ranks), f"{trainer}.py", *TINY, f"logger.log_dir={log_dir}", *overrides]
         done = subprocess.run(command, cwd=RECIPE, env=environment(), capture_output=True, text=True, timeout=timeout)
-        told, code = done.stderr, done.returncode
+        output, code = done.stderr, done.returncode
     else:
-        told, code = _processes(meeting(num_ranks), timeout, trainer, log_dir, *overrides)
-    assert code == 0, told[-4000:]
+        output, code = _processes(meeting(num_ranks), timeout, trainer, log_dir, *overrides)
+    assert code == 0, output[-4000:]
     return log_dir
 
 
 def train_on(distributed, trainer: str, *overrides: str) -> None:
     """The run itself, on ranks that are up already."""
+    register_resolvers()
     with initialize_config_dir(str(RECIPE / "hydra_config"), version_base=None):
         config = compose("L0_sanity", [*TINY, *overrides])
-    importlib.import_module(trainer).train(config, distributed)
+    recipe_module(trainer).train(config, distributed)
 
 
 def environment() -> dict:
@@ -177,8 +186,7 @@ def metrics(log_dir: Path, kind: str, key: str) -> list[float]:
 
 def curve(log_dir: Path) -> list[float]:
     """Every number that the trajectory decides."""
-    train = [metrics(log_dir, "train", key) for key in ("loss", "grad_norm", "learning_rate", "num_tokens")]
-    return sum(train, []) + metrics(log_dir, "validation", "loss") + metrics(log_dir, "validation", "accuracy")
+    return [x for kind, keys in THIS_RECIPE.CURVE.items() for key in keys for x in metrics(log_dir, kind, key)]
 
 
 def marks(name: str) -> tuple[str, str]:

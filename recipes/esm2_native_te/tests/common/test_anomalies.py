@@ -85,16 +85,16 @@ def train(distributed, trainer, path, kind, more):
 
 
 def train_and_tell(*arguments):
-    with redirect_stderr(io.StringIO()) as told:
+    with redirect_stderr(io.StringIO()) as message:
         code = train(*arguments)
-    return code, told.getvalue()
+    return code, message.getvalue()
 
 
 def train_alone(trainer, path, kind, more):
     """The same on one rank; Megatron-FSDP has a process of its own, as in `running.run_here`."""
     if trainer == "train_mfsdp":
-        ((code, told),) = run_ranks(path / "alone", train_and_tell, 1, trainer, path, kind, more)
-        sys.stderr.write(told)
+        ((code, message),) = run_ranks(path / "alone", train_and_tell, 1, trainer, path, kind, more)
+        sys.stderr.write(message)
         return code
     with process_group(0) as alone:
         return train(alone, trainer, path, kind, more)
@@ -136,17 +136,17 @@ def test_a_step_that_is_no_number_stops_the_run_and_is_explained(trainer, kind, 
     row = write_data(tmp_path)
     saves = [f"checkpoint.ckpt_dir={tmp_path / 'ckpt'}", "checkpoint.save_every_n_steps=1"]
     assert train_alone(trainer, tmp_path, kind, saves) == 1
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     (found,) = report(tmp_path)
     assert (found["kind"], found["step"], found["action"]) == ("nonfinite", STEP, "stopped")
     assert found["loss"] is None or kind == "gradient"
     module, what = WHERE[kind]
     assert (found["module"], found.get("what")) == (module, what)
     assert [batch["name"] for batch in found["micro_batches"]] == [[0, 0, 4 * (STEP - 1) + i] for i in range(4)]
-    assert f"step {STEP}: the {'gradient norm' if kind == 'gradient' else 'loss'} is " in told
+    assert f"step {STEP}: the {'gradient norm' if kind == 'gradient' else 'loss'} is " in message
     assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == ["step_2", "step_3"]
     if kind == "once":
-        assert "computed once more, all was finite" in told
+        assert "computed once more, all was finite" in message
         return
     assert found["micro_batch"] == [0, 0, 4 * STEP - 2]
     if kind == "output":
@@ -274,7 +274,7 @@ def test_it_can_be_turned_off(distributed, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--step", "0"], "--step 0 must lie between 1 and num_train_steps=2"),
         (["--step", "3"], "--step 3 must lie between 1 and num_train_steps=2"),
@@ -283,11 +283,11 @@ def test_it_can_be_turned_off(distributed, capsys):
         (["--micro-batch", "hello"], "--micro-batch hello: there is none"),
     ],
 )
-def test_rows_refuses_what_cannot_be(arguments, told, tmp_path):
+def test_rows_refuses_what_cannot_be(arguments, message, tmp_path):
     write_data(tmp_path)
     train_alone("train_ddp", tmp_path, "none", ["num_train_steps=2"])
     answer = look_up(tmp_path, *arguments)
-    assert (answer.returncode, told in answer.stderr) == (1, True), answer.stderr
+    assert (answer.returncode, message in answer.stderr) == (1, True), answer.stderr
 
 
 def test_rows_wants_the_folder_of_a_run(tmp_path):

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from common.contract.running import RECIPE, TINY, TRAINERS, curve, environment, run_here, run_ranks, torchrun
-from common.step_folder import complete_steps, read_weights
+from common.step_folder import SUMS, complete_steps, read_weights, sha256
 
 
 def save_to(path, *more):
@@ -109,7 +110,7 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("seed=1", "seed was 42 and is 1"),
         ("dataset.max_seq_length=64", "dataset.max_seq_length was 96 and is 64"),
@@ -117,11 +118,11 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):
         ("adamw_kwargs.lr=0.5", "adamw_kwargs.lr was 0.0004 and is 0.5"),
     ],
 )
-def test_a_resume_that_would_change_the_trajectory_is_refused(override, told, tmp_path, capsys):
+def test_a_resume_that_would_change_the_trajectory_is_refused(override, message, tmp_path, capsys):
     run_here("train_ddp", tmp_path, *save_to(tmp_path), "num_train_steps=3")
     with pytest.raises(SystemExit):
         run_here("train_ddp", tmp_path, *save_to(tmp_path), override)
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert complete_steps(tmp_path) == [3]
 
 
@@ -156,16 +157,53 @@ def test_saves_in_the_background_on_two_ranks_are_whole(trainer, tmp_path):
         assert_same(*(weights(path, step) for path in paths.values()))
 
 
-def test_other_data_under_the_same_name_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda rows: rows.slice(0, 50), "3,600 rows and the data now has 50"),
+        (lambda rows: rows.take([*range(3599, -1, -1)]), "not what the checkpoint was made with (sizes differ)"),
+    ],
+    ids=["fewer rows", "as many rows"],
+)
+def test_other_data_under_the_same_name_is_refused(other, message, tmp_path, capsys):
     data = tmp_path / "data.parquet"
     rows = pq.read_table(RECIPE / "data" / "train.parquet")
     pq.write_table(rows, data)
     here = save_to(tmp_path, f"dataset.load_dataset_kwargs.data_files={data}")
     run_here("train_ddp", tmp_path, *here, "num_train_steps=3")
-    pq.write_table(rows.slice(0, 50), data)
+    pq.write_table(other(rows), data)
     with pytest.raises(SystemExit):
         run_here("train_ddp", tmp_path, *here)
-    assert "3,600 rows and the data now has 50" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+    assert complete_steps(tmp_path) == [3]
+
+
+def test_the_same_data_in_another_place_is_the_same_data(tmp_path):
+    straight = curve(run_here("train_ddp", tmp_path / "whole", *save_to(tmp_path / "whole")))
+    parts = tmp_path / "parts"
+    run_here("train_ddp", parts, *save_to(parts), "num_train_steps=3")
+    shutil.copy(RECIPE / "data" / "train.parquet", tmp_path / "moved.parquet")
+    moved = f"dataset.load_dataset_kwargs.data_files={tmp_path / 'moved.parquet'}"
+    allowed = "checkpoint.allow_config_change=true"
+    assert curve(run_here("train_ddp", parts, *save_to(parts), moved, allowed)) == straight
+
+
+def test_a_checkpoint_of_the_layout_before_goes_on(tmp_path):
+    """Progress beside the rest in run.json, the number of rows for what the data is, and no later key."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    straight = curve(run_here("train_ddp", whole, *save_to(whole)))
+    run_here("train_ddp", parts, *save_to(parts), "num_train_steps=3")
+    file = parts / "step_3" / "run.json"
+    run = json.loads(file.read_text())
+    run |= run.pop("logger") | run.pop("anomalies")
+    run["loader"] = {"position": run["loader"]["position"], "num_rows": run["loader"]["data"]["num_rows"]}
+    del run["ema"], run["config"]["ema_decay"], run["config"]["model_kwargs"]["hidden_dropout_prob"]
+    del run["model"]["hidden_dropout_prob"]
+    sums = (file.parent / SUMS).read_text().replace(sha256(file), "changed")
+    file.write_text(json.dumps(run))
+    (file.parent / SUMS).write_text(sums.replace("changed", sha256(file)))
+    assert curve(run_here("train_ddp", parts, *save_to(parts))) == straight
+    assert_same(weights(whole), weights(parts))
 
 
 def test_torchrun_told_to_stop_saves_although_its_workers_hear_it_too(tmp_path):
@@ -202,8 +240,8 @@ def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(number, tmp_pat
     wait_for(lambda: (parts / "metrics.jsonl").exists() and (parts / "metrics.jsonl").read_text().count("\n") > 4)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), number)
-    told = process.communicate(timeout=120)[1]
-    assert "goes on from there" in told
+    message = process.communicate(timeout=120)[1]
+    assert "goes on from there" in message
     assert process.returncode == 0
     (stopped,) = complete_steps(parts)
     assert stopped < 60
@@ -229,5 +267,5 @@ def test_stopped_with_nothing_saved_is_no_success(tmp_path):
     process = subprocess.Popen(command, cwd=RECIPE, env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").stat().st_size)
     process.send_signal(signal.SIGUSR1)
-    told = process.communicate(timeout=120)[1]
-    assert process.returncode == 3 and "error: checkpoint.ckpt_dir is not set, so nothing" in told
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode == 3 and "error: checkpoint.ckpt_dir is not set, so nothing" in message

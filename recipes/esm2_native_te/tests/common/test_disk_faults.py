@@ -102,9 +102,9 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_goes_on(name, whole, stopped, capsys):
     DAMAGES[name](stopped / "step_4")
     run_here("train_fsdp2", stopped, *save_to(stopped))
-    told = capsys.readouterr().err
-    assert "step_4 is damaged and set aside as step_4.damaged" in told
-    assert f"Going on from {stopped / 'step_2'}" in told
+    message = capsys.readouterr().err
+    assert "step_4 is damaged and set aside as step_4.damaged" in message
+    assert f"Going on from {stopped / 'step_2'}" in message
     assert curve(stopped) == curve(whole)
     assert complete_steps(stopped) == [2, 4, 6]
     assert (stopped / "step_4.damaged").exists()
@@ -167,8 +167,8 @@ def test_a_full_disk_stops_no_training_and_loses_nothing(
     with pytest.raises(SystemExit) as stop:  # the last could not be saved either
         run_here(*command)
     assert stop.value.code == 2
-    told = capsys.readouterr().err
-    assert "step_6 could not be saved, on rank 0: No space left on device. The newest checkpoint is step_4." in told
+    message = capsys.readouterr().err
+    assert "step_6 could not be saved, on rank 0: No space left on device. The newest checkpoint is step_4." in message
     assert metrics(log, "train", "loss") == pytest.approx(metrics(whole, "train", "loss"), rel=1e-5)
     assert {found.name for found in small_disk.iterdir()} == {"step_2", "step_4"}
     remount(small_disk, "size=10M")
@@ -235,16 +235,16 @@ def apart(distributed, path):
     here = path / f"node_{distributed.rank}"
     here.mkdir()
     os.chdir(here)
-    told = io.StringIO()
-    with pytest.raises(SystemExit) as stop, redirect_stderr(told):
+    message = io.StringIO()
+    with pytest.raises(SystemExit) as stop, redirect_stderr(message):
         train_on(distributed, "train_fsdp2", "logger.log_dir=null", "checkpoint.ckpt_dir=checkpoints")
-    return stop.value.code, told.getvalue()
+    return stop.value.code, message.getvalue()
 
 
 def test_folders_that_are_not_shared_are_refused(tmp_path):
-    (first, told), (second, nothing) = ranks.run_ranks(tmp_path, apart, 2, tmp_path)
+    (first, message), (second, nothing) = ranks.run_ranks(tmp_path, apart, 2, tmp_path)
     assert (first, second, nothing) == (2, 2, "")
-    assert "checkpoint.ckpt_dir=checkpoints is not the same folder for all ranks" in told
+    assert "checkpoint.ckpt_dir=checkpoints is not the same folder for all ranks" in message
 
 
 def test_a_shard_that_another_node_kept_to_itself_fails_the_save(tmp_path):
@@ -296,10 +296,10 @@ def test_a_folder_that_becomes_read_only(small_disk, tmp_path_factory):
         time.sleep(0.01)
     remount(small_disk, "ro")
     left = complete_steps(small_disk)
-    told = process.communicate(timeout=300)[1]
-    assert "could not be saved, on rank 0: Read-only file system. The newest checkpoint is step_" in told
+    message = process.communicate(timeout=300)[1]
+    assert "could not be saved, on rank 0: Read-only file system. The newest checkpoint is step_" in message
     assert process.returncode == 2
-    assert "Traceback" not in told
+    assert "Traceback" not in message
     assert complete_steps(small_disk) == left
     assert all(damage(small_disk / f"step_{step}") is None for step in left)
     again = subprocess.run(command, cwd=RECIPE, env=environment(), capture_output=True, text=True)

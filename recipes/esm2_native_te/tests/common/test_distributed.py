@@ -42,7 +42,7 @@ def test_a_number_that_does_not_divide(micro_batches, num_ranks, works):
 
 def test_ranks_that_share_a_micro_batch_count_as_one():
     assert passes_per_step(6, ranks(4, group_size=2)) == 3
-    with pytest.raises(ValueError, match="micro_batches_per_step=3 does not divide by the 2 groups of 2 ranks; 2 or 4"):
+    with pytest.raises(ValueError, match="=3 does not divide by the 2 groups of 2 ranks; 2 or 4 would"):
         passes_per_step(3, ranks(4, group_size=2))
 
 
@@ -88,13 +88,14 @@ def test_python_is_not_taken_down_under_the_threads_of_gloo(trainer, override, c
 
 
 @pytest.mark.parametrize(
-    "end, code, told",
+    "end, code, message",
     [("1 + 1", 0, ""), ("sys.exit(3)", 3, ""), ("sys.exit()", 0, ""), ("sys.exit('why')", 1, "why\n")],
 )
-def test_a_process_ends_as_its_block_does(end, code, told):
-    script = f"import sys\nfrom common.distributed import end_of_process\nprint('before')\nwith end_of_process(): {end}"
+def test_a_process_ends_as_its_block_does(end, code, message):
+    script = "import sys\nfrom common.distributed import end_of_process\nprint('before')\n"
+    script += f"with end_of_process(): {end}"
     done = subprocess.run([sys.executable, "-c", script], cwd=RECIPE, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "before\n", told)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "before\n", message)
 
 
 # ---- three ranks
@@ -175,9 +176,9 @@ def test_main_goes_first(three_ranks):
 @pytest.mark.parametrize("case, failing", list(enumerate(CASES)))
 def test_all_ranks_stop_when_one_is_mistaken(three_ranks, nodes, case, failing):
     expected = (2, f"error: rank {failing[0]} is mistaken\n") if failing else (None, "")
-    told = [result[nodes][case] for result in three_ranks]
-    assert told[0] == expected
-    assert told[1:] == [(expected[0], "")] * 2  # only rank 0 says so
+    message = [result[nodes][case] for result in three_ranks]
+    assert message[0] == expected
+    assert message[1:] == [(expected[0], "")] * 2  # only rank 0 says so
 
 
 def test_a_mistake_that_all_make_is_told_once(three_ranks):

@@ -24,8 +24,8 @@ from common.precision import Precision
 
 
 TRAIN_KEYS = {
-    "kind", "step", "epoch", "first_micro_batch", "loss", "grad_norm", "learning_rate", "fill", "step_time_s", "data_wait_s",
-    "peak_memory_gib", "model_tflops", "peak_share",
+    "kind", "step", "epoch", "first_micro_batch", "loss", "grad_norm", "learning_rate", "fill", "step_time_s",
+    "data_wait_s", "peak_memory_gib", "model_tflops", "peak_share",
 }  # fmt: skip
 METRICS = SimpleNamespace(UNIT="atoms", LOSS_NAME="Weighted error")
 CONFIG = {"model_tag": "tiny", "num_train_steps": 5, "wandb_init_args": {"mode": "disabled"}, "same": "${model_tag}"}
@@ -85,7 +85,8 @@ def check_numbers(lines: list[dict], atoms: int, slots: int, flops: float, num_r
         step = line["step"]
         assert line.keys() == TRAIN_KEYS | {"forces", "atoms_per_second", "num_atoms"}
         expected = {
-            "epoch": step // 2, "loss": step, "forces": 0.5 * step, "grad_norm": 2.0 * step, "learning_rate": step / 100,
+            "epoch": step // 2, "loss": step, "forces": 0.5 * step,
+            "grad_norm": 2.0 * step, "learning_rate": step / 100,
             "num_atoms": atoms * step, "fill": atoms / slots,
             "atoms_per_second": atoms * steps / seconds,  # over the whole window
             "step_time_s": seconds / steps, "data_wait_s": seconds / steps / 4,
@@ -113,10 +114,10 @@ def test_numbers_of_two_ranks(tmp_path):
 
 def test_without_a_terminal_there_are_lines(distributed, tmp_path, capsys):
     drive(distributed, tmp_path)
-    told = capsys.readouterr().err
-    assert "tiny (0.0M parameters), ddp, 1 x " in told and "a note\n" in told
-    assert "step 4/5  loss 4.0000  grad norm 8.000  lr 4.00e-02  15 atoms/s  0.0 min left\n" in told
-    assert "step 4  validation loss 2.5000  error 12.0000  accuracy 0.2500\n" in told
+    message = capsys.readouterr().err
+    assert "tiny (0.0M parameters), ddp, 1 x " in message and "a note\n" in message
+    assert "step 4/5  loss 4.0000  grad norm 8.000  lr 4.00e-02  15 atoms/s  0.0 min left\n" in message
+    assert "step 4  validation loss 2.5000  error 12.0000  accuracy 0.2500\n" in message
 
 
 def test_on_a_terminal_there_is_a_bar(distributed, tmp_path, monkeypatch):
@@ -215,7 +216,7 @@ def test_lines_of_a_run(run):
 def test_run_json(run):
     facts = json.loads((run / "run.json").read_text())
     digest = hashlib.sha256()
-    files = [*RECIPE.glob("*.py"), *(file for room in ("common", "tokens") for file in (RECIPE / room).glob("*.[pc]*"))]
+    files = [file for kind in ("*.py", "common/*.[pc]*", "tokens/*.[pc]*") for file in RECIPE.glob(kind)]
     for name, file in sorted((str(file.relative_to(RECIPE)), file) for file in files if file.is_file()):
         digest.update(name.encode() + file.read_bytes())
     assert {"train_ddp.py", "common/distributed.py", "common/cpu_memory.cpp", "tokens/layers.py"} <= {

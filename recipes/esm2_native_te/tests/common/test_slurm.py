@@ -83,7 +83,7 @@ def run_node(slurm: dict, tmp_path: Path, *arguments: str) -> subprocess.Complet
 
 
 @pytest.mark.parametrize(
-    ("when", "signal", "code", "told", "node_code"),
+    ("when", "signal", "code", "message", "node_code"),
     [
         ("never", "USR1", 0, "came to its end", 0),
         ("start", "USR1", 0, "stopped early", 75),
@@ -94,13 +94,13 @@ def run_node(slurm: dict, tmp_path: Path, *arguments: str) -> subprocess.Complet
         ("step 12", "USR1", 0, "came to its end", 0),  # all is done: not to be queued again
     ],
 )
-def test_a_signal_at_any_time(when, signal, code, told, node_code, slurm, tmp_path):
+def test_a_signal_at_any_time(when, signal, code, message, node_code, slurm, tmp_path):
     (tmp_path / "trainer.py").write_text(TRAINER)
     arguments = f"{tmp_path}/trainer.py '{when}' {signal} {code}"
     stand_in(tmp_path, "torchrun", f"{sys.executable} {arguments}; exit $?")
     stand_in(tmp_path, "nvidia-smi", f"kill -{signal} 0" if when == "start" else "exit 1")
     done = run_node(slurm, tmp_path, "trainer")
-    assert told in done.stdout, done.stderr
+    assert message in done.stdout, done.stderr
     assert done.returncode == node_code
 
 
@@ -127,8 +127,8 @@ def test_a_line_of_a_sweep(line, overrides, slurm, tmp_path):
     task = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7", "SWEEP": str(tmp_path / "sweep.txt")}
     done = subprocess.run(["bash", "slurm.sh", "x=0"], cwd=RECIPE, env=slurm | task, capture_output=True, text=True)
     folder = "outputs/sweep_7/run_1"
-    told = done.stdout.splitlines()
-    assert told[3:] == ["x=0", f"logger.log_dir={folder}", f"checkpoint.ckpt_dir={folder}", *overrides], done.stderr
+    message = done.stdout.splitlines()
+    assert message[3:] == ["x=0", f"logger.log_dir={folder}", f"checkpoint.ckpt_dir={folder}", *overrides], done.stderr
 
 
 def test_a_quote_that_is_not_closed(slurm, tmp_path):

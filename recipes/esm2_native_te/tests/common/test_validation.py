@@ -149,7 +149,7 @@ def test_no_data_means_never(distributed):
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, message",
     [
         ({"load_dataset_kwargs": {"data_files": "/none.parquet"}}, "validation.load_dataset_kwargs.data_files=/none"),
         ({"load_dataset_kwargs": {"split": None}}, "validation.load_dataset_kwargs.split"),
@@ -162,10 +162,10 @@ def test_no_data_means_never(distributed):
         ({"micro_batch_size": None, "token_micro_batch_size": 100}, "validation.token_micro_batch_size=100"),
     ],
 )
-def test_mistakes_are_named(distributed, file, options, told):
+def test_mistakes_are_named(distributed, file, options, message):
     with pytest.raises(ValueError) as error:
         make_validator(distributed, file, **options)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_file_of_empty_rows_is_named(distributed, tmp_path):

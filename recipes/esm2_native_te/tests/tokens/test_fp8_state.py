@@ -69,8 +69,11 @@ def train(trainer, layers, run, *arguments):
         return run(*arguments)
 
 
+ALLOWED = "checkpoint.allow_pickled_scales=true"
+
+
 def saves(path, *more):
-    return [f"checkpoint.ckpt_dir={path}", "checkpoint.save_every_n_steps=3", *more]
+    return [f"checkpoint.ckpt_dir={path}", "checkpoint.save_every_n_steps=3", ALLOWED, *more]
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +93,16 @@ def test_stop_and_go_equals_straight_through(trainer, layers, tmp_path):
     assert not any("scales" in name for name in load_file(parts / "final_model" / "model.safetensors"))
 
 
+def test_nothing_is_unpickled_unless_that_is_allowed(tmp_path, capsys):
+    train("train_ddp", (0, 1), run_here, "train_ddp", tmp_path, *saves(tmp_path, "num_train_steps=3"))
+    refusing = [word for word in saves(tmp_path) if word != ALLOWED]
+    with pytest.raises(SystemExit) as end:
+        train("train_ddp", (0, 1), run_here, "train_ddp", tmp_path, *refusing)
+    assert end.value.code == 2 and "set checkpoint.allow_pickled_scales=true" in capsys.readouterr().err
+    train("train_ddp", (0, 1), run_here, "train_ddp", tmp_path, *saves(tmp_path))
+    assert os.environ["NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"] == "0"  # the permission has ended
+
+
 def on_one_rank(distributed, trainer, path, *more):
     folder = f"logger.log_dir={path}"
     train(trainer, (0, 1), train_on, distributed, trainer, folder, *saves(path, *more))
@@ -107,7 +120,7 @@ def test_strategies_read_each_others(tmp_path):
 def test_without_such_layers_it_is_left_out_and_with_new_ones_it_begins_anew(tmp_path):
     with_them, without = tmp_path / "with", tmp_path / "without"
     train("train_ddp", (0, 1), run_here, "train_ddp", with_them, *saves(with_them, "num_train_steps=3"))
-    run_here("train_ddp", with_them, *saves(with_them))
+    run_here("train_ddp", with_them, *(word for word in saves(with_them) if word != ALLOWED))
     run_here("train_ddp", without, *saves(without, "num_train_steps=3"))
     train("train_ddp", (0, 1), run_here, "train_ddp", without, *saves(without))
     assert all(len(curve(path)) == 28 for path in (with_them, without))
