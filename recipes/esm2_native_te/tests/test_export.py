@@ -103,6 +103,7 @@ def test_mistakes_are_one_sentence(run, tmp_path):
         assert done.returncode != 0 and message in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("kind", ["hf", "native"])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_training_goes_on_from_pretrained_weights(trainer, kind, run, tmp_path):

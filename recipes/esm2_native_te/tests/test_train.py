@@ -17,6 +17,7 @@ def reference_curve(tmp_path_factory):
     return curve(run_here("train_ddp", tmp_path_factory.mktemp("reference")))
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("options", [[], [PACKED], ["dataset.num_workers=2"]], ids=["padded", "packed", "workers"])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_one_rank_gives_the_same_curve(trainer, options, reference_curve, tmp_path):
@@ -76,6 +77,7 @@ def test_clipping_bounds_the_update(trainer, reference_curve, tmp_path):
     assert clipped[:3] != pytest.approx(reference_curve[:3], rel=1e-6)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("layout", [[], [PACKED]], ids=["padded", "packed"])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_hugging_faces_own_model_follows_the_same_curve(trainer, layout, reference_curve, tmp_path):
@@ -89,6 +91,7 @@ def test_activation_checkpointing_changes_nothing(trainer, reference_curve, tmp_
     assert curve(path) == pytest.approx(reference_curve, rel=1e-5)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 @pytest.mark.parametrize("layout", [[], [PACKED]], ids=["padded", "packed"])
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -97,6 +100,7 @@ def test_backends_follow_one_curve(trainer, layout, backend, reference_curve, tm
     assert curve(path) == pytest.approx(reference_curve, rel=1e-5)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("layout", [[], [PACKED]], ids=["padded", "packed"])
 def test_bf16_stays_near_fp32(trainer, layout, reference_curve, tmp_path):
@@ -118,6 +122,7 @@ def wide_losses(tmp_path_factory):
     return metrics(run_here("train_ddp", tmp_path_factory.mktemp("wide"), *WIDE), "train", "loss")
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("layout", [[], [PACKED]], ids=["padded", "packed"])
 @pytest.mark.parametrize("options", LOW.values(), ids=LOW)
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -131,6 +136,7 @@ def test_few_bits_stay_near_fp32_and_say_that_they_are_emulated(
     assert "emulated" in message and ("in layers 1 by" if options == LOW["one layer"] else "in all layers") in message
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("options", LOW.values(), ids=LOW)
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_few_bits_packed_to_the_final_model(trainer, options, tmp_path):

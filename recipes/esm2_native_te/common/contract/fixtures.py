@@ -23,11 +23,28 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 from common.contract.running import THIS_RECIPE  # noqa: E402
 
 
-__all__ = ["distributed", "no_group_of_an_earlier_test"]
+__all__ = ["distributed", "no_group_of_an_earlier_test", "pytest_collection_modifyitems"]
 # Ranks and workers are forked from a server that has imported these once.
 multiprocessing.set_forkserver_preload(
     ["torch.distributed.tensor", "torchdata.stateful_dataloader", "hydra", "megatron_fsdp", *THIS_RECIPE.PRELOAD]
 )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Of a test marked `rotated`, which runs for each trainer and other options, all but one trainer each are slow."""
+    seen: dict[str, tuple[list, list]] = {}
+    for item in items:
+        if not item.get_closest_marker("rotated"):
+            continue
+        trainers, others = seen.setdefault(item.nodeid.partition("[")[0], ([], []))
+        parameters = dict(item.callspec.params)
+        places = []
+        for value, known in ((parameters.pop("trainer"), trainers), (repr(parameters), others)):
+            known += [value] if value not in known else []
+            places.append(known.index(value))
+        if places[1] % 3 != places[0]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -130,6 +130,7 @@ WHERE = {
 }
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("kind", WHERE)
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_step_that_is_no_number_stops_the_run_and_is_explained(trainer, kind, tmp_path, capsys):
@@ -157,6 +158,7 @@ def test_a_step_that_is_no_number_stops_the_run_and_is_explained(trainer, kind, 
             assert line.endswith(f"accession=protein {row}")
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("kind", ["output", "gradient", "loss"])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_step_can_be_left_out(trainer, kind, tmp_path, capsys):

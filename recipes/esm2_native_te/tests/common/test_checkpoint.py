@@ -35,6 +35,7 @@ def assert_same(ours, theirs, **tolerance):
         torch.testing.assert_close(ours[name], theirs[name], msg=name, **(tolerance or {"rtol": 0, "atol": 0}))
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("mode", ["checkpoint.async_save=false", "checkpoint.async_save=true"])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_stop_and_go_equals_straight_through_to_the_bit(trainer, mode, tmp_path):

@@ -71,6 +71,7 @@ def waits(monkeypatch):
         mode.__exit__(None, None, None)
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_once_a_step(trainer, layout, waits, tmp_path):

@@ -157,6 +157,7 @@ def test_a_checkpoint_of_another_size_is_refused(stopped, capsys):
     assert "hidden_size was 64 and is 48" in capsys.readouterr().err
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("background", ["false", "true"])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_full_disk_stops_no_training_and_loses_nothing(

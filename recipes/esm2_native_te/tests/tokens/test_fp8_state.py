@@ -81,6 +81,7 @@ def nothing_allowed(monkeypatch):
     monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "0")
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("layers", [(0, 1), (1,)], ids=["all", "some"])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_stop_and_go_equals_straight_through(trainer, layers, tmp_path):

@@ -22,6 +22,7 @@ def lines(path):
     return [line for line in found if line["kind"] == "quantization"]
 
 
+@pytest.mark.rotated
 @pytest.mark.parametrize("recipe", ["Float8CurrentScaling", "MXFP8BlockScaling"])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_every_product_of_every_layer(trainer, recipe, tmp_path):
