@@ -70,7 +70,7 @@ def tables() -> Part:
     tests = "recipes/esm2_native_te/tests"
     checks = [(tests, name, name, "docs/exactness.md") for name in ("curve_matrix", "kill_anywhere")]
     checks += [("ci/benchmarks", "train_speed", "train_speed", page) for page in ("docs/speed.md", "README.md")]
-    checks += [("ci/benchmarks", "data_speed", "data_speed", "docs/data.md")]
+    checks += [("ci/benchmarks", name, name, "docs/data.md") for name in ("data_speed", "row_index")]
     checks += [("ci/benchmarks", name, name, "docs/scaling.md")
                for name in ("scaling_model", "scaling_ranks", "largest_model", "context_memory")]  # fmt: skip
     checks += [("ci/benchmarks", "precision_curves", "precision_curves", "docs/exactness.md")]
