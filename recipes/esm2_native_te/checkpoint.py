@@ -27,6 +27,7 @@ from common import safe_reading
 from common.distributed import TIMEOUT, Distributed, SharedError, unwrapped
 from common.ema import EMA
 from common.files import flat, make_folder
+from common.redaction import redacted
 from common.run_end import Outcome
 from common.safe_reading import read_metadata
 from common.step_folder import (
@@ -91,7 +92,7 @@ class Checkpointer:
     ):
         self.distributed, self.async_save = distributed, async_save
         self.every, self.keep, self.allow_pickled_scales = save_every_n_steps, max_to_keep, allow_pickled_scales
-        self.config = OmegaConf.to_container(config, resolve=True)
+        self.config = redacted(OmegaConf.to_container(config, resolve=True))
         self.folder, self.save_final_model = Path(ckpt_dir) if ckpt_dir else None, save_final_model
         self.shape, self.resume_step, self.notes = shape, None, []
         self.pending = self.group = self.failed_step = None

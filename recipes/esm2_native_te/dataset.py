@@ -290,9 +290,10 @@ class TrainLoader(Loader):
         if streaming and protein_database is not None:
             raise ValueError(f"{section}.protein_database needs {section}.load_dataset_kwargs.streaming=false.")
         source = open_source(section, rows, sequence_column, cluster_column, protein_database, max_seq_length, seed)
-        some = source.sequences(np.arange(min(window_rows, len(source))), epoch=0)
+        # One rank looks for odd signs, and tells all if there is nothing to read.
+        some = source.sequences(np.arange(min(window_rows, len(source))), epoch=0) if distributed.is_main else []
         cleaning = describe_cleaning(some)
-        if not any(tokenize(sequence) for sequence in some):
+        if some and not any(tokenize(sequence) for sequence in some):
             raise ValueError(f"{section}: the first {len(some):,} sequences are all empty; is the column right?")
         if streaming:
             as_bytes = datasets.Features({sequence_column: datasets.Value("large_binary")})  # text need not decode

@@ -96,7 +96,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     scheduler = linear_schedule(optimizer, **config.lr_scheduler_kwargs)
     parts = {"scheduler": scheduler, "loader": loader, "logger": logger, "anomalies": anomalies}
     step, last = checkpointer.load(model, optimizer, ema, parts), config.num_train_steps
-    logger.start(step, [*loader.notes, *checkpointer.notes])
+    logger.start(step, [*loader.notes, *checkpointer.notes, scheduler.note(last)])
     stop, batches = StopSignal(), iter(loader)
     model.train()
 

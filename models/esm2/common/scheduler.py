@@ -12,6 +12,17 @@ from torch.optim.lr_scheduler import LambdaLR
 class Schedule(LambdaLR):
     """A schedule of which a checkpoint keeps the place alone: peak and shape are what the configuration says now."""
 
+    num_warmup_steps = 0
+
+    def note(self, last_step: int) -> str | None:
+        """A sentence for the log where the run ends before the warm-up does."""
+        if self.num_warmup_steps < last_step:
+            return None
+        return (
+            f"The warm-up of lr_scheduler_kwargs.num_warmup_steps={self.num_warmup_steps} steps does not end within "
+            f"num_train_steps={last_step}, so the learning rate stays below its peak; a tenth of the run is usual."
+        )
+
     def state_dict(self) -> dict:
         """How many steps were made."""
         return {"last_epoch": self.last_epoch}
@@ -71,4 +82,6 @@ def linear_schedule(
         done = min(1.0, (step - num_warmup_steps) / (decay_end - num_warmup_steps))
         return 1.0 - done * (1.0 - min_lr_fraction)
 
-    return Schedule(optimizer, fraction_of_peak)
+    schedule = Schedule(optimizer, fraction_of_peak)
+    schedule.num_warmup_steps = num_warmup_steps
+    return schedule

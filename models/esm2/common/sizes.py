@@ -7,6 +7,7 @@ Without it every worker of every rank would have to read all rows of a window to
 import shutil
 import sys
 import uuid
+import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cached_property
@@ -115,9 +116,12 @@ def save(path: Path, write: Callable) -> None:
 
 
 def join(parts: Path, num_parts: int, target: Path) -> None:
-    """Make the index of its chunks, and remove those; another node with the same folder may do so meanwhile."""
+    """Make the index of its chunks, and remove those; another node with the same folder may do so meanwhile.
+
+    Raises ValueError for a chunk that a power failure has cut short.
+    """
     try:
-        found = [np.load(parts / f"{number}.npz") for number in range(num_parts)]
+        found = [read_chunk(parts / f"{number}.npz") for number in range(num_parts)]
         arrays = measured([part["sizes"] for part in found], [part.get("members") for part in found])
         made = parts / f"whole_{uuid.uuid4().hex}"
         made.mkdir()
@@ -128,6 +132,16 @@ def join(parts: Path, num_parts: int, target: Path) -> None:
         if not target.is_dir():  # else the other was faster
             raise
     shutil.rmtree(parts, ignore_errors=True)
+
+
+def read_chunk(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a chunk. Removes one that is damaged, and raises ValueError."""
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        path.unlink(missing_ok=True)
+        raise ValueError(f"{path} was damaged and is removed; start again, it will be measured anew.") from error
 
 
 def open_index(folder: Path) -> SizeIndex:

@@ -12,12 +12,15 @@ import numpy as np
 import pyarrow as pa
 from datasets.distributed import split_dataset_by_node
 from datasets.table import InMemoryTable
+from omegaconf import OmegaConf
 
 from common.distributed import Distributed
+from common.redaction import redacted
 
 
 def open_rows(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | datasets.IterableDataset:
     """`datasets.load_dataset`; a user's mistake is a ValueError of one sentence that names `section`."""
+    load_dataset_kwargs = plain(load_dataset_kwargs)
     # Else the hub is asked to count each local file: seconds, where none answers.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     name, path = f"{section}.load_dataset_kwargs", load_dataset_kwargs.get("path")
@@ -33,8 +36,6 @@ def open_rows(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | dat
                 )
             if empty := [str(file) for file in found if file.stat().st_size == 0]:
                 raise ValueError(f"{name}.data_files={empty[0]}: the file is empty; give one with rows in it.")
-    if path == "fasta":  # by default it keeps each record's raw bytes in a further column
-        load_dataset_kwargs = {"columns": ["id", "sequence"], **load_dataset_kwargs}
     if path == "parquet":  # by default a row group at once, and an error where a file among others has no rows
         load_dataset_kwargs = {"batch_size": 10_000, **load_dataset_kwargs}
     with one_sentence(section, load_dataset_kwargs):
@@ -45,6 +46,11 @@ def open_rows(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | dat
         if next(iter(rows.with_format("arrow")), None) is None:
             raise NoRows
     return rows
+
+
+def plain(kwargs: Mapping) -> dict:
+    """The same as dicts and lists through and through: libraries do not know OmegaConf's."""
+    return OmegaConf.to_container(OmegaConf.create(dict(kwargs)), resolve=True)
 
 
 def first_rows(
@@ -63,6 +69,7 @@ class NoRows(Exception):
 @contextmanager
 def one_sentence(section: str, load_dataset_kwargs: dict) -> Iterator[None]:
     """Whatever `datasets` raises in the block becomes a ValueError of one sentence that names `section`."""
+    load_dataset_kwargs = plain(load_dataset_kwargs)
     name, path = f"{section}.load_dataset_kwargs", load_dataset_kwargs.get("path")
     files = load_dataset_kwargs.get("data_files")
     try:
@@ -85,7 +92,7 @@ def one_sentence(section: str, load_dataset_kwargs: dict) -> Iterator[None]:
                 f", or name its encoding: +{name}.encoding=latin-1." if path in ("csv", "json", "text") else "."
             )
         else:
-            sentence = f"{name}: datasets cannot load {load_dataset_kwargs}: {reason}"
+            sentence = f"{name}: datasets cannot load {redacted(load_dataset_kwargs)}: {reason}"
         raise ValueError(sentence) from error
 
 

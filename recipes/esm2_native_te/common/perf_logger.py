@@ -18,6 +18,7 @@ from common.batch import Batch
 from common.distributed import Distributed
 from common.files import append_line, finite, make_folder
 from common.precision import Precision
+from common.redaction import redacted, redacted_command
 from common.run_facts import (
     code_hash,
     device_name,
@@ -66,14 +67,16 @@ class PerfLogger:
             "device": device_name(distributed.device), "threads_per_rank": torch.get_num_threads(),
             "layer_backend": precision.backend, "precision": "bf16" if precision.dtype else "fp32",
             "low_precision": precision.layers, "peak_tflops_per_rank": self.peak, "peak_source": source,
-            "code_sha256": code_hash(), "git": git_commit(), "versions": versions(), "command": sys.argv,
+            "code_sha256": code_hash(), "git": git_commit(), "versions": versions(),
+            "command": redacted_command(sys.argv),
         }  # fmt: skip
         if not distributed.is_main:
             return
         if self.folder:
             make_folder("logger.log_dir", self.folder, distributed.rank)
-        self.config = OmegaConf.to_container(config, resolve=True)
-        self.wandb = start_wandb(self.run | {"config": self.config}, **self.config["wandb_init_args"])
+        self.config = redacted(OmegaConf.to_container(config, resolve=True))
+        arguments = OmegaConf.to_container(config.wandb_init_args, resolve=True)
+        self.wandb = start_wandb(self.run | {"config": self.config}, **arguments)
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps of the counts."""

@@ -109,3 +109,26 @@ def test_one_step_by_hand():
 def test_betas_that_are_none(betas):
     with pytest.raises(ValueError, match=r"adamw_kwargs\.betas=.* must be two numbers of at least 0 and below 1"):
         adamw([parameter()], betas=betas)
+
+
+def test_a_warm_up_that_outlasts_the_run_is_said():
+    schedule = linear_schedule(adamw([parameter()]), num_warmup_steps=2000)
+    sentence = schedule.note(3)
+    assert "num_warmup_steps=2000" in sentence and "num_train_steps=3," in sentence
+    assert schedule.note(2001) is None
+
+
+def test_a_resume_goes_on_at_the_place_with_the_rates_of_now():
+    optimizer = adamw([parameter()], lr=1.0)
+    schedule = linear_schedule(optimizer, num_warmup_steps=4, num_training_steps=100)
+    for _ in range(2):
+        optimizer.step()
+        schedule.step()
+    state = schedule.state_dict()
+    changed = adamw([parameter()], lr=1e-3)
+    resumed = linear_schedule(changed, num_warmup_steps=6, num_training_steps=100)
+    resumed.load_state_dict(state)
+    assert resumed.get_last_lr() == [1e-3 * 3 / 6] == [changed.param_groups[0]["lr"]]
+    changed.step()
+    resumed.step()
+    assert resumed.get_last_lr() == [1e-3 * 4 / 6]
