@@ -12,7 +12,7 @@ import dataset
 from common.distributed import Distributed
 
 
-WORKERS, INDEX, CHECK = PLACES = ("workers", "index", "check")  # the last: the first rows, which ranks check for signs
+WORKERS, INDEX, CHECK = PLACES = ("workers", "index", "check")  # the last: first rows, read to look for odd signs
 
 
 class Counted(dataset.SequenceRows):

@@ -189,7 +189,7 @@ def table(numbers: dict) -> str:
         f"in windows of {settings['window_rows']:,}, micro-batches of {settings['token_micro_batch_size']:,} tokens.",
         f"With the index workers read {median(less):.1f} times less before step {settings['steps']}.",
         f"Of what ranks read before they begin, {check} MB are the first {settings['window_rows']:,} rows, in which",
-        "each of them looks for odd signs.",
+        "odd signs are looked for.",
         f"{numbers['machine']['name']}, {numbers['machine']['cores']} cores, {settings['rounds']} "
         f"round{'s' * (settings['rounds'] > 1)}, {numbers['date']}; {told}.",
     ]

@@ -67,6 +67,10 @@ def pickled_scales_allowed():
             os.environ[name] = before
 
 
+# Where dropout is on, what is dropped depends on the shape of what passes through a layer, so on these too.
+SHAPES = ("use_sequence_packing", "layer_backend", "cp_size")
+
+
 class Checkpointer:
     """Saves every `save_every_n_steps` and at the end, keeps the newest `max_to_keep`, and resumes from the newest.
 
@@ -179,7 +183,10 @@ class Checkpointer:
         before, now = flat(before), flat(self.config)
         changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
         model = [k for k in changed if k.startswith("model_")]
-        serious = [k for k in changed if not k.startswith(HARMLESS)]
+        harmless = HARMLESS
+        if now.get("model_kwargs.hidden_dropout_prob"):
+            harmless = tuple(key for key in HARMLESS if key not in SHAPES)
+        serious = [k for k in changed if not k.startswith(harmless)]
         for step, reason in self.damaged.items():
             self.notes.append(f"step_{step} is damaged and set aside as step_{step}.damaged: {reason}.")
         self.notes.append(f"Going on from {self._path(self.resume_step)}.")
@@ -283,7 +290,9 @@ class Checkpointer:
             return 0
         with self.distributed.fail_together():
             for name, part in parts.items():
-                part.load_state_dict(self.saved.get(name, self.saved))  # older files have logger's and anomalies' here
+                # Older files have the logger's and the anomalies' at the top.
+                older = self.saved if name in ("logger", "anomalies") else {}
+                part.load_state_dict(self.saved.get(name, older))
         if self.distributed.is_main:
             for step in self.damaged:
                 set_aside(self._path(step))

@@ -26,10 +26,11 @@ def read_run(run: Path) -> tuple[dict[str, object], dict[str, float | int | None
     config = metrics_path(run).with_name("config.yaml")
     train, validation = metrics["train"], metrics["validation"]
     throughput = throughput_key(metrics)
+    first = next((k for k, v in validation[-1].items() if isinstance(v, float)), "loss") if validation else "loss"
     losses = [line["loss"] for line in train[-max(1, len(train) // 10) :] if line["loss"] is not None]
     return flat(yaml.safe_load(config.read_text()) if config.exists() else {}, keep_empty=False), {
         "steps": train[-1]["step"],
-        "validation loss": validation[-1]["loss"] if validation else None,
+        f"validation {first}": validation[-1][first] if validation else None,
         "train loss (last tenth)": fmean(losses) if losses else None,
         throughput_unit(throughput): fmean(line[throughput] for line in train),
     }

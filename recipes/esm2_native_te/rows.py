@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.distributed import process_group
 from common.epoch_plan import EpochPlan
+from common.redaction import HIDDEN
 from dataset import TrainLoader
 from plot_metrics import read_metrics
 
@@ -42,6 +43,9 @@ def open_plan(folder: Path) -> tuple[DictConfig, EpochPlan]:
     if settings.dataset.load_dataset_kwargs.get("streaming"):
         raise ValueError("dataset.load_dataset_kwargs.streaming=true: the rows of a stream have no numbers.")
     settings.dataset.num_workers = 0
+    for key, value in list(settings.dataset.load_dataset_kwargs.items()):
+        if value == HIDDEN:  # the environment may have it, as HF_TOKEN
+            del settings.dataset.load_dataset_kwargs[key]
     layout = {"packed": settings.use_sequence_packing, "pad_to_multiple_of": 1}
     with process_group(settings.seed) as distributed:
         return settings, TrainLoader(distributed, settings.seed, **layout, **settings.dataset).plan

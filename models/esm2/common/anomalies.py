@@ -67,6 +67,7 @@ class Anomalies:
         device: once a step. If the step is not sound, compute the gradients once more inside `explain`.
         """
         names = list(losses[0])
+        assert all(list(one) == names for one in losses), "a model gives the same parts of its loss for every batch"
         scalars = [grad_norm, *(one[name] for one in losses for name in names)]
         norm, *flat = torch.stack([scalar.detach().double() for scalar in scalars]).cpu().numpy().tolist()
         rows = [flat[i : i + len(names)] for i in range(0, len(flat), len(names))]

@@ -99,7 +99,8 @@ class MicroBatch(NamedTuple):
 class EpochPlan:
     """The micro-batches of every epoch, from any place on; `seed=None` keeps the rows in order.
 
-    `source` has a length, and `sizes(rows, epoch)`: of each row in that epoch, 0 for one to leave out.
+    `source` has a length, and `sizes(rows, epoch)`: of each row in that epoch, 0 for one to leave out. If it cuts
+    rows, its `max_size` says to what.
     """
 
     def __init__(self, source, grouping: Grouping, seed: int | None, window_rows: int):
@@ -112,10 +113,9 @@ class EpochPlan:
     @property
     def rules(self) -> dict:
         """What decides which rows a micro-batch has, besides the data: for a resume to compare."""
-        some = self.source.sizes(np.arange(min(1000, len(self.source))), 0)  # the longest allowed shows in these
         return {
             "seed": self.seed, "window_rows": self.window_rows, "num_rows": self.grouping.num_rows,
-            "budget": self.grouping.budget, "largest": int(some.max(initial=0)),
+            "budget": self.grouping.budget, "max_size": getattr(self.source, "max_size", None),
         }  # fmt: skip
 
     def place_under(self, rules: dict, position: tuple[int, int, int]) -> tuple[tuple[int, int, int], str | None]:

@@ -20,7 +20,6 @@ from annotated_types import Ge, MinLen
 from omegaconf import DictConfig, OmegaConf
 from pydantic import AllowInfNan, NonNegativeInt, PositiveFloat, PositiveInt
 
-from common.files import flat
 from common.type_hints import as_text, misfit
 
 
@@ -127,16 +126,8 @@ class LossSchedules:
         kinds = {kind: name for name, kind in KINDS.items()}
         return {name: {"kind": kinds[type(one)], **asdict(one)} for name, one in self.schedules.items()}
 
-    def load_state_dict(self, state: dict, allow_change: bool = False) -> str | None:
-        """Compare with a checkpoint's: ValueError if they differ, or what differs for the log if that is allowed."""
-        before, now = flat(state, keep_empty=False), flat(self.state_dict(), keep_empty=False)
-        changed = [name for name in (before | now) if before.get(name) != now.get(name)]
-        if not changed:
-            return None
-        told = "; ".join(f"{self.key}.{k} was {as_text(before.get(k))} and is {as_text(now.get(k))}" for k in changed)
-        if allow_change:
-            return f"Changed since the checkpoint: {told}."
-        raise ValueError(f"The checkpoint was written with another schedule: {told}; give the old values.")
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to restore: step and epoch say all. A changed schedule is a changed key, which a resume compares."""
 
 
 def parsed(key: str, values: object) -> Constant | Linear | Step:

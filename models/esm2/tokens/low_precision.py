@@ -69,6 +69,11 @@ class LowPrecision(Precision):
             raise ValueError(f"{section.as_given()} takes BF16 numbers on GPUs; precision=bf16 gives them.")
         if self.te:
             self.scalings[name] = te_scaling(section)
+            if name == "DelayedScaling":
+                self.notes.append(
+                    "DelayedScaling's scales are pickles of TransformerEngine: to go on from a checkpoint, which a "
+                    "scheduler may do by itself, needs checkpoint.allow_pickled_scales=true."
+                )
         elif not needs.torchao or section["format"] not in (None, needs.torchao_format) or section["recipe_kwargs"]:
             there = ", ".join(f"{key} ({other.torchao_format})" for key, other in RECIPES.items() if other.torchao)
             raise ValueError(

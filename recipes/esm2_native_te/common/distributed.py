@@ -261,7 +261,7 @@ def passes_per_step(micro_batches_per_step: int | None, distributed: Distributed
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-def ignore_signals(worker: int | None = None) -> None:
+def ignore_signals() -> None:
     """From here on, this process goes on at a signal to stop."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

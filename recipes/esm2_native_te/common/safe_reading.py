@@ -50,6 +50,9 @@ def read_metadata(step_folder: Path) -> metadata.Metadata:
         raise ValueError(f"{step_folder}/.metadata cannot be trusted: {error or type(error).__name__}.") from error
     if not isinstance(found, metadata.Metadata):
         raise ValueError(f"{step_folder}/.metadata is a {type(found).__name__}, not what DCP writes.")
+    files = {str(info.relative_path) for info in found.storage_data.values()}
+    if outside := [file for file in files if file != Path(file).name]:
+        raise ValueError(f"{step_folder}/.metadata cannot be trusted: it names {outside[0]}, outside of the folder.")
     return found
 
 

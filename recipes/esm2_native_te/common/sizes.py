@@ -4,6 +4,7 @@
 Without it every worker of every rank would have to read all rows of a window to plan it.
 """
 
+import errno
 import shutil
 import sys
 import uuid
@@ -55,7 +56,7 @@ class SizeIndex:
 
     @cached_property
     def digest(self) -> str:
-        """A fingerprint of all sizes: other data has another, wherever it lies."""
+        """A fingerprint of all sizes, wherever the data lies."""
         digest = sha256(np.ascontiguousarray(self.sizes))
         if self.offsets is not None:
             digest.update(np.ascontiguousarray(self.offsets))
@@ -87,9 +88,12 @@ def size_index(distributed: Distributed, section: str, key: str | None, num_rows
     if num_rows > CHUNK:
         distributed.say(f"{section}: the sizes of {num_rows:,} rows are measured once, and kept in {folder}.")
     with distributed.shared_errors():
-        mine = range(distributed.local_rank, len(chunks), distributed.num_local_ranks)
+        mine = list(range(distributed.local_rank, len(chunks), distributed.num_local_ranks))
+        # Each node begins at another place: where they share a cache, none measures what another has.
+        first = len(mine) * (distributed.rank - distributed.local_rank) // distributed.num_ranks
+        mine = mine[first:] + mine[:first]
         if target.is_dir():  # another node has a cache of its own, without it
-            mine = range(0)
+            mine = []
         else:
             with writable(section, folder):
                 parts.mkdir(parents=True, exist_ok=True)
@@ -104,6 +108,8 @@ def size_index(distributed: Distributed, section: str, key: str | None, num_rows
         if distributed.local_rank == 0 and not target.is_dir():
             with writable(section, folder):
                 join(parts, len(chunks), target)
+    if distributed.local_rank == 0:  # now that no node needs them any more
+        shutil.rmtree(parts, ignore_errors=True)
     return open_index(target)
 
 
@@ -116,22 +122,21 @@ def save(path: Path, write: Callable) -> None:
 
 
 def join(parts: Path, num_parts: int, target: Path) -> None:
-    """Make the index of its chunks, and remove those; another node with the same folder may do so meanwhile.
+    """Make the index of its chunks; another node with the same folder may do so at the same time.
 
     Raises ValueError for a chunk that a power failure has cut short.
     """
+    found = [read_chunk(parts / f"{number}.npz") for number in range(num_parts)]
+    arrays = measured([part["sizes"] for part in found], [part.get("members") for part in found])
+    made = parts / f"whole_{uuid.uuid4().hex}"
+    made.mkdir()
+    for name, array in arrays.items():
+        np.save(made / f"{name}.npy", array)
     try:
-        found = [read_chunk(parts / f"{number}.npz") for number in range(num_parts)]
-        arrays = measured([part["sizes"] for part in found], [part.get("members") for part in found])
-        made = parts / f"whole_{uuid.uuid4().hex}"
-        made.mkdir()
-        for name, array in arrays.items():
-            np.save(made / f"{name}.npy", array)
         made.rename(target)
-    except OSError:
-        if not target.is_dir():  # else the other was faster
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else the other was faster
             raise
-    shutil.rmtree(parts, ignore_errors=True)
 
 
 def read_chunk(path: Path) -> dict[str, np.ndarray]:

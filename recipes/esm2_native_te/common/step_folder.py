@@ -120,14 +120,14 @@ def read_weights(step_folder: Path) -> dict[str, torch.Tensor]:
     state is left out: it is of use only to go on training.
     """
     metadata = read_metadata(step_folder).state_dict_metadata
+    averaged = {f"model.{name.removeprefix('ema.')}" for name in metadata if name.startswith("ema.")}
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
-        if name.startswith(("model.", "ema.")) and not name.endswith("._extra_state")
+        if name.startswith(("model.", "ema.")) and not name.endswith("._extra_state") and name not in averaged
     }
     safe_reading.load(state, step_folder, no_dist=True)
-    weights = {name.removeprefix("model."): x for name, x in state.items() if name.startswith("model.")}
-    return weights | {name.removeprefix("ema."): x for name, x in state.items() if name.startswith("ema.")}
+    return {name.partition(".")[2]: tensor for name, tensor in state.items()}
 
 
 def write_through(file: Path, text: str) -> None:

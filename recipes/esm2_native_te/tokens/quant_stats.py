@@ -103,5 +103,9 @@ class QuantStats:
         if not self.found:
             return None
         found, self.found = self.found, {}
-        return {name: {key: torch.stack(values).mean().item() for key, values in one.items()}
-                for name, one in found.items()}  # fmt: skip
+        keys = [(name, key) for name, one in found.items() for key in one]
+        means = torch.stack([torch.stack(found[name][key]).mean() for name, key in keys]).tolist()  # one wait
+        result: dict[str, dict[str, float]] = {}
+        for (name, key), mean in zip(keys, means, strict=True):
+            result.setdefault(name, {})[key] = mean
+        return result

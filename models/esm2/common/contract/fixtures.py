@@ -33,18 +33,17 @@ multiprocessing.set_forkserver_preload(
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
     """Of a test marked `rotated`, which runs for each trainer and other options, all but one trainer each are slow."""
-    seen: dict[str, tuple[list, list]] = {}
+    groups: dict[str, list] = {}
     for item in items:
-        if not item.get_closest_marker("rotated"):
-            continue
-        trainers, others = seen.setdefault(item.nodeid.partition("[")[0], ([], []))
-        parameters = dict(item.callspec.params)
-        places = []
-        for value, known in ((parameters.pop("trainer"), trainers), (repr(parameters), others)):
-            known += [value] if value not in known else []
-            places.append(known.index(value))
-        if places[1] % 3 != places[0]:
-            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("rotated"):
+            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for group in groups.values():
+        trainers = list(dict.fromkeys(item.callspec.params["trainer"] for item in group))
+        others = [{**item.callspec.params, "trainer": None} for item in group]
+        for item, other in zip(group, others, strict=True):
+            turn = [one for i, one in enumerate(others) if one not in others[:i]].index(other)
+            if item.callspec.params["trainer"] != trainers[turn % len(trainers)]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -124,32 +124,9 @@ def test_schedules_are_a_section():
         LossSchedules(3)
 
 
-def test_a_resume_goes_on_with_the_same_schedules():
-    schedules = LossSchedules(EVERY)
-    saved = json.loads(json.dumps(schedules.state_dict()))
-    assert schedules.load_state_dict(saved) is None
+def test_a_checkpoint_keeps_them_with_every_value_that_was_not_given():
+    saved = json.loads(json.dumps(LossSchedules(EVERY).state_dict()))
     spelled_out = {**EVERY, "charge": {"by": "step", "kind": "constant", "value": 0.5}}  # a default that is said
-    assert LossSchedules(dict(reversed(spelled_out.items()))).load_state_dict(saved) is None
-    assert LossSchedules(None).load_state_dict({}) is None
-
-
-@pytest.mark.parametrize(
-    ("now", "what"),
-    [
-        ({**EVERY, "energy": {**EVERY["energy"], "end": 5.0}}, ["loss_schedules.energy.end was 10.0 and is 5.0"]),
-        ({**EVERY, "stress": {**EVERY["stress"], "at": [1000, 6000]}},
-         ["loss_schedules.stress.at was [1000, 5000] and is [1000, 6000]"]),
-        ({k: v for k, v in EVERY.items() if k != "charge"},
-         ["loss_schedules.charge.kind was constant and is null", "loss_schedules.charge.value was 0.5 and is null"]),
-        ({**EVERY, "spin": EVERY["charge"]}, ["loss_schedules.spin.value was null and is 0.5"]),
-        (None, ["loss_schedules.energy.kind was linear and is null"]),
-    ],
-)  # fmt: skip
-def test_a_resume_with_another_schedule_says_what_was_and_what_is(now, what):
-    schedules, saved = LossSchedules(now), LossSchedules(EVERY).state_dict()
-    with pytest.raises(ValueError, match=r"^The checkpoint was written with another schedule: ") as refused:
-        schedules.load_state_dict(saved)
-    note = schedules.load_state_dict(saved, allow_change=True)
-    for part in what:
-        assert part in str(refused.value) and part in note
-    assert "\n" not in str(refused.value)
+    assert LossSchedules(dict(reversed(spelled_out.items()))).state_dict() == saved
+    assert LossSchedules(saved).coefficients(7, 3) == LossSchedules(EVERY).coefficients(7, 3)
+    assert LossSchedules(None).state_dict() == {}

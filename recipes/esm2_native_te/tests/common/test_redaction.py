@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What carries a secret is passed on, and shows as *** in all that a run writes and prints."""
 
-import sys
-
 import pytest
 
 from common import open_data
@@ -56,17 +54,18 @@ def test_what_is_a_secret_and_what_is_not():
     assert redacted(plain) == plain
 
 
-def test_command_lines():
-    words = [
-        "train.py",
-        "a.token=x",
-        "+b.storage_options.client=y",
-        "c={token: z, other: 1}",
-        "seed=1",
-        "--config-name",
-    ]
-    assert redacted_command(words) == [
-        "train.py", "a.token=***", "+b.storage_options.client=***", "c={token: ***, other: 1}", "seed=1",
-        "--config-name",
-    ]  # fmt: skip
-    assert redacted_command(sys.argv[:1]) == sys.argv[:1]
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("a.token=x", "a.token=***"),
+        ("+b.storage_options.client=y", "+b.storage_options.client=***"),
+        ("c={token: z, other: 1}", "c={'token': '***', 'other': 1}"),
+        ("c={tokens: [z]}", "c={'tokens': ['***']}"),
+        ("c={storage_options: {user: u}}", "c={'storage_options': {'user': '***'}}"),
+        ("d=[https://user:pw@host/x]", "d=['https://***@host/x']"),
+        *((word, word) for word in ("train.py", "seed=1", "--config-name", "a.token_micro_batch_size=4096",
+                                    "a.token_dropout=true", "a=[unfinished", "x={k: v}")),
+    ],
+)  # fmt: skip
+def test_command_lines(word, shown):
+    assert redacted_command([word]) == [shown]
