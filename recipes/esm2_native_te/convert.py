@@ -7,6 +7,7 @@
 A source is a local folder or a name on the Hugging Face hub.
 """
 
+from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
 import argparse
 import re
 import shutil
