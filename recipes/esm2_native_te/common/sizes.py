@@ -95,18 +95,20 @@ def size_index(distributed: Distributed, section: str, key: str | None, num_rows
         if target.is_dir():  # another node has a cache of its own, without it
             mine = []
         else:
-            with writable(section, folder):
+            with writable(section, target):
                 parts.mkdir(parents=True, exist_ok=True)
         quiet = not distributed.is_main or not sys.stderr.isatty()
         for number in tqdm(mine, unit=f" x {CHUNK:,} rows", desc=section, disable=quiet, leave=False):
+            if target.is_dir():  # another run was faster
+                break
             if not (path := parts / f"{number}.npz").exists():
                 sizes, members = measure(chunks[number])
                 arrays = {"sizes": sizes} if members is None else {"sizes": sizes, "members": members}
-                with writable(section, folder):
+                with writable(section, target):
                     save(path, lambda file, arrays=arrays: np.savez(file, **arrays))
     with distributed.shared_errors():
         if distributed.local_rank == 0 and not target.is_dir():
-            with writable(section, folder):
+            with writable(section, target):
                 join(parts, len(chunks), target)
     if distributed.local_rank == 0:  # now that no node needs them any more
         shutil.rmtree(parts, ignore_errors=True)
@@ -155,12 +157,17 @@ def open_index(folder: Path) -> SizeIndex:
 
 
 @contextmanager
-def writable(section: str, folder: Path):
-    """A cache that cannot be written becomes one sentence that says what to do."""
+def writable(section: str, target: Path):
+    """A cache that cannot be written becomes one sentence that says what to do.
+
+    Another run with the same data may finish the index first, and remove the chunks of both: then all is well.
+    """
     try:
         yield
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and target.is_dir():
+            return
         raise ValueError(
-            f"{section}: the cache {folder} cannot be written ({error.strerror}); set HF_DATASETS_CACHE to a folder "
-            "that can."
+            f"{section}: the cache {target.parent} cannot be written ({error.strerror}); set HF_DATASETS_CACHE to a "
+            "folder that can."
         ) from error

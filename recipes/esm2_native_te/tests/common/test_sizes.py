@@ -361,3 +361,20 @@ def test_a_checkpoint_from_before_there_was_a_digest_goes_by_the_number_of_rows(
     assert next(iter(loader)).name == (0, 1, 2)
     with pytest.raises(ValueError, match="made with 48 rows and the data now has 47"):
         loader.load_state_dict({"position": [0, 1, 2], "num_rows": NUM_ROWS + 1})
+
+
+@pytest.mark.parametrize("when", [0, 2, 4])
+def test_another_run_may_finish_first_and_take_the_chunks_away(distributed, tmp_path, monkeypatch, when):
+    monkeypatch.setattr(sizes.datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(sizes, "CHUNK", 10)
+    asked = []
+
+    def measure(rows):
+        if len(asked) == when:  # what the end of the other run does
+            asked.append("the other run")
+            sizes.size_index(distributed, "dataset", "key", 45, lambda rows: (rows + 1, None))
+        asked.append(rows)
+        return rows + 1, None
+
+    index = sizes.size_index(distributed, "dataset", "key", 45, measure)
+    assert index.sizes.tolist() == list(range(1, 46))
