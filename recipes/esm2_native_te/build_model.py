@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a model's name to a model: ours, or Hugging Face's own `EsmForMaskedLM` as the reference."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from transformers import EsmConfig, EsmForMaskedLM
 import modeling_esm2
 from common.batch import Batch
 from common.distributed import Distributed
-from common.weights import copy_parameters, local_folder, named_tensors, open_weights
+from common.weights import copy_parameters, local_folder, named_tensors, named_type, open_weights
 from convert import DECODER, hf_config, hf_to_native, native_config, native_to_hf
 from modeling_esm2 import SIZES, Esm2Config, Esm2ForMaskedLM, Esm2Output, init_parameters, sequence_index
 from tokens.backends import resolve_layer_backend, slower_backend_note
@@ -143,8 +142,8 @@ def prepare(model: torch.nn.Module, config: DictConfig, precision: LowPrecision)
 
 
 def model_type(folder: Path) -> str:
-    """Whose format a checkpoint folder has: `esm` is Hugging Face's. Raises OSError or ValueError for neither."""
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    """Whose format a checkpoint folder has: `esm` is Hugging Face's. Raises ValueError for neither."""
+    kind = named_type(folder)
     if kind not in ("esm", Esm2Config.model_type):
         raise ValueError(f"its model_type is {kind}, not esm.")
     return kind
@@ -171,9 +170,8 @@ def read_pretrained(init_from: str | None, shape: Esm2Config) -> Mapping[str, to
         return None
     try:
         folder = local_folder(init_from)
-    except (OSError, ValueError) as error:  # the hub's errors are OSErrors, those of its names ValueErrors
-        reason = f"no local folder, and the hub does not give it: {first_line(error)}"
-        raise ValueError(f"init_from={init_from} is {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"init_from={error}") from error
     try:
         weights = open_weights(folder)
         found = read_config(folder, weights)

@@ -10,7 +10,6 @@ import argparse
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 
@@ -19,6 +18,7 @@ from huggingface_hub import save_torch_state_dict
 from omegaconf import OmegaConf
 
 from common import RECIPE
+from common.command import command, writing
 from common.step_folder import damage, read_weights
 from convert import hf_config, save_hf
 from modeling_esm2 import Esm2Config
@@ -103,7 +103,6 @@ if __name__ == "__main__":
     parser.add_argument("step_folder", type=Path)
     parser.add_argument("target", type=Path, nargs="?", help="default: final_model beside the step folder")
     arguments = parser.parse_args()
-    try:
-        export(arguments.step_folder, arguments.target or arguments.step_folder.parent / "final_model")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    target = arguments.target or arguments.step_folder.parent / "final_model"
+    with command(), writing(target):
+        export(arguments.step_folder, target)

@@ -2,6 +2,7 @@
 """What we save, plain transformers loads, with the same logits."""
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -121,3 +122,17 @@ def test_training_goes_on_from_pretrained_weights(trainer, kind, run, tmp_path):
     fresh = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert first == pytest.approx(reference, rel=1e-5)
     assert first != pytest.approx(fresh, rel=1e-3)
+
+
+@pytest.mark.parametrize("command", ["export.py step_6 file/final", "convert.py --to-native final_model file"])
+def test_a_folder_that_cannot_be_written_is_one_sentence(run, tmp_path, monkeypatch, capfd, command):
+    (tmp_path / "file").touch()
+    script, *words = command.split()
+    words = [str(run / word) if (run / word).exists() else word for word in words]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(RECIPE / script), run_name="__main__")
+    said = capfd.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert f"error: {words[-1]} cannot be written (" in said

@@ -35,6 +35,11 @@ BAD_INPUTS = [
         ["lr_scheduler_kwargs.num_warmup_steps=90 must be less than 90"],
     ),
 ]
+BAD_COMMANDS = [
+    ("convert.py --to-hf nope x", ["nope is no local folder, and the hub does not give it"]),
+    ("convert.py --to-native s3://a/b x", ["s3://a/b is no local folder, and addresses are not read"]),
+    ("convert.py --to-native . x", ["config.json: No such file or directory; give the folder of a model"]),
+]
 PROTEIN = "MSKGEELFTGVVPILVELDGDVNGH<mask>FSVSGEGEGDATYG<mask>LTLKFICTT"
 
 

@@ -162,7 +162,10 @@ def test_saves_in_the_background_on_two_ranks_are_whole(trainer, tmp_path):
     ("other", "message"),
     [
         (lambda rows: rows.slice(0, 50), "3,600 rows and the data now has 50"),
-        (lambda rows: rows.take([*range(3599, -1, -1)]), "not what the checkpoint was made with (sizes, content differ)"),
+        (
+            lambda rows: rows.take([*range(3599, -1, -1)]),
+            "not what the checkpoint was made with (sizes, content differ)",
+        ),
     ],
     ids=["fewer rows", "as many rows"],
 )
