@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of the package to ours and back, and what is refused."""
+
+import pytest
+import torch
+from golden import COMMON, set_waves
+from make_golden import CASES, ODD
+
+from convert_nequip import config_from_nequip, native_to_nequip, nequip_arguments, nequip_to_native
+from modeling_nequip import NequIP, NequIPConfig
+
+
+def made(options: dict) -> tuple[NequIPConfig, dict, dict]:
+    config = NequIPConfig(**COMMON | options)
+    model = NequIP(config)
+    set_waves(model)
+    return config, dict(model.state_dict()), native_to_nequip(model.state_dict(), config)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "_X" not in name])
+def test_there_and_back(name):
+    config, weights, theirs = made(CASES[name])
+    found = config_from_nequip(nequip_arguments(config), theirs)
+    back = nequip_to_native(theirs, found)
+    for key, value in weights.items():
+        if key.startswith("added_"):  # now in the configuration
+            assert not back[key].any()
+            now = getattr(found, f"energy_{key[6:]}")
+            assert now == pytest.approx((torch.tensor(getattr(config, f"energy_{key[6:]}")) + value).tolist())
+        else:
+            torch.testing.assert_close(back[key], value, rtol=1e-15, atol=1e-15)
+    same = {"pair_cutoffs", "energy_scales", "energy_shifts", "readout_width"}  # up to rounding, or a default
+    assert {k: v for k, v in found.to_dict().items() if k not in same} == {
+        k: v for k, v in config.to_dict().items() if k not in same
+    }
+
+
+def test_what_does_not_fit_is_refused():
+    config, _, theirs = made(ODD)
+    arguments = nequip_arguments(config)
+    for change, words in (
+        ({"convnet_resnet": True}, "convnet_resnet=True, which we have nothing for"),
+        ({"avg_num_neighbors": "${training_data_stats:num_neighbors_mean}"}, "is no number yet"),
+        ({"num_features": [6, 4]}, "must be 3 numbers"),
+        ({"readout_mlp_nonlinearity": "gelu"}, "must be silu"),
+        ({"pair_potential": {"_target_": "nequip.nn.pair_potential.LennardJones"}}, "is not ZBL"),
+    ):
+        with pytest.raises(ValueError, match=words.replace("$", r"\$").replace("{", r"\{")):
+            config_from_nequip(arguments | change, theirs)
+    with pytest.raises(ValueError, match="are 0 models of nequip"):
+        nequip_to_native({"weight": torch.zeros(1)}, config)
+    wider = NequIPConfig(**COMMON | ODD | {"num_element_features": 7})
+    with pytest.raises(ValueError, match="do not fit"):
+        nequip_to_native(native_to_nequip(made(ODD)[1], config), wider)
