@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw loss, throughput, learning rate and gradient norm of one or more runs as a PNG.
 
-Of a single run with quant_stats_config also what rounding to few bits does to each layer: quantization.png.
+Of a single run with quant_stats_config also what rounding to FP8 or FP4 does to each layer: quantization.png.
 
 python plot_metrics.py outputs/my_run
 python plot_metrics.py outputs/ddp outputs/fsdp2 --out compare.png --reference-loss 2.87
