@@ -6,6 +6,7 @@ has them by itself, and so has a folder that recipes share: one with an __init__
 """
 
 import posixpath
+import re
 import sys
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) -> str:
-    """Links as they are on the site; what the site does not have is told by its path."""
+    """Links as they are on the site; what the site does not have is in the repository."""
     here, docs = page.file.src_uri, ROOT / "docs"
     known = {
         f"docs/{path.relative_to(docs)}": str(path.relative_to(docs))
@@ -106,3 +107,14 @@ def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) ->
         return posixpath.relpath(known[there], posixpath.dirname(here) or ".") + heading
 
     return with_address(relinked(markdown, source, place, written_address(ROOT)), ROOT)
+
+
+def on_page_content(html: str, page, config: MkDocsConfig, files: Files) -> str:
+    """For phones: short cells do not break, and a picture opens at its full size."""
+
+    def cell(match: re.Match) -> str:
+        words = re.sub(r"<[^>]+>", "", match[2])
+        return f"<td{match[1]} data-short>{match[2]}</td>" if len(words) <= 28 else match[0]
+
+    html = re.sub(r"<td((?: style=[^>]*)?)>(.*?)</td>", cell, html, flags=re.S)
+    return re.sub(r'(<img [^>]*?src="([^"]+)"[^>]*>)', r'<a class="picture" href="\2">\1</a>', html)
