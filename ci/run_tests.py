@@ -10,16 +10,19 @@ bash ci/test.sh --only-repository         all but the tests of folders
 bash ci/test.sh -k plan                   options of pytest come last; with some, only lint, tables and tests run
 
 Folders whose pins differ are tested in environments of their own (ci/environments.py). PYTHON=python3.12 chooses the
-interpreter. A part that fails stops no other.
+interpreter. A part that fails stops no other; the end says which did, and what failed in them.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,15 +45,50 @@ class Part(NamedTuple):
     commands: list[list[str]]
 
 
-def run(part: Part) -> int:
-    """The first exit code that is not 0; all commands run."""
-    print(f"\n--- {part.name}", flush=True)
-    code = 0
+class Result(NamedTuple):
+    """What came of a part: its first exit code that is not 0, and everything that it said."""
+
+    name: str
+    seconds: float
+    code: int
+    output: str
+
+    @property
+    def word(self) -> str:
+        return NOT_FAILED.get(self.code, "FAILED")
+
+
+def run(part: Part, at_once: bool = True) -> Result:
+    """Run all commands; what they say is shown as it comes or, unless `at_once`, at the end."""
+    started, code, output = time.monotonic(), 0, bytearray(f"\n--- {part.name}\n".encode())
+    show(output if at_once else b"")
     for command in part.commands:
         script = f"source ci/environment.sh {shlex.join(part.environment)} && " if part.environment else ""
         script += f"cd {shlex.quote(str(part.folder))} && {shlex.join(command)}"
-        code = code or subprocess.run(["bash", "-c", script, "ci/test.sh"], cwd=ROOT).returncode
-    return code
+        with subprocess.Popen(
+            ["bash", "-c", script, "ci/test.sh"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
+            while some := os.read(process.stdout.fileno(), 2**16):
+                output += some
+                show(some if at_once else b"")
+        code = code or process.returncode
+    show(b"" if at_once else output)
+    return Result(part.name, time.monotonic() - started, code, output.decode(errors="replace"))
+
+
+def show(text: bytes) -> None:
+    """Write what a part has said."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text)
+    sys.stdout.buffer.flush()
+
+
+def environments_of(parts: list[Part]) -> Part:
+    """Make those that the parts need, one after another, so that parts may run side by side."""
+    names = dict.fromkeys(part.environment for part in parts if part.environment)
+    commands = [["bash", "-c", f"cd {shlex.quote(str(ROOT))} && source ci/environment.sh {shlex.join(name)}"]
+                for name in names]  # fmt: skip
+    return Part("environments", (), ROOT, commands)
 
 
 def tests(name: str, environment: str, folder: Path, options: list[str]) -> Part:
@@ -108,11 +146,18 @@ def chosen(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
     return folders or ([] if only_repository else sorted(known)), not folders, rest
 
 
-def summary(rows: list[tuple[str, float, str]]) -> str:
-    """The table at the end."""
-    rows = [*rows, ("all", sum(seconds for _, seconds, _ in rows), "")]
+def summary(results: list[Result], seconds: float) -> str:
+    """The table at the end; `seconds` are those of all, of which two parts may share some."""
+    rows = [(result.name, result.seconds, result.word) for result in results] + [("all", seconds, "")]
     return "\n".join(["| part | minutes | result |", "|---|---:|---|",
-                      *(f"| {name} | {seconds / 60:.1f} | {result} |" for name, seconds, result in rows)])  # fmt: skip
+                      *(f"| {name} | {seconds / 60:.1f} | {word} |" for name, seconds, word in rows)])  # fmt: skip
+
+
+def failures(result: Result) -> str:
+    """The lines of a failed part that name what failed, or else its last."""
+    lines = [line for line in re.sub(r"\x1b\[[\d;]*m", "", result.output).splitlines() if line.strip()]
+    named = [line for line in dict.fromkeys(lines) if re.match(r"(FAILED|ERROR|failed:|error:) ?\S", line)]
+    return "\n".join([f"{result.name} failed:", *(f"  {line}" for line in (named or lines[-3:])[:20])])
 
 
 def main(arguments: list[str]) -> int:
@@ -126,37 +171,42 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    beside = ROOT.parent / "shared" / "data"  # real proteins, if they are there
-    os.environ.setdefault("TEST_DATA", str(beside))
+    # Real proteins, if they are there.
+    os.environ.setdefault("TEST_DATA", str(ROOT.parent / "shared" / "data"))
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ.pop("VIRTUAL_ENV", None)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        parts = [Part("lint", ("--of", OWN), ROOT, [["bash", "ci/lint.sh"]]), tables()] if whole else []
-        parts += [tests(folder, folder, copied(folder, scratch), options) for folder in folders]
+        beside = [Part("lint", ("--of", OWN), ROOT, [["bash", "ci/lint.sh"]]), tables()] if whole else []
+        parts = [tests(folder, folder, copied(folder, scratch), options) for folder in folders]
         if whole:
             # These belong to the repository, and need all of it around them.
             repository.copy(ROOT, scratch / "repository")
             for part in ("ci/benchmarks", "ci/tests"):
                 parts.append(tests(part, OWN, scratch / "repository" / part, options))
         if whole and not options:
-            parts += commands_in_docs()
-            parts += [
-                Part("Slurm", (), ROOT, [["bash", "slurm/test.sh"]]),
+            parts += [*commands_in_docs(), Part("Slurm", (), ROOT, [["bash", "slurm/test.sh"]])]
+            beside += [
                 Part("site", DOCS, ROOT, [["mkdocs", "build", "--strict", "--quiet", "--site-dir", f"{name}/site"]]),
                 Part("zips", DOCS, ROOT, [["python", "ci/build_zips.py", "--out", f"{name}/zips"]]),
             ]
-        rows = []
-        for part in parts:
-            started = time.monotonic()
-            code = run(part)
-            rows.append((part.name, time.monotonic() - started, NOT_FAILED.get(code, "FAILED")))
-    table = summary(rows)
-    print(f"\n{table}")
+        results, started = [], time.monotonic()
+        try:
+            results.append(run(environments_of([*beside, *parts])))
+            with ThreadPoolExecutor(2) as two:  # each of these computes on one core
+                results += two.map(partial(run, at_once=False), beside)
+            for part in parts:
+                results.append(run(part))
+        except KeyboardInterrupt:
+            print("\nInterrupted.", file=sys.stderr)
+            results.append(Result("the rest", 0.0, 130, "interrupted"))
+    table = summary(results, time.monotonic() - started)
+    failed = [failures(result) for result in results if result.word == "FAILED"]
+    print("\n".join(["", table, *failed]))
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
         with open(page, "a") as file:
             file.write(f"{table}\n")
-    return int(any(result == "FAILED" for *_, result in rows))
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

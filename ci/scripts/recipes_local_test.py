@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -35,6 +36,14 @@ def main(arguments: list[str]) -> int:
         return 2
     if not folders:
         print("usage: recipes_local_test.py [--here] FOLDER ... [pytest arguments]", file=sys.stderr)
+        return 2
+    if here and (missing := [name for name in ("pytest", "torch") if find_spec(name) is None]):
+        print(
+            f"error: --here tests with {sys.executable}, which has no {missing[0]}; pip install -r "
+            f"{folders[0] / 'requirements.txt'} -r {ROOT / 'ci' / 'requirements.txt'} in an environment of yours, or "
+            "leave --here out, and one is made.",
+            file=sys.stderr,
+        )
         return 2
     status = 0
     for folder in folders:

@@ -30,7 +30,8 @@ def root(tmp_path):
         (tmp_path / "ci").mkdir(exist_ok=True)
         shutil.copy(CI / name, tmp_path / "ci")
     write(tmp_path, {
-        "ci/requirements.txt": "", "ci/lint.sh": "echo lint was here; exit 1\n",
+        "ci/requirements.txt": "",
+        "ci/lint.sh": "echo lint was here; echo 'failed: ruff; what mends it: ruff format .' >&2; exit 1\n",
         ".gitignore": ".venv/\n__pycache__/\n",
         "recipes/good/requirements.txt": "torch==2\n", "recipes/other/requirements.txt": "torch==1\n",
         "recipes/esm2_native_te/requirements.txt": "torch==2\n", "docs/requirements.txt": "",
@@ -65,8 +66,11 @@ def test_all_of_it(root):
         "lint": "FAILED", "tables in docs": "FAILED", "recipes/esm2_native_te": "no test selected",
         "recipes/good": "ok", "recipes/other": "FAILED", "ci/benchmarks": "no test selected", "ci/tests": "ok",
         "commands in docs (test)": "ok", "commands in docs (test-other)": "ok", "Slurm": "left out", "site": "ok",
-        "zips": "ok",
+        "zips": "ok", "environments": "ok",
     }, done.stdout + done.stderr  # fmt: skip
+    end = done.stdout.partition("| all |")[2]
+    assert "lint failed:\n  failed: ruff; what mends it: ruff format .\n" in end
+    assert re.search(r"recipes/other failed:\n  FAILED test_a.py::test_wrong.*\n", end), end
     assert done.returncode == 1 and "lint was here" in done.stdout
     assert "pages of ['recipes/esm2_native_te', 'recipes/good', 'docs', '.']\n" in done.stdout
     assert "pages of ['recipes/other']\n" in done.stdout
@@ -75,9 +79,9 @@ def test_all_of_it(root):
 
 def test_one_folder(root):
     done, table = run(root, "./recipes/good/")
-    assert table == {"recipes/good": "ok"} and done.returncode == 0
+    assert table == {"environments": "ok", "recipes/good": "ok"} and done.returncode == 0
     done, table = run(root, "recipes/good", str(root / "recipes/other"), "-k", "not wrong")
-    assert table == {"recipes/good": "ok", "recipes/other": "ok"} and done.returncode == 0
+    assert table == {"environments": "ok", "recipes/good": "ok", "recipes/other": "ok"} and done.returncode == 0
 
 
 def test_options_of_pytest_alone(root):
@@ -129,3 +133,10 @@ def test_an_environment_for_each_set_of_pins(tmp_path, pins, groups, capsys):
         words = capsys.readouterr().out.split()
         assert words == [name, *(f"{folder}/requirements.txt" for folder in folders), "ci/requirements.txt"]
     assert main(["recipes/none"], tmp_path) == 2
+
+
+def test_here_without_an_environment_names_what_to_do(tmp_path):
+    command = [sys.executable, "-S", str(CI / "scripts" / "recipes_local_test.py"), "--here", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"which has no pytest; pip install -r {tmp_path}/requirements.txt" in done.stderr
