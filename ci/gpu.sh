@@ -3,8 +3,8 @@
 # On a fresh machine with a GPU: an environment in .venv/gpu, all gpu tests, training speed, and their tables.
 #   bash ci/gpu.sh                             all of it; numbers go to docs/results, tables to READMEs and docs
 #   bash ci/gpu.sh tests -k two_gpus           a part, with arguments of ci/benchmarks/hardware.py
-#   bash ci/gpu.sh speed 650M,3B --rounds 3    sizes (150M,650M,3B), and arguments of ci/benchmarks/train_speed.py
-# RECIPE=recipes/NAME takes the environment of another recipe, and runs its tests only: speed is measured of ESM-2.
+#   bash ci/gpu.sh speed 650M,3B --rounds 3    sizes, and arguments of ci/benchmarks/train_speed.py
+# RECIPE=recipes/NAME takes another recipe: its environment, its tests, and its speed where ci/benchmarks/subject.py has its sizes.
 # OUT=folder puts numbers and tables there, those of docs/results included, and leaves the pages alone.
 # HERE=1 takes the Python that is there with what it has, without a network. PYTHON=python3.12 chooses the interpreter.
 set -euo pipefail
@@ -16,11 +16,15 @@ cd "$(dirname "$0")/.."
 measured=recipes/esm2_native_te
 recipe=${RECIPE:-$measured}; recipe=${recipe%/}
 [ -f "$recipe/requirements.txt" ] || { echo "error: RECIPE=$recipe: no such recipe; there are" recipes/*/ >&2; exit 2; }
+numbers=train_speed
 if [ "$recipe" != "$measured" ]; then
-  [ "$part" != speed ] || { echo "error: speed is measured of $measured; leave RECIPE=$recipe out." >&2; exit 2; }
-  part=tests
-  set -- "$recipe/" "$@"
+  numbers=train_speed_$(basename "$recipe")
+  if ! grep -q "^    \"$(basename "$recipe")\": " ci/benchmarks/subject.py; then
+    [ "$part" != speed ] || { echo "error: RECIPE=$recipe: ci/benchmarks/subject.py has no sizes of it to measure." >&2; exit 2; }
+    part=tests
+  fi
 fi
+export RECIPE=$recipe
 
 if [ -n "${HERE:-}" ]; then
   python=${PYTHON:-python3}
@@ -55,20 +59,23 @@ then
   run "installing TransformerEngine" \
     python -m pip install --quiet --no-build-isolation -r "$te"
 fi
-for name in ${OUT:+gpu_tests train_speed}; do
+for name in ${OUT:+gpu_tests "$numbers"}; do
   if [ -e "docs/results/$name.json" ] && [ ! -e "$OUT/$name.json" ]; then cp "docs/results/$name.json" "$OUT"; fi
 done
 if [ "$part" != speed ]; then
-  run tests "$python" ci/benchmarks/hardware.py ${OUT:+--output "$OUT/gpu_tests.json"} "$@"
+  folder=()
+  [ "$recipe" = "$measured" ] || folder=("$recipe/")
+  run tests "$python" ci/benchmarks/hardware.py ${OUT:+--output "$OUT/gpu_tests.json"} ${folder[@]+"${folder[@]}"} "$@"
 fi
 if [ "$part" != tests ]; then
-  speed=("$python" ci/benchmarks/train_speed.py) numbers=${OUT:-docs/results}/train_speed.json sizes=150M,650M,3B
+  speed=("$python" ci/benchmarks/train_speed.py) numbers=${OUT:-docs/results}/$numbers.json
+  sizes=$(python3 ci/benchmarks/subject.py)
   case ${1:-} in [0-9]*) sizes=$1; shift;; esac
   for size in ${sizes//,/ }; do
     run "speed of $size" "${speed[@]}" --device cuda --sizes "$size" --profile 4 --output "$numbers" "$@"
   done
   run "tables of speed" "${speed[@]}" --from "$numbers" \
-    --table "${OUT:-docs}/speed.md" --plot "${OUT:-docs/images}/train_speed.png"
-  [ -n "${OUT:-}" ] || run "summary of speed" "${speed[@]}" --from "$numbers" --table README.md
+    --table "${OUT:-docs}/speed.md" --plot "${OUT:-docs/images}/$(basename "$numbers" .json).png"
+  [ -n "${OUT:-}" ] || [ "$recipe" != "$measured" ] || run "summary of speed" "${speed[@]}" --from "$numbers" --table README.md
 fi
 if [ ${#failed[@]} -gt 0 ]; then printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; fi

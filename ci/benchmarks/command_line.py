@@ -88,9 +88,9 @@ def run_or_read(asked: argparse.Namespace, measure: Callable, name: str, table: 
     return give_out(asked, numbers, name, table(numbers))
 
 
-def first_error(told: str) -> str:
+def first_error(stderr: str) -> str:
     """Of what a failed run has said, its own sentence, or else a rank's exception, or else the end."""
-    lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in told.strip().splitlines() if line.strip()]
+    lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in stderr.strip().splitlines() if line.strip()]
     for pattern in (r"error: ", r"(?!.*ChildFailedError)[\w.]*(Error|Exception)(: .|$)"):
         if found := [line for line in lines if re.match(pattern, line)]:
             return found[0]

@@ -20,23 +20,24 @@ from types import SimpleNamespace
 from typing import NoReturn
 
 import numpy as np
+from subject import RECIPE
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes" / "esm2_native_te"))
 from common import quiet  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
 from contestants import MAX_SEQ_LENGTH
+from omegaconf import OmegaConf
 from speed_profile import Profile
 
+from build_model import model_config, reference_config, training_flops
 from collator import MaskedLMCollator
 from common import cpu_memory
 from common.scheduler import adamw, linear_schedule
-from modeling_esm2 import SIZES, Esm2Config, training_flops
 from tokens.backends import resolve_layer_backend
 
 
-CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "esm2_native_te" / "hydra_config"
+CONFIGS = RECIPE / "hydra_config"
 MLM_PROBABILITY, MAX_GRAD_NORM = 0.15, 1.0
 WINDOW_ROWS = 10_000
 POOL_STEPS = 200  # four times what Trainer sorts together
@@ -50,7 +51,7 @@ class Finished(BaseException):
 class Gate:
     """Counts the steps of a training loop, and holds it up after as many as were wanted."""
 
-    def __init__(self, connection: Connection, device: str, shape: Esm2Config):
+    def __init__(self, connection: Connection, device: str, shape):
         self.connection, self.device, self.shape = connection, device, shape
         self.profile = None
         self.facts = {"memory_before_gib": None}
@@ -93,7 +94,7 @@ class Gate:
             counts["tokens"] += batch.counts["tokens"]
             counts["labels"] += batch.counts["labels"]
             counts["slots"] += batch.num_slots
-            counts["flops"] += training_flops(self.shape, batch.counts, backend)
+            counts["flops"] += training_flops(self.shape, batch, backend)
 
     def step(self, loss: float | None) -> None:
         """A step is over; `loss` is in nats a masked residue, None where the loop does not read it."""
@@ -124,7 +125,7 @@ def run(connection: Connection, log: str, job: dict) -> NoReturn:
     if job["device"] == "cpu":
         torch.set_num_threads(job["threads"])
     job = SimpleNamespace(**job)
-    gate = Gate(connection, job.device, Esm2Config(**SIZES[job.model_tag]))
+    gate = Gate(connection, job.device, model_config(job.model_tag, "auto"))
     kinds = {"facts": prepare, "ours": train_ours, "loop": train_loop,
              "trainer": train_trainer, "products": multiply}  # fmt: skip
     try:
@@ -143,12 +144,12 @@ def prepare(job: SimpleNamespace, gate: Gate) -> None:
     from common.distributed import process_group
     from common.epoch_plan import EpochPlan, Grouping
     from common.open_data import open_rows
-    from dataset import CLS, EOS, open_source, tokenize
+    from dataset import SequenceRows
 
     datasets.disable_progress_bars()
     try:
         rows = open_rows("dataset", {**job.data, "split": "train"})
-        source = open_source("dataset", rows, "sequence", "", None, MAX_SEQ_LENGTH, job.seed)
+        source = SequenceRows("dataset", rows, "sequence", MAX_SEQ_LENGTH, job.seed)
         with process_group(job.seed) as distributed:
             source.build_index(distributed)
     except ValueError as error:
@@ -162,8 +163,7 @@ def prepare(job: SimpleNamespace, gate: Gate) -> None:
     num_rows = max(job.warmup + job.rounds * (job.settling + job.mixed_steps), POOL_STEPS) * passes * micro_rows
     tokens = []
     for batch in plan.starting_at(0, 0, 0):
-        residues = (tokenize(sequence)[: MAX_SEQ_LENGTH - 2] for sequence in source.sequences(batch.rows, batch.epoch))
-        tokens += [bytes([CLS]) + some + bytes([EOS]) for some in residues]
+        tokens += [row.tobytes() for row in source.read(batch.rows, batch.epoch)]
         if len(tokens) >= num_rows:
             break
     tokens = tokens[:num_rows]
@@ -200,7 +200,7 @@ def machine_facts(job: SimpleNamespace) -> dict:
         "bf16_speed": None if cuda else bf16_speed(),
         "capability": torch.cuda.get_device_capability() if cuda else None,
         "te": te_available()[0],
-        "layer_backend": resolve_layer_backend("auto", Esm2Config(**SIZES[job.model_tag]).head_dim),
+        "layer_backend": resolve_layer_backend("auto", model_config(job.model_tag, "auto").head_dim),
         "flash_attn": "flash_attn" in found,
         "accelerate": "accelerate" in found,
         "versions": found,
@@ -276,7 +276,6 @@ class Rows:
 def train_ours(job: SimpleNamespace, gate: Gate) -> None:
     """The recipe's own train_ddp.py, held up where it logs a step."""
     from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
 
     import train_ddp
     from build_model import build_precision
@@ -333,18 +332,19 @@ def train_ours(job: SimpleNamespace, gate: Gate) -> None:
     launch(main)
 
 
-def build_peer(job: SimpleNamespace, shape: Esm2Config) -> tuple:
+def build_peer(job: SimpleNamespace, shape) -> tuple:
     """Hugging Face's model with random weights, and the optimizer and schedule that our recipe has."""
     from transformers import AutoModelForMaskedLM
 
-    from convert import hf_config
-
     torch.manual_seed(job.seed)
-    model = AutoModelForMaskedLM.from_config(hf_config(shape), attn_implementation=job.options["attention"])
-    model.esm.contact_head.requires_grad_(False)  # no part of the loss
+    model = AutoModelForMaskedLM.from_config(reference_config(shape), attn_implementation=job.options["attention"])
+    for name, module in model.named_modules():
+        if name.endswith("contact_head"):
+            module.requires_grad_(False)  # no part of the loss
     model.to(job.device).train()
-    optimizer = adamw(model.parameters())
-    return model, optimizer, linear_schedule(optimizer)
+    published = OmegaConf.load(CONFIGS / "defaults.yaml")
+    optimizer = adamw(model.parameters(), **published.adamw_kwargs)
+    return model, optimizer, linear_schedule(optimizer, **published.lr_scheduler_kwargs)
 
 
 def train_loop(job: SimpleNamespace, gate: Gate) -> None:
@@ -362,7 +362,8 @@ def train_loop(job: SimpleNamespace, gate: Gate) -> None:
     facts = {"num_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     if job.options["compile"]:
         # Each layer by itself: the graph of one serves all.
-        for layer in model.esm.encoder.layer:
+        layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+        for layer in layers:
             layer.compile(dynamic=True)
         started = time.perf_counter()
         widths = [rows.lengths[places].max() for places in order]

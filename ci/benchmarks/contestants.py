@@ -3,24 +3,10 @@
 
 from typing import Any, NamedTuple
 
-
-class Shape(NamedTuple):
-    """A published size, as far as memory depends on it."""
-
-    model_tag: str
-    num_parameters: float
-    num_layers: int
-    width: int
+from subject import SUBJECT
 
 
-SIZES = {
-    "1M": Shape("esm2_t4_1M", 0.8e6, 4, 128),
-    "8M": Shape("esm2_t6_8M_UR50D", 7.5e6, 6, 320),
-    "35M": Shape("esm2_t12_35M_UR50D", 33.5e6, 12, 480),
-    "150M": Shape("esm2_t30_150M_UR50D", 148e6, 30, 640),
-    "650M": Shape("esm2_t33_650M_UR50D", 651e6, 33, 1280),
-    "3B": Shape("esm2_t36_3B_UR50D", 2840e6, 36, 2560),
-}
+SIZES = SUBJECT.sizes
 MAX_SEQ_LENGTH = 1024
 PRODUCTS = "matrix products"
 SAME = "all contestants have the same"
@@ -73,13 +59,15 @@ class Defaults(NamedTuple):
 
 def defaults(device: str, size: str) -> Defaults:
     """Enough tokens for every part of a step to count, few enough for a round to take a minute or two."""
+    millions = SIZES[size].num_parameters / 1e6
     if device == "cuda":
-        rows = {"650M": 16, "3B": 8}.get(size, 32)
-        return Defaults(32_768, 8_192, rows, 10) if size == "3B" else Defaults(65_536, 16_384, rows, 20)
-    if size == "1M":
+        if millions > 1500:
+            return Defaults(32_768, 8_192, 8, 10)
+        return Defaults(65_536, 16_384, 16 if millions > 400 else 32, 20)
+    if size == SUBJECT.quick:
         return Defaults(4_096, 2_048, 4, 1)
-    rows = {"8M": 8, "35M": 8}.get(size, 3)  # at 150M eight of the longest proteins need 20 to 30 GiB
-    return Defaults(8_192, 8_192, rows, {"8M": 4, "35M": 2}.get(size, 1))
+    # At 150M eight of the longest proteins need 20 to 30 GiB.
+    return Defaults(8_192, 8_192, 8 if millions < 100 else 3, 4 if millions < 20 else 2 if millions < 100 else 1)
 
 
 def held_gib(size: str) -> float:

@@ -103,11 +103,11 @@ def table(numbers: dict) -> str:
             cells.append("trains" if run["trains_in_limit"] else "does not train")
         lines.append("| " + " | ".join(cells) + " |")
     overrides = "".join(f" {override}" for override in asked["overrides"])
-    told = "; the limit is on what a process allocates (RLIMIT_DATA)" * (limit is not None)
+    limited = "; the limit is on what a process allocates (RLIMIT_DATA)" * (limit is not None)
     lines += [
         "",
         f"{asked['model_tag']}, one sequence of {asked['length']:,} tokens, FSDP2, {asked['precision']}{overrides}; "
-        f"resident memory with Python and libraries{told}. {numbers['machine']}, {numbers['date']}, torch "
+        f"resident memory with Python and libraries{limited}. {numbers['machine']}, {numbers['date']}, torch "
         f"{numbers['versions']['torch']}.",
     ]
     return "\n".join(lines)

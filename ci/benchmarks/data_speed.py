@@ -389,9 +389,9 @@ def start_lines(result: dict) -> list[str]:
 
 def plan_lines(result: dict) -> list[str]:
     """The plan, of an epoch and of a window."""
-    plan, told = result["plan"], ""
+    plan, further = result["plan"], ""
     if window_ms := plan.get("plan_indexed_window_ms"):
-        told = (
+        further = (
             f" By the index of {plan['read_rows']:,} rows in a file, a window is planned in {window_ms:.0f} ms: each "
             f"worker can plan for {plan['window_tokens'] / window_ms / 1000:,.0f} million tokens/s, those of all "
             f"ranks together. All windows of {plan['uniref50_rows']:,} rows would take it "
@@ -407,7 +407,7 @@ def plan_lines(result: dict) -> list[str]:
         "",
         f"Of {plan['uniref50_rows']:,} rows, a window of {plan['window_rows']:,} at any place is shuffled in "
         f"{plan['shuffle_window_ms']:.1f} ms and planned in {plan['plan_window_ms']:.0f} ms; a run that is resumed at "
-        f"any place has its micro-batch after {plan['resume_ms']:.0f} ms.{told}",
+        f"any place has its micro-batch after {plan['resume_ms']:.0f} ms.{further}",
         "",
     ]
 

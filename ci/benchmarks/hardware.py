@@ -70,7 +70,7 @@ def folders(recipe: Path) -> tuple[str, ...]:
 
 
 def token_rows() -> list[Row]:
-    """What is told of a recipe on sequences of tokens."""
+    """What is said of a recipe on sequences of tokens."""
     found = [
         Row("layers alone, loss and gradients, padded and packed", "test_modeling.*test_padded_and_packed_agree",
             "test_layers_te.*test_loss_and_gradients", "test_layers_te.*test_loss_and_gradients"),
@@ -93,7 +93,7 @@ def token_rows() -> list[Row]:
         )
     parallel = r"test_gpu.*(test_two_gpus\[2-.*-|test_context_parallels_hooks_on_one_gpu\[)%s\]"
     return found + [
-        Row("FP8 in some layers only", "test_train.*test_few_bits_packed_to_the_final_model.*one layer",
+        Row("few bits in some layers only", "test_train.*test_few_bits_packed_to_the_final_model.*one layer",
             "test_gpu.*test_few_bits_in_some_layers.*torchao", "test_gpu.*test_few_bits_in_some_layers.*te-"),
         Row("statistics of rounding", "test_quant_stats.*test_every_product_of_every_layer",
             r"test_gpu.*test_statistics_of_rounding\[torchao", r"test_gpu.*test_statistics_of_rounding\[te-"),
@@ -111,9 +111,9 @@ def token_rows() -> list[Row]:
         Row("resume on another number of ranks", "test_checkpoint.*test_two_ranks_then_one_then_four", f"={NO_TEST}",
             f"={NO_TEST}"),
         Row("killed at any moment, restarted by `torchrun`", "test_kill_anywhere", f"={NO_TEST}", f"={NO_TEST}"),
-        Row("a GPU's checkpoint resumes on a CPU", "=–", r"test_gpu.*goes_on_on_a_cpu\[torch\]",
+        Row("a GPU's checkpoint goes on on a CPU", "=–", r"test_gpu.*goes_on_on_a_cpu\[torch\]",
             r"test_gpu.*goes_on_on_a_cpu\[te\]"),
-        Row("final model opens with plain `transformers`", "test_export.*test_plain_transformers",
+        Row("final model opens with plain `transformers`", "test_final_model.*test_it_gives_what",
             r"test_gpu.*test_the_final_model_opens_with_plain_transformers\[torch\]",
             r"test_gpu.*test_the_final_model_opens_with_plain_transformers\[te\]"),
         Row("tensor parallelism", "=out of scope: FSDP2 splits the weights, `cp_size` the tokens", "=no", "=no"),
@@ -124,7 +124,7 @@ FAMILIES = {"tokens": token_rows}  # by the folder that the recipes of a family 
 
 
 def rows(recipe: Path) -> list[Row]:
-    """What is told of a recipe."""
+    """What is said of a recipe."""
     return [row for folder, of_family in FAMILIES.items() if (recipe / folder).is_dir() for row in of_family()]
 
 
@@ -209,9 +209,9 @@ def measure(file: Path, chosen: str | None, timeout_s: float) -> dict[str, str]:
     lost = "timed out" if code is None else "crashed"
     results |= {name: found.get(name, lost) for name in asked}
     if code not in (0, 1) or lost in results.values():
-        told = f"timed out after {timeout_s} s" if code is None else f"pytest ended with exit code {code}"
+        reason = f"timed out after {timeout_s} s" if code is None else f"pytest ended with exit code {code}"
         missing = sum(name not in found for name in asked)
-        print(f"error: {path}: {told}; {missing} of {len(asked)} tests have no outcome.", file=sys.stderr)
+        print(f"error: {path}: {reason}; {missing} of {len(asked)} tests have no outcome.", file=sys.stderr)
         results[path] = lost
     return results
 
@@ -239,7 +239,7 @@ def cell(pattern: str, runs: list[dict], places: tuple[str, ...]) -> str:
     """What a GPU's column says, by the tests that lie in `places`."""
     if pattern.startswith("="):
         return pattern[1:]
-    told = []
+    devices = []
     for device in dict.fromkeys(run["device"] for run in runs):
         found = [(outcome, run) for run in runs if run["device"] == device for name, outcome in run["tests"].items()
                  if name.startswith(places) and re.search(pattern, name)]  # fmt: skip
@@ -251,8 +251,8 @@ def cell(pattern: str, runs: list[dict], places: tuple[str, ...]) -> str:
         if ran:
             done = "run" if len(ran) == len(found) else f"{len(ran)} of {len(found)} tests run"
             whens = "; ".join(dict.fromkeys(when for _, when in ran))
-            told.append(f"{' and '.join(what) or done} on {device} ({whens})")
-    return "; ".join(told) or NO
+            devices.append(f"{' and '.join(what) or done} on {device} ({whens})")
+    return "; ".join(devices) or NO
 
 
 def when(run: dict) -> str:
@@ -273,7 +273,7 @@ def table_of(recipe: Path, runs: list[dict]) -> str:
     lines = [f"## {recipe.name}", f"[{title}](../{readme.relative_to(ROOT)})", ""]
     lines += ["| | CPU | GPU, plain layers | GPU, TransformerEngine |", "|---|---|---|---|"]
     for row in rows(recipe):
-        cpu = "run on CPU" + ", emulated" * any(x in row.what for x in ("Scaling", "FP8", "rounding"))
+        cpu = "run on CPU" + ", emulated" * any(x in row.what for x in ("Scaling", "few bits", "rounding"))
         cpu += ", with a stand-in for CUDA's streams" * row.what.startswith("Megatron")
         cpu = row.cpu[1:] if row.cpu.startswith("=") else cpu
         cells = (cpu, cell(row.plain, runs, places), cell(row.te, runs, places))

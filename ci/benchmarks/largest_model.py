@@ -152,10 +152,10 @@ NO_MEMORY = re.compile(
 )
 
 
-def out_of_memory(code: int, told: str) -> bool:
+def out_of_memory(code: int, stderr: str) -> bool:
     """Whether torchrun or, of its ranks, the first that failed was killed, or got no memory."""
-    first = re.search(r"Root Cause.*?exitcode\s*: (-?\d+)", told, re.DOTALL)
-    return -signal.SIGKILL in (code, int(first[1]) if first else code) or bool(NO_MEMORY.search(told))
+    first = re.search(r"Root Cause.*?exitcode\s*: (-?\d+)", stderr, re.DOTALL)
+    return -signal.SIGKILL in (code, int(first[1]) if first else code) or bool(NO_MEMORY.search(stderr))
 
 
 def train(asked: argparse.Namespace, num_layers: int) -> dict:
@@ -184,11 +184,11 @@ def train(asked: argparse.Namespace, num_layers: int) -> dict:
             raise Failed(f"{num_layers} layers took longer than {asked.timeout} s; give a longer --timeout.") from None
         finally:
             memory.end(process)
-        told = (scratch / "stderr").read_text(errors="replace")
-        if code and out_of_memory(code, told):
+        stderr = (scratch / "stderr").read_text(errors="replace")
+        if code and out_of_memory(code, stderr):
             return found
         if code:
-            raise Failed(f"{num_layers} layers: exit code {code}: {first_error(told)}")
+            raise Failed(f"{num_layers} layers: exit code {code}: {first_error(stderr)}")
         if len(memory.peaks) < 1 + NUM_RANKS:
             raise Failed(
                 f"{num_layers} layers: {1 + NUM_RANKS} processes ran, but only {len(memory.peaks)} were seen."
@@ -277,13 +277,13 @@ def table(numbers: dict) -> str:
                 f"{run['num_parameters'] / 1e6:,.0f}", f"{run['peak_gib']:.2f}", f"{run['tokens_per_second']:,.0f}",
             )  # fmt: skip
         lines.append("| " + " | ".join(f"**{cell}**" if run is largest else cell for cell in cells) + " |")
-    told = ", ".join(f"{name} {version}" for name, version in numbers["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in numbers["versions"].items())
     facts = [
         f"Bold: the largest in {limit:g} GiB, {largest['num_parameters'] / 1e6:,.0f}M parameters; "
         "one layer more does not fit",
         f"layers of {settings['model_tag']}" + (f", {a_layer:.3f} GiB each" if a_layer else ""),
         f"{settings['num_ranks']} ranks, packs of {settings['pack_tokens']:,} tokens",
-        f"{numbers['machine']}, {numbers['cores']} cores, {numbers['date']}", told, *settings["overrides"],
+        f"{numbers['machine']}, {numbers['cores']} cores, {numbers['date']}", versions, *settings["overrides"],
     ]  # fmt: skip
     return "\n".join([*lines, "", "; ".join(facts) + "."])
 

@@ -149,12 +149,12 @@ def main(arguments: list[str]) -> int:
     """Run or read, then print, write, draw or check."""
     asked = read_arguments(arguments)
 
-    def told(numbers: dict) -> str:
+    def drawn(numbers: dict) -> str:
         if asked.plot:
             draw(numbers, asked.plot)
         return table(numbers)
 
-    return run_or_read(asked, measure, NAME, told)
+    return run_or_read(asked, measure, NAME, drawn)
 
 
 if __name__ == "__main__":

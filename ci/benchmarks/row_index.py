@@ -38,7 +38,7 @@ from largest_model import family, stat
 from tqdm import tqdm
 
 import dataset
-from common.contract.ranks import run_ranks
+from common.contract.ranks import call_on_ranks
 from common.distributed import Distributed
 from common.loader import end_workers, script_unseen, start_worker_server
 from common.run_facts import cpu_name, versions
@@ -106,7 +106,7 @@ def run(way: str, source: dict, folder: Path, settings: dict) -> tuple[dict, lis
     log.mkdir()
     if way == "built":
         shutil.rmtree(cache / "row_sizes")
-    ranks = run_ranks(folder / "ranks", rank, settings["num_ranks"], way, source, str(cache), str(log), settings)
+    ranks = call_on_ranks(folder / "ranks", rank, settings["num_ranks"], way, source, str(cache), str(log), settings)
     started = min(one["started"] for one in ranks)
     first, last = (max(one["ended"][step] for one in ranks) for step in (0, -1))
     numbers = {
@@ -183,7 +183,7 @@ def table(numbers: dict) -> str:
     less = [a["bytes_to_last_step"][WORKERS] / b["bytes_to_last_step"][WORKERS]
             for a, b in zip(rounds["rows"], rounds["mapped"], strict=True)]  # fmt: skip
     check = mega([turn["bytes_to_first_step"][CHECK] for turn in rounds["mapped"]])
-    told = ", ".join(f"{name} {version}" for name, version in numbers["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in numbers["versions"].items())
     facts = [
         f"{settings['num_ranks']} ranks of {settings['num_workers']} workers; {settings['num_rows']:,} made-up rows",
         f"in windows of {settings['window_rows']:,}, micro-batches of {settings['token_micro_batch_size']:,} tokens.",
@@ -191,7 +191,7 @@ def table(numbers: dict) -> str:
         f"Of what ranks read before they begin, {check} MB are the first {settings['window_rows']:,} rows, in which",
         "odd signs are looked for.",
         f"{numbers['machine']['name']}, {numbers['machine']['cores']} cores, {settings['rounds']} "
-        f"round{'s' * (settings['rounds'] > 1)}, {numbers['date']}; {told}.",
+        f"round{'s' * (settings['rounds'] > 1)}, {numbers['date']}; {versions}.",
     ]
     return "\n".join([*lines, "", " ".join(facts)])
 

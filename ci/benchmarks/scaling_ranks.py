@@ -95,19 +95,19 @@ def train(
         preexec_fn=limit,
     ) as process:  # fmt: skip
         try:
-            _, told = process.communicate(timeout=timeout_s)
+            _, stderr = process.communicate(timeout=timeout_s)
         except BaseException as stopped:
             process.terminate()  # torchrun ends its ranks, and after a while kills those that do not heed it
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=GRACE_S)
             process.kill()
             if isinstance(stopped, subprocess.TimeoutExpired):
-                told = "give fewer --steps, or a longer --timeout."
-                raise TookTooLong(f"{what} took longer than {timeout_s:.0f} s; {told}") from None
+                advice = "give fewer --steps, or a longer --timeout."
+                raise TookTooLong(f"{what} took longer than {timeout_s:.0f} s; {advice}") from None
             raise
     code = process.returncode
     if code:
-        raise Failed(f"{what} failed with exit code {code}: {first_error(told)}")
+        raise Failed(f"{what} failed with exit code {code}: {first_error(stderr)}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "train"]
 

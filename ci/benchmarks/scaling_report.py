@@ -176,7 +176,7 @@ def plot(numbers: dict, path: Path) -> None:
         picture = Figure(figsize=(10.5, 6.4), layout="constrained")
         axes = picture.subplots(2, len(LARGE), sharex=True, sharey=True)
         kinds = (("fixed_step", "2M tokens a step"), ("growing_step", "one pass a GPU and step"))
-        for row, (kind, told) in zip(axes, kinds, strict=True):
+        for row, (kind, title) in zip(axes, kinds, strict=True):
             for axis, size in zip(row, LARGE, strict=True):
                 missing = []
                 for strategy, colour, marker in zip(STRATEGIES, COLOURS, MARKERS, strict=False):
@@ -199,7 +199,7 @@ def plot(numbers: dict, path: Path) -> None:
                         f"{' and '.join(missing)}:\ndo not fit" if len(missing) > 1 else f"{missing[0]} does not fit"
                     )
                     axis.text(0.4, 0.4, told_missing, transform=axis.transAxes, fontsize=9, color=INK)
-                axis.set(xscale="log", ylim=(0, 1.05), title=f"{size}, {told}")
+                axis.set(xscale="log", ylim=(0, 1.05), title=f"{size}, {title}")
                 counts = sorted({line["num_gpus"] for line in numbers[kind]})
                 axis.set_xticks(counts, [f"{count:,}" for count in counts])
                 axis.minorticks_off()
@@ -227,14 +227,14 @@ def ranks_table(numbers: dict) -> str:
                 f"{min(ratios):.2f} – {max(ratios):.2f}",
             ]
         )  # fmt: skip
-    settings, told = numbers["settings"], ", ".join(f"{name} {v}" for name, v in numbers["versions"].items())
+    settings, versions = numbers["settings"], ", ".join(f"{name} {v}" for name, v in numbers["versions"].items())
     head = ["trainer", "1 rank, tokens/s", "2 ranks, tokens/s", "2 ranks / 1 rank, median", "from – to"]
     facts = [
         f"{settings['model_tag']}, {settings['precision']}, data: {settings['data']}",
         f"{settings['rounds']} round(s) of {settings['steps']} steps, {settings['warmup_steps']} not counted before",
         f"{settings['micro_batches_per_step']} x {settings['pack_tokens']:,} tokens a step, one thread a rank",
         f"{numbers['machine']}, {numbers['cores']} cores, {numbers['date']}",
-        told,
+        versions,
         f"losses of 1 and 2 ranks differ by a relative {numbers['loss_difference']:.0e} at most",
         *settings["overrides"],
     ]

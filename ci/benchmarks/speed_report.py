@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and bars of what train_speed.py has measured."""
 
-import sys
 from pathlib import Path
 from statistics import median
 
+from subject import SUBJECTS, suffix
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes" / "esm2_native_te"))
+
 from common import quiet  # noqa: F401  # isort: skip
 import matplotlib
 from matplotlib.figure import Figure
@@ -84,8 +84,8 @@ def before(entry: dict) -> str | None:
     for contestant in entry["contestants"]:
         found = contestant.get("qualifying_tokens_per_second", {})
         if len(found) > 1:
-            told = ", ".join(f"{fmt.upper()} {rate:,.0f}" for fmt, rate in found.items())
-            rates.append(f"{contestant['name']} {told}")
+            listed = ", ".join(f"{fmt.upper()} {rate:,.0f}" for fmt, rate in found.items())
+            rates.append(f"{contestant['name']} {listed}")
         if "compile_s" in contestant:
             compiled.append(f"Compiling took {contestant['compile_s']:.0f} s ({contestant['name']}).")
     sentences = []
@@ -145,7 +145,7 @@ def counted(number: int, noun: str) -> str:
 def machine_name(entry: dict) -> str:
     """The processor, and what its products have: machines that name themselves alike can differ in that."""
     machine = entry["machine"]
-    return ", ".join([machine["name"], *[told for flag, told in SIMD.items() if flag in machine["simd"]][:1]])
+    return ", ".join([machine["name"], *[words for flag, words in SIMD.items() if flag in machine["simd"]][:1]])
 
 
 def entry_text(entry: dict) -> str:
@@ -158,6 +158,11 @@ def entry_text(entry: dict) -> str:
     return "\n\n".join(part for part in (*parts, facts(entry)) if part)
 
 
+def recipe_of(result: dict) -> str:
+    """The name of what was measured; older files have none."""
+    return next((entry["recipe"] for entry in result["entries"] if "recipe" in entry), next(iter(SUBJECTS)))
+
+
 def tables(result: dict) -> str:
     """All sizes."""
     return "\n\n".join(map(entry_text, result["entries"]))
@@ -165,7 +170,8 @@ def tables(result: dict) -> str:
 
 def summary(result: dict) -> str:
     """A line for each size: what a user gets."""
-    head = ("ESM-2", "device", "real tokens/s", "faster than a plain `transformers` loop", "than the best peer",
+    title = SUBJECTS[recipe_of(result)].title
+    head = (title, "device", "real tokens/s", "faster than a plain `transformers` loop", "than the best peer",
             "TFLOP/s", "of matrix products", "peak memory, GiB")  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for entry in result["entries"]:
@@ -188,10 +194,11 @@ def summary(result: dict) -> str:
 
 def updated(page: Path, result: dict) -> str:
     """The page with its tables, in full or in short, made from these numbers. Raises ValueError if it has no place."""
-    text = page.read_text() if page.is_file() else "\n".join(marks(NAME)) + "\n"
-    places = {f"{NAME}_summary": summary, NAME: tables}
-    for name in [name for name in places if marks(name)[0] in text] or [NAME]:
-        text = with_table(text, name, places[name](result))
+    name = NAME + suffix(recipe_of(result))
+    text = page.read_text() if page.is_file() else "\n".join(marks(name)) + "\n"
+    places = {f"{name}_summary": summary, name: tables}
+    for place in [place for place in places if marks(place)[0] in text] or [name]:
+        text = with_table(text, place, places[place](result))
     return text
 
 
@@ -223,13 +230,16 @@ def draw(result: dict, out: Path) -> None:
             panel.barh(range(len(lines)), rates, xerr=away, color=colours, height=0.7,
                        error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2})  # fmt: skip
             for i, line in enumerate(lines):
-                told = f"{line['rate']:,.0f}" + ("" if i == 0 else f"   ours {line['ratio']:.2f} x")
-                panel.text(line["highest"], i, f"  {told}", va="center", fontsize=8.5)
+                label = f"{line['rate']:,.0f}" + ("" if i == 0 else f"   ours {line['ratio']:.2f} x")
+                panel.text(line["highest"], i, f"  {label}", va="center", fontsize=8.5)
             labels = [f"{line['name']}, {line['precision'].upper()}" for line in lines]
             panel.set_yticks(range(len(lines)), labels, color=INK)
             panel.invert_yaxis()
             panel.grid(axis="y", visible=False)
             panel.set_xlim(0, 1.35 * max(line["highest"] for line in lines))
             panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-            panel.set(title=f"ESM-2 {entry['size']}, {machine_name(entry)}", xlabel="Real tokens/s")
+            panel.set(
+                title=f"{SUBJECTS[recipe_of(result)].title} {entry['size']}, {machine_name(entry)}",
+                xlabel="Real tokens/s",
+            )
         figure.savefig(out)

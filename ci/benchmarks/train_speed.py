@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed and memory of training ESM-2, side by side: this repository's recipe, and Hugging Face's model around it.
+"""Speed and memory of training, side by side: one of these recipes, and Hugging Face's own model in a plain loop.
 
 python ci/benchmarks/train_speed.py --sizes 8M,35M,150M               # writes docs/results/train_speed.json
 python ci/benchmarks/train_speed.py --sizes 8M --data my.fasta --output mine.json use_torch_compile=true
 python ci/benchmarks/train_speed.py --device cuda --sizes 150M,650M,3B
+python ci/benchmarks/train_speed.py --recipe recipes/NAME             # another than ESM-2, if subject.py knows it
 python ci/benchmarks/train_speed.py --quick --output quick.json       # a tiny model, less than a minute
 python ci/benchmarks/train_speed.py --from docs/results/train_speed.json --check docs/speed.md
 
@@ -30,16 +31,13 @@ from pathlib import Path
 
 from command_line import parse_with_overrides, positive
 from contestants import MAX_SEQ_LENGTH, PRODUCTS, SIZES, TAKEN, Contestant, contestants, defaults, held_at_once
+from subject import RECIPE, ROOT, SUBJECT, suffix
 from tqdm import tqdm
 
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-REAL, BUNDLED = (
-    ROOT.parent / "shared" / "data" / "proteins_8k.parquet",
-    ROOT / "recipes" / "esm2_native_te" / "data" / "train.parquet",
-)
-OUTPUT = ROOT / "docs" / "results" / "train_speed.json"
+REAL, BUNDLED = ROOT.parent / "shared" / "data" / "proteins_8k.parquet", RECIPE / "data" / "train.parquet"
+OUTPUT = ROOT / "docs" / "results" / f"train_speed{suffix(RECIPE.name)}.json"
 
 
 MIXED_STEPS = 4  # a round, at least, of those whose steps have proteins of like lengths: then lengths are mixed
@@ -78,10 +76,10 @@ class Process:
             self.process.join()
             lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
             code = self.process.exitcode
-            told = lines[-1] if lines else f"exit code {code}"
+            reason = lines[-1] if lines else f"exit code {code}"
             if code < 0:
-                told = f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
-            raise Failed(told) from None
+                reason = f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
+            raise Failed(reason) from None
 
     def steps(self, steps: int, settling: int = 0, profile: bool = False) -> dict:
         """Let it take so many steps, after some that do not count; its report."""
@@ -305,6 +303,7 @@ class Benchmark:
         """What the JSON has of this size."""
         arguments = self.arguments
         return {
+            "recipe": RECIPE.name,
             "size": self.size,
             "device": arguments.device,
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -400,6 +399,8 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the bars")
     parser.add_argument("--check", type=Path, metavar="FILE.md", help="fail if its tables are not those of --from")
 
+    parser.add_argument("--recipe", metavar="FOLDER", help="what is measured; default: recipes/esm2_native_te")
+
     found = parse_with_overrides(parser, arguments)
     overrides, found.overrides = found.overrides, {}
     for override in overrides:
@@ -419,7 +420,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
             parser.error(f"--from {found.numbers}: no such file.")
         return found
 
-    found.sizes = (found.sizes or ("1M" if found.quick else "8M")).split(",")
+    found.sizes = (found.sizes or (SUBJECT.quick if found.quick else SUBJECT.usual)).split(",")
     for size in found.sizes:
         if size not in SIZES:
             parser.error(f"--sizes {size}: known are {', '.join(SIZES)}.")

@@ -86,7 +86,7 @@ def test_the_limit_is_the_systems(tmp_path, limit_gib, trains):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "sentence"),
     [
         (["cp_size=2"], "cp_size=2: the benchmark sets that itself"),
         (["--steps", "1"], "--steps 1 must be at least 2"),
@@ -95,7 +95,7 @@ def test_the_limit_is_the_systems(tmp_path, limit_gib, trains):
         (["--limit-gib", "-1"], "--limit-gib -1 must be a number of GiB above 0"),
     ],
 )
-def test_what_cannot_be_asked(arguments, told, capsys):
+def test_what_cannot_be_asked(arguments, sentence, capsys):
     with pytest.raises(SystemExit):
         context_memory.read_arguments(arguments)
-    assert told in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err

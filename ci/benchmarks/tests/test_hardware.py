@@ -60,35 +60,37 @@ def bf16(*outcomes, **facts):
     return RUN | facts | {"tests": tests}
 
 
-def told(*runs):
+def row_text(*runs):
     return hardware.cell(hardware.rows(RECIPE)[2].te, list(runs), hardware.folders(RECIPE))
 
 
 def test_what_ran_where():
-    assert told(bf16("passed", "passed")) == f"run on {H300}"
-    assert told(bf16("passed", "failed")) == f"1 of 2 tests fail on {H300}"
-    assert told(bf16("passed", "skipped")) == told(bf16("not run", "passed")) == f"1 of 2 tests run on {H300}"
-    assert told(bf16("crashed", "crashed")) == f"2 of 2 tests lost in a crash on {H300}"
-    assert told(bf16("failed", "timed out")) == f"1 of 2 tests fail and 1 of 2 tests lost in a timeout on {H300}"
-    assert told(bf16("skipped", "not run")) == told(bf16()) == told() == hardware.NO
+    assert row_text(bf16("passed", "passed")) == f"run on {H300}"
+    assert row_text(bf16("passed", "failed")) == f"1 of 2 tests fail on {H300}"
+    assert row_text(bf16("passed", "skipped")) == row_text(bf16("not run", "passed")) == f"1 of 2 tests run on {H300}"
+    assert row_text(bf16("crashed", "crashed")) == f"2 of 2 tests lost in a crash on {H300}"
+    assert row_text(bf16("failed", "timed out")) == f"1 of 2 tests fail and 1 of 2 tests lost in a timeout on {H300}"
+    assert row_text(bf16("skipped", "not run")) == row_text(bf16()) == row_text() == hardware.NO
     assert hardware.cell("=no", [RUN | {"tests": {}}], hardware.folders(RECIPE)) == "no"
 
 
 def test_runs_stand_beside_each_other():
     first, other = bf16("passed", "failed"), bf16("passed", "passed", device="NVIDIA B400")
     both = hardware.merged([first], other)
-    assert told(*both) == "1 of 2 tests fail on NVIDIA H300 (2030-01-02, torch 9.1); run on " + (
+    assert row_text(*both) == "1 of 2 tests fail on NVIDIA H300 (2030-01-02, torch 9.1); run on " + (
         "NVIDIA B400 (2030-01-02, torch 9.1)"
     )
     # A later run of a part, on a device that is there.
     both = hardware.merged(both, bf16("not run", "passed", date="2030-03-04"))
-    assert told(*both).startswith("run on NVIDIA H300 (2030-01-02, torch 9.1; 2030-03-04, torch 9.1); run on NVIDIA B")
+    assert row_text(*both).startswith(
+        "run on NVIDIA H300 (2030-01-02, torch 9.1; 2030-03-04, torch 9.1); run on NVIDIA B"
+    )
     assert [len(run["tests"]) for run in both] == [1, 2, 1]
     # What is skipped now says nothing of what has passed; the same day's runs are one.
     assert hardware.merged([bf16("passed", "passed")], bf16("skipped", "passed")) == [bf16("passed", "passed")]
     # A file that cannot even be listed takes nothing away.
     lost = RUN | {"tests": {NAME.partition("::")[0]: "crashed"}}
-    assert told(*hardware.merged([bf16("passed", "passed")], lost)) == f"run on {H300}"
+    assert row_text(*hardware.merged([bf16("passed", "passed")], lost)) == f"run on {H300}"
     # A test that is gone, and a crash that is over.
     old = RUN | {"tests": {NAME.partition("::")[0]: "crashed", NAME.format("gone"): "passed", "other.py::x": "passed"}}
     assert hardware.merged([old], bf16("passed")) == [
@@ -231,12 +233,17 @@ def test_the_script_runs_all_and_tells_what_failed(tmp_path):
     python.chmod(0o755)
     done = gpu_script(PYTHON=str(python), OUT=str(out))
     assert done.returncode == 1 and done.stderr == "failed: speed of 650M (exit code 3)\n"
-    told = [line.split(" ")[:5] for line in log.read_text().splitlines()[1:]]
-    assert told[0] == ["ci/benchmarks/hardware.py", "--output", f"{out}/gpu_tests.json"]
-    assert [line[4] for line in told[1:4]] == ["150M", "650M", "3B"]
-    assert told[4:] == [
+    calls = [line.split(" ")[:5] for line in log.read_text().splitlines()[1:]]
+    assert calls[0] == ["ci/benchmarks/hardware.py", "--output", f"{out}/gpu_tests.json"]
+    assert [line[4] for line in calls[1:4]] == ["150M", "650M", "3B"]
+    assert calls[4:] == [
         ["ci/benchmarks/train_speed.py", "--from", f"{out}/train_speed.json", "--table", f"{out}/speed.md"]
     ]
     log.unlink()
     assert gpu_script("speed", "150M", "--rounds", "3", PYTHON=str(python), OUT=str(out)).returncode == 0
     assert log.read_text().splitlines()[1].endswith("--rounds 3") and len(log.read_text().splitlines()) == 3
+
+
+def test_the_script_takes_another_recipe(tmp_path):
+    done = gpu_script("speed", RECIPE="recipes/none")
+    assert done.returncode == 2 and done.stderr.startswith("error: RECIPE=recipes/none: no such recipe; there are")

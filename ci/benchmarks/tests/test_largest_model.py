@@ -166,7 +166,7 @@ def test_ranks_that_were_not_seen(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "found"),
+    ("stderr", "found"),
     [
         (
             "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
@@ -178,8 +178,8 @@ def test_ranks_that_were_not_seen(monkeypatch):
         ("ValueError: memory", False),
     ],
 )
-def test_what_tells_of_no_memory(told, found):
-    assert largest_model.out_of_memory(1, told) == found
+def test_what_tells_of_no_memory(stderr, found):
+    assert largest_model.out_of_memory(1, stderr) == found
 
 
 @pytest.mark.parametrize(
@@ -219,24 +219,24 @@ def wait_for(condition):
 
 
 def test_a_run_that_takes_too_long(monkeypatch, tmp_path):
-    told = tmp_path / "rank"
+    rank_id = tmp_path / "rank"
     with pytest.raises(largest_model.Failed, match=r"5 layers took longer than 5 s; give a longer --timeout\."):
-        one_run(monkeypatch, [sys.executable, "-c", STUBBORN_RANK.replace("PATH", repr(str(told)))], "--timeout=5")
-    assert wait_for(lambda: not is_alive(told.read_text()))
+        one_run(monkeypatch, [sys.executable, "-c", STUBBORN_RANK.replace("PATH", repr(str(rank_id)))], "--timeout=5")
+    assert wait_for(lambda: not is_alive(rank_id.read_text()))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_leaves_no_process(number, tmp_path):
-    told, output = tmp_path / "rank", tmp_path / "numbers.json"
-    fake = STUBBORN_RANK.replace("PATH", repr(str(told)))
+    rank_id, output = tmp_path / "rank", tmp_path / "numbers.json"
+    fake = STUBBORN_RANK.replace("PATH", repr(str(rank_id)))
     driver = DRIVER.replace("HERE", repr(str(HERE))).replace("FAKE", repr(fake)).replace("OUTPUT", repr(str(output)))
     command = [sys.executable, "-c", driver]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        assert wait_for(lambda: told.exists() and told.read_text())
+        assert wait_for(lambda: rank_id.exists() and rank_id.read_text())
         process.send_signal(number)
         said = process.communicate()[1]
     assert process.returncode == 128 + number and "Traceback" not in said and not output.exists()
-    assert wait_for(lambda: not is_alive(told.read_text()))
+    assert wait_for(lambda: not is_alive(rank_id.read_text()))
 
 
 def test_a_process_and_all_below_it(monkeypatch, tmp_path):

@@ -38,27 +38,27 @@ def test_the_tables_numbers():
 
 
 @pytest.mark.parametrize(
-    ("losses", "tokens", "told"),
+    ("losses", "tokens", "sentence"),
     [([3.0, None], [1, 2], "the loss became no number"), ([3.0, 2.0], None, "did not read the same tokens")],
 )
-def test_runs_that_cannot_be_compared_are_refused(losses, tokens, told, monkeypatch, tmp_path, capsys):
+def test_runs_that_cannot_be_compared_are_refused(losses, tokens, sentence, monkeypatch, tmp_path, capsys):
     counter = iter(range(100))
     monkeypatch.setattr(precision_curves, "train", lambda *_: [
         {"loss": loss, "num_tokens": tokens[i] if tokens else next(counter)} for i, loss in enumerate(losses)
     ])  # fmt: skip
     assert precision_curves.main(["--quick", "--output", str(tmp_path / "x.json")]) == 1
-    assert told in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "sentence"),
     [
         (["precision=fp32"], "precision=fp32: the benchmark sets that itself"),
         (["--quick"], "--quick measures too little"),
         (["--check", "page.md"], "--check needs the numbers"),
     ],
 )
-def test_what_does_not_go_together(arguments, told, capsys):
+def test_what_does_not_go_together(arguments, sentence, capsys):
     with pytest.raises(SystemExit):
         precision_curves.main(arguments)
-    assert told in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err

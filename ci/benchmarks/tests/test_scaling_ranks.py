@@ -50,7 +50,7 @@ Root Cause (first observed failure):
 
 
 @pytest.mark.parametrize(
-    ("told", "reason"),
+    ("output", "reason"),
     [
         (
             "Traceback:\nerror: precision=fp9 must be fp32.\nRuntimeError: later\n",
@@ -60,8 +60,8 @@ Root Cause (first observed failure):
         ("[rank1]: Traceback (most recent call last):\n[rank1]: MemoryError\n", "MemoryError"),
     ],
 )
-def test_the_reason_of_a_failed_run(told, reason):
-    assert first_error(told + CHILD_FAILED) == reason
+def test_the_reason_of_a_failed_run(output, reason):
+    assert first_error(output + CHILD_FAILED) == reason
 
 
 def test_a_run_that_dies_silently_is_told_by_its_end():

@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parents[1]
 RECIPE = HERE.parents[1] / "recipes" / "esm2_native_te"
 sys.path.insert(0, str(HERE))
 
+import subject  # noqa: E402
 import train_speed  # noqa: E402
 from contestants import SIZES, Contestant, contestants, defaults, held_at_once  # noqa: E402
 
@@ -140,8 +141,8 @@ def test_a_contestant_that_fails_is_told_and_the_others_go_on(monkeypatch, tmp_p
 
     monkeypatch.setattr(train_speed, "contestants", two)
     assert train_speed.main([*QUICK, f"--output={tmp_path}/numbers.json"]) == 0
-    told = capsys.readouterr()
-    assert "broken: fp32: ValueError" in told.err and "| broken |" in told.out
+    printed = capsys.readouterr()
+    assert "broken: fp32: ValueError" in printed.err and "| broken |" in printed.out
     ours, other = json.loads((tmp_path / "numbers.json").read_text())["entries"][0]["contestants"]
     assert len(ours["rounds"]) == 2 and "nonsense" in other["failed"] and not other["rounds"]
 
@@ -195,8 +196,29 @@ def test_what_is_in_memory_at_once():
     assert fitting(21, "cpu", "650M") < 2 <= fitting(138, "cuda", "650M")
 
 
+@pytest.mark.parametrize("words", [["--recipe", "recipes/none"], ["--recipe=recipes/none"]])
+def test_a_recipe_without_sizes(words):
+    done = subprocess.run([sys.executable, "train_speed.py", *words], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --recipe recipes/none: speed is measured of recipes/esm2_native_te")
+
+
+def test_each_recipe_has_files_and_tables_of_its_own(monkeypatch, tmp_path):
+    import speed_report
+
+    other = subject.SUBJECTS["esm2_native_te"]._replace(title="Other")
+    monkeypatch.setitem(subject.SUBJECTS, "other_native", other)
+    assert [subject.suffix(name) for name in subject.SUBJECTS][:1] == [""] and subject.suffix(
+        "other_native"
+    ) == "_other_native"
+    monkeypatch.setattr(speed_report, "tables", lambda result: "none")
+    page = tmp_path / "page.md"
+    speed_report.write(page, {"entries": [{"recipe": "other_native"}]})
+    assert page.read_text().splitlines()[0] == "<!-- train_speed_other_native: begin -->"
+    assert speed_report.summary({"entries": []}).startswith("| ESM-2 |")
+
+
 def test_sizes_are_those_of_the_recipe():
-    sys.path.insert(0, str(RECIPE))
     import modeling_esm2
 
     for shape in SIZES.values():
@@ -207,21 +229,21 @@ def test_sizes_are_those_of_the_recipe():
 def test_settling_does_not_count_and_gives_no_memory_back(monkeypatch):
     import contestant_process
 
-    from modeling_esm2 import Esm2Config
+    from build_model import model_config
 
-    told, wants = [], [{"steps": 2, "settling": 1, "profile": False}, None]
-    connection = SimpleNamespace(send=told.append, recv=lambda: wants.pop(0))
-    monkeypatch.setattr(contestant_process, "release_memory", lambda device: told.append("memory"))
-    gate = contestant_process.Gate(connection, "cpu", Esm2Config(**contestant_process.SIZES["esm2_t4_1M"]))
+    events, wants = [], [{"steps": 2, "settling": 1, "profile": False}, None]
+    connection = SimpleNamespace(send=events.append, recv=lambda: wants.pop(0))
+    monkeypatch.setattr(contestant_process, "release_memory", lambda device: events.append("memory"))
+    gate = contestant_process.Gate(connection, "cpu", model_config("esm2_t4_1M", "auto"))
     batch = SimpleNamespace(counts={"tokens": 10, "labels": 1, "token_pairs": 100}, num_slots=12)
     with pytest.raises(contestant_process.Finished):
         gate.ready()
         for loss in (1.0, 2.0, 3.0):
-            told.append(loss)
+            events.append(loss)
             gate.count([batch], 0.5)
             gate.step(loss)
-    assert told[:6] == ["memory", {"memory_before_gib": None}, 1.0, 2.0, 3.0, "memory"]
-    assert told[6]["steps"] == 2 and told[6]["tokens"] == 20 and told[6]["data_wait_s"] == 1.0
+    assert events[:6] == ["memory", {"memory_before_gib": None}, 1.0, 2.0, 3.0, "memory"]
+    assert events[6]["steps"] == 2 and events[6]["tokens"] == 20 and events[6]["data_wait_s"] == 1.0
 
 
 @pytest.mark.parametrize(("facts", "counted"), [({}, None), ({"layer_backend": "te"}, None),

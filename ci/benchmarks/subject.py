@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which recipe a benchmark measures (`--recipe recipes/NAME`, or RECIPE in the environment), and what is its own.
+
+Imported first: it puts the recipe's files where they can be imported. Imports nothing heavy. A new entry of SUBJECTS
+needs a pair of marks for its table in docs/speed.md.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Shape(NamedTuple):
+    """A size, as far as memory depends on it."""
+
+    model_tag: str
+    num_parameters: float
+    num_layers: int
+    width: int
+
+
+class Subject(NamedTuple):
+    """A model's name in tables, its sizes by their names there, and which of them are taken unless asked for."""
+
+    title: str
+    sizes: dict[str, Shape]
+    quick: str  # one that takes seconds
+    usual: str
+    on_gpus: tuple[str, ...]
+
+
+SUBJECTS = {
+    "esm2_native_te": Subject(
+        "ESM-2",
+        {
+            "1M": Shape("esm2_t4_1M", 0.8e6, 4, 128),
+            "8M": Shape("esm2_t6_8M_UR50D", 7.5e6, 6, 320),
+            "35M": Shape("esm2_t12_35M_UR50D", 33.5e6, 12, 480),
+            "150M": Shape("esm2_t30_150M_UR50D", 148e6, 30, 640),
+            "650M": Shape("esm2_t33_650M_UR50D", 651e6, 33, 1280),
+            "3B": Shape("esm2_t36_3B_UR50D", 2840e6, 36, 2560),
+        },
+        quick="1M",
+        usual="8M",
+        on_gpus=("150M", "650M", "3B"),
+    ),
+}
+
+
+def recipe_folder() -> Path:
+    """Of the command line, else of the environment, where it is noted for the processes that this one starts."""
+    words = sys.argv[1:]
+    given = next((word.partition("=")[2] for word in words if word.startswith("--recipe=")), None)
+    if "--recipe" in words[:-1]:
+        given = words[words.index("--recipe") + 1]
+    name = Path(given or os.environ.get("RECIPE") or "recipes/esm2_native_te").name
+    if name not in SUBJECTS:
+        known = ", ".join(f"recipes/{one}" for one in SUBJECTS)
+        sys.exit(f"error: --recipe {given or os.environ['RECIPE']}: speed is measured of {known}.")
+    os.environ["RECIPE"] = f"recipes/{name}"
+    return ROOT / "recipes" / name
+
+
+def suffix(recipe: str) -> str:
+    """What the names of files and tables of this recipe have at their end; those of the first one have nothing."""
+    return "" if recipe == next(iter(SUBJECTS)) else f"_{recipe}"
+
+
+RECIPE = recipe_folder()
+SUBJECT = SUBJECTS[RECIPE.name]
+if str(RECIPE) not in sys.path:
+    sys.path.insert(0, str(RECIPE))
+if __name__ == "__main__":  # for ci/gpu.sh
+    print(*SUBJECT.on_gpus, sep=",")
