@@ -109,7 +109,11 @@ def test_it_learns_and_counts_atoms(recipe, file, tmp_path):
     assert done.returncode == 0 and (tmp_path / "metrics.png").exists(), done.stderr
 
 
-@pytest.mark.parametrize(("trainer", "ranks"), [("train_fsdp2", 1), ("train_ddp", 2), ("train_fsdp2", 2)])
+# On two ranks also below.
+@pytest.mark.parametrize(
+    ("trainer", "ranks"),
+    [("train_fsdp2", 1), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("train_ddp", "train_fsdp2"))],
+)
 def test_one_curve(recipe, file, trainer, ranks, curve, tmp_path):
     found = numbers(train(recipe, file, trainer, ranks, tmp_path, "ema_decay=0.9", f"dataset.num_workers={ranks - 1}"))
     assert found == pytest.approx(curve, rel=1e-9)

@@ -93,6 +93,11 @@ def model_config(
     return Esm2Config(**{**config, "layer_backend": layer_backend, **overrides})
 
 
+def reference_config(shape: Esm2Config) -> EsmConfig:
+    """Of the public implementation, for `AutoModelForMaskedLM.from_config`: what speed is measured beside."""
+    return hf_config(shape)
+
+
 def build_precision(config: DictConfig, shape: Esm2Config, device: torch.device) -> LowPrecision:
     """How the run computes, by the keys `precision`, `fp8_*`, `fp4_*` and `quant_stats_config`."""
     asked, head_dim = shape.layer_backend, shape.head_dim
@@ -222,6 +227,16 @@ def facts(shape: Esm2Config, saved: dict | None = None) -> dict:
             raise ValueError(f"{changes}; give model_tag or model_kwargs of that size")
         shape.rope_inv_freq_dtype = saved["rope_inv_freq_dtype"]
     return shape.to_dict()
+
+
+def harmless_keys(config: Mapping) -> tuple[str, ...]:
+    """Keys of this recipe alone whose change on resume moves the trajectory by rounding at most.
+
+    `config` is what the run goes on with, flat: `section.key`.
+    """
+    if config.get("model_kwargs.hidden_dropout_prob"):
+        return ()  # what is dropped depends on the shape of what passes through a layer, so on these too
+    return ("use_sequence_packing", "layer_backend", "cp_size")
 
 
 def training_flops(shape: Esm2Config, batch: Batch, backend: str | None = None) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+from omegaconf import DictConfig
 from pydantic import NonNegativeInt
 
 import metrics
@@ -250,10 +251,11 @@ def open_source(
 
 def open_proteins(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | datasets.IterableDataset:
     """As `open_rows`; of a FASTA file without each record's raw bytes."""
-    if load_dataset_kwargs.get("path") == "fasta":
-        fasta_reader.register()
-        load_dataset_kwargs = {"columns": ["id", "sequence"], **load_dataset_kwargs}
-    return open_rows(section, load_dataset_kwargs)
+    if load_dataset_kwargs.get("path") != "fasta":
+        return open_rows(section, load_dataset_kwargs)
+    fasta_reader.register()
+    load_dataset_kwargs = {"columns": ["id", "sequence"], **load_dataset_kwargs}
+    return open_rows(section, load_dataset_kwargs, ", each after a line that begins with >")
 
 
 def streamed(max_seq_length: int, column: str, rows: list[dict], numbers: np.ndarray, *key: int) -> tuple:
@@ -314,6 +316,12 @@ class TrainLoader(Loader):
         collate = MaskedLMCollator.on(distributed, packed, seed, mlm_probability, pad_to_multiple_of)
         super().__init__(distributed, section, data, collate, num_workers)
         self.notes += [cleaning] if cleaning else []
+
+
+def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:
+    """The plan of a run with this configuration: `rows.py` asks it which rows a step was made of."""
+    layout = {"packed": config.use_sequence_packing, "pad_to_multiple_of": 1}
+    return TrainLoader(distributed, config.seed, **layout, **config.dataset).plan
 
 
 def open_validation(

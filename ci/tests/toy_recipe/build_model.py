@@ -80,6 +80,11 @@ def facts(shape: dict, saved: dict | None = None) -> dict:
     return shape
 
 
+def harmless_keys(config: Mapping) -> tuple[str, ...]:
+    """None of its own."""
+    return ()
+
+
 def training_flops(shape: dict, batch: Batch) -> float:
     """Three passes over each pair, and as many again for the derivative."""
     return 6.0 * 2 * (2 * shape["width"] + shape["width"] ** 2) * batch.inputs["edges"].shape[1]

@@ -3,6 +3,7 @@
 
 import numpy as np
 import pyarrow.compute as pc
+from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 
 import metrics
@@ -55,6 +56,11 @@ class TrainLoader(Loader):
         source = Structures("dataset", load_dataset_kwargs, distributed)
         plan = EpochPlan(source, Grouping(budget=atom_micro_batch_size), seed, window_rows=100)
         super().__init__(distributed, "dataset", plan, collate, num_workers)
+
+
+def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:
+    """That of a run with this configuration."""
+    return TrainLoader(distributed, config.seed, **config.dataset).plan
 
 
 def open_validation(distributed: Distributed, *, load_dataset_kwargs: dict, atom_micro_batch_size: PositiveInt,

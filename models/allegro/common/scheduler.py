@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer and the learning-rate schedule; the defaults are those of ESM-2 (Lin et al. 2023, A.2.4)."""
+"""The optimizer and the learning-rate schedule; what a model was published with, its configuration says."""
 
 from collections.abc import Iterable
 
@@ -41,10 +41,10 @@ class Schedule(LambdaLR):
 def adamw(
     parameters: Iterable[Parameter],
     *,
-    lr: PositiveFloat = 4e-4,
-    betas: list[float] = (0.9, 0.98),
-    eps: PositiveFloat = 1e-8,
-    weight_decay: NonNegativeFloat = 0.01,
+    lr: PositiveFloat,
+    betas: list[float],
+    eps: PositiveFloat,
+    weight_decay: NonNegativeFloat,
     fused: bool = True,
 ) -> AdamW:
     """AdamW over what is to be trained; its moments have the parameters' own precision, FP32.
@@ -60,10 +60,10 @@ def adamw(
 def linear_schedule(
     optimizer: Optimizer,
     *,
-    num_warmup_steps: NonNegativeInt = 2_000,
-    num_training_steps: PositiveInt = 500_000,
-    decay_fraction: PositiveFloat = 0.9,
-    min_lr_fraction: NonNegativeFloat = 0.1,
+    num_warmup_steps: NonNegativeInt,
+    num_training_steps: PositiveInt,
+    decay_fraction: PositiveFloat,
+    min_lr_fraction: NonNegativeFloat,
 ) -> Schedule:
     """Linear warm-up to the peak, linear decay to `min_lr_fraction` of it at `decay_fraction` of the run, then flat.
 

@@ -111,7 +111,6 @@ def test_a_full_disk(refused, monkeypatch):
     ("override", "parts"),
     [
         ("checkpoint.save_final_model=true", ["save_final_model=true needs checkpoint.ckpt_dir"]),
-        ("checkpoint.save_every_n_steps=3", ["save_every_n_steps=3 needs checkpoint.ckpt_dir"]),
         ("checkpoint.save_every_n_steps=0", ["checkpoint.save_every_n_steps=0 must be at least 1, or null"]),
         ("checkpoint.max_to_keep=0", ["checkpoint.max_to_keep=0 must be at least 1, or null"]),
     ],

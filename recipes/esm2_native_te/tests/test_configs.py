@@ -25,7 +25,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 import train_ddp
 from build_model import model_config
 from common.config import keyword_only, launch
-from common.contract.running import RECIPE, TRAINERS, metrics, run_here
+from common.contract.running import LAST, RECIPE, TRAINERS, metrics, run_here
 from common.step_folder import read_weights
 from convert import save_native
 from keys import SECTIONS, top_level
@@ -54,16 +54,6 @@ def composed(name: str) -> dict:
     with patch.object(sys, "argv", arguments), patch.object(train_ddp, "train", keep):
         launch(train_ddp.main)
     return found[0]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_it_composes_and_is_what_its_comment_says(name):
-    config = composed(name)
-    assert config.keys() == keyword_only(top_level).keys() | SECTIONS.keys()
-    text = (FOLDER / f"{name}.yaml").read_text()
-    assert text.startswith("# ")
-    if name not in OPEN:
-        assert re.search(rf"^#  +\w.*train_\w+\.py --config-name {name}\b", text, re.MULTILINE)
 
 
 # ---- the keys
@@ -108,14 +98,6 @@ def test_every_key_outside_sections_is_read(trainer):
     text = "".join((RECIPE / file).read_text() for file in files)
     for key in keyword_only(top_level):
         assert f"config.{key}" in text, key
-
-
-def test_every_key_says_what_it_is():
-    lines = (FOLDER / "defaults.yaml").read_text().partition("# ---- model")[2].partition("\nhydra:")[0].splitlines()
-    keys = [line for line in lines if re.match(r" *\w+:", line)]
-    assert len(keys) > 70
-    for line in keys:
-        assert re.search(r" # .{3,}", line), line
 
 
 # ---- the published runs
@@ -191,9 +173,16 @@ def point_to_data(name: str, data: str, folder: Path) -> list[str]:
     return overrides
 
 
+ALIKE = ("L1_35M", "L1_150M", "L1_650M", "L1_3B", "L1_15B")  # but for numbers, which `test_published_values` has
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
-    [(name, "sample") for name in NAMES if name not in ("my_proteins", "uniref_clusters")]
+    [
+        pytest.param(name, "sample", marks=[pytest.mark.slow] if name in ALIKE else [])
+        for name in NAMES
+        if name not in ("my_proteins", "uniref_clusters")
+    ]
     + [("my_proteins", "mine.fasta"), ("my_proteins", "mine.fasta.gz"), ("uniref_clusters", "clusters")],
 )
 def test_two_steps_to_the_final_model(name, data, tmp_path, monkeypatch):
@@ -214,19 +203,18 @@ def test_two_steps_to_the_final_model(name, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["hf", "native"])
-def test_a_folder_gives_the_size(kind, tmp_path):
-    saving = [f"checkpoint.ckpt_dir={tmp_path}/first", "checkpoint.save_final_model=true"]
-    first = run_here("train_ddp", tmp_path / "first", "num_train_steps=1", *saving)
-    folder = first / "final_model"
+def test_a_folder_gives_the_size(kind, straight, tmp_path):
+    first = straight("train_ddp")
+    folder, step = first / "final_model", first / f"step_{LAST}"
     if kind == "native":
-        saved, folder = json.loads((first / "step_1" / "run.json").read_text()), tmp_path / "native"
-        save_native(read_weights(first / "step_1"), Esm2Config(**saved["model"]), folder)
+        saved, folder = json.loads((step / "run.json").read_text()), tmp_path / "native"
+        save_native(read_weights(step), Esm2Config(**saved["model"]), folder)
     sizes = [f"model_kwargs.{key}=null" for key in
              ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")]  # fmt: skip
     second = run_here("train_ddp", tmp_path / "second", "num_train_steps=1", f"model_tag={folder}", *sizes)
     counts = [json.loads((run / "run.json").read_text())["num_parameters"] for run in (first, second)]
     assert counts[0] == counts[1]
-    assert metrics(first, "train", "loss") == metrics(second, "train", "loss")
+    assert metrics(first, "train", "loss")[:1] == metrics(second, "train", "loss")
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

@@ -24,7 +24,7 @@ from protein_files import (
     write_clusters,
 )
 
-from common.contract.ranks import content, run_ranks
+from common.contract.ranks import call_on_ranks, content
 from dataset import SequenceRows, tokenize
 
 
@@ -278,7 +278,7 @@ def two_ranks_read(distributed, load_dataset_kwargs: dict, num: int, stop: int) 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_two_ranks(distributed, tmp_path, shards, streaming):
     kwargs = shards | {"streaming": streaming}
-    results = run_ranks(tmp_path / "ranks", two_ranks_read, 2, kwargs, 40, 7)
+    results = call_on_ranks(tmp_path / "ranks", two_ranks_read, 2, kwargs, 40, 7)
     for result in results:
         assert result["first"] + result["second"] == result["whole"]
     alone = make_loader(distributed, kwargs)

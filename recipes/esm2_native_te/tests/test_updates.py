@@ -56,7 +56,7 @@ def test_updates_by_hand(eps, weight_decay, fused):
     ],
 )
 def test_every_step_of_the_schedule(warmup, total, decay_fraction, floor):
-    optimizer = adamw([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     schedule = linear_schedule(
         optimizer, num_warmup_steps=warmup, num_training_steps=total, decay_fraction=decay_fraction,
         min_lr_fraction=floor,

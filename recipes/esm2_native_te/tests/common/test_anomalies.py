@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import modeling_esm2
+import rows
 from common import anomalies
 from common.batch import Batch
-from common.contract.ranks import run_ranks
+from common.contract.ranks import call_on_ranks
 from common.contract.running import RECIPE, TRAINERS, environment, metrics, train_on
 from common.distributed import process_group
 from common.epoch_plan import permuted
@@ -93,7 +94,7 @@ def train_and_tell(*arguments):
 def train_alone(trainer, path, kind, more):
     """The same on one rank; Megatron-FSDP has a process of its own, as in `running.run_here`."""
     if trainer == "train_mfsdp":
-        ((code, message),) = run_ranks(path / "alone", train_and_tell, 1, trainer, path, kind, more)
+        ((code, message),) = call_on_ranks(path / "alone", train_and_tell, 1, trainer, path, kind, more)
         sys.stderr.write(message)
         return code
     with process_group(0) as alone:
@@ -177,11 +178,13 @@ def test_a_step_can_be_left_out(trainer, kind, tmp_path, capsys):
     assert "The weights stay as they are." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize(
+    "trainer", [t if t == "train_fsdp2" else pytest.param(t, marks=pytest.mark.slow) for t in TRAINERS]
+)
 def test_all_ranks_agree_although_one_saw_it(trainer, tmp_path):
     write_data(tmp_path)
     arguments = (trainer, tmp_path, "output", ["anomalies.on_nonfinite=skip", "use_sequence_packing=true"])
-    assert run_ranks(tmp_path / "ranks", train, 2, *arguments) == [0, 0]
+    assert call_on_ranks(tmp_path / "ranks", train, 2, *arguments) == [0, 0]
     (found,) = report(tmp_path)
     # The third of four micro-batches: the first rank's second.
     assert (found["rank"], found["micro_batch"], found["module"]) == (0, [0, 0, 4 * STEP - 2], "esm.embeddings")
@@ -275,22 +278,30 @@ def test_it_can_be_turned_off(distributed, capsys):
     assert "jumped" not in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("short")
+    write_data(path)
+    train_alone("train_ddp", path, "none", ["num_train_steps=2"])
+    return path
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("step", "micro_batch", "message"),
     [
-        (["--step", "0"], "--step 0 must lie between 1 and num_train_steps=2"),
-        (["--step", "3"], "--step 3 must lie between 1 and num_train_steps=2"),
-        (["--micro-batch", "0.0.9999"], "--micro-batch 0.0.9999: there is none"),
-        (["--micro-batch=-1.0.0"], "--micro-batch -1.0.0: there is none"),
-        (["--micro-batch", "hello"], "--micro-batch hello: there is none"),
+        (0, None, "--step 0 must lie between 1 and num_train_steps=2"),
+        (3, None, "--step 3 must lie between 1 and num_train_steps=2"),
+        (None, "0.0.9999", "--micro-batch 0.0.9999: there is none"),
+        (None, "-1.0.0", "--micro-batch -1.0.0: there is none"),
+        (None, "hello", "--micro-batch hello: there is none"),
     ],
 )
-def test_rows_refuses_what_cannot_be(arguments, message, tmp_path):
-    write_data(tmp_path)
-    train_alone("train_ddp", tmp_path, "none", ["num_train_steps=2"])
-    answer = look_up(tmp_path, *arguments)
-    assert (answer.returncode, message in answer.stderr) == (1, True), answer.stderr
+def test_rows_refuses_what_cannot_be(step, micro_batch, message, short_run):
+    with pytest.raises(ValueError) as refused:
+        rows.main(short_run, step, micro_batch)
+    assert str(refused.value).startswith(message)
 
 
 def test_rows_wants_the_folder_of_a_run(tmp_path):
-    assert "has no config.yaml" in look_up(tmp_path, "--step", "1").stderr
+    answer = look_up(tmp_path, "--step", "1")
+    assert answer.returncode == 1 and answer.stderr.startswith("error: ") and "has no config.yaml" in answer.stderr

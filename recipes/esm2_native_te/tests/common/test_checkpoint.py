@@ -11,103 +11,108 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from common.contract.running import RECIPE, TINY, TRAINERS, curve, environment, run_here, run_ranks, torchrun
-from common.step_folder import SUMS, complete_steps, read_weights, sha256
+from common.contract.running import (
+    EVERY,
+    LAST,
+    RECIPE,
+    TINY,
+    TRAINERS,
+    assert_same_weights,
+    curve,
+    environment,
+    run_here,
+    run_ranks,
+    saving_to,
+    torchrun,
+)
+from common.step_folder import SUMS, complete_steps, sha256
 
 
 def save_to(path, *more):
     return [f"checkpoint.ckpt_dir={path}", "checkpoint.save_every_n_steps=3", *more]
 
 
-def weights(path, step=6):
-    return read_weights(path / f"step_{step}")
+def stopped_at(path, whole, step=LAST - EVERY):
+    """As if a run that never stopped, `whole`, had been killed after this checkpoint."""
+    shutil.copytree(whole / f"step_{step}", path / f"step_{step}")
+    shutil.copy(whole / "metrics.jsonl", path)
+    return path
 
 
-def names(path):
-    return sorted(found.name for found in path.iterdir() if "step_" in found.name)
-
-
-def assert_same(ours, theirs, **tolerance):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], msg=name, **(tolerance or {"rtol": 0, "atol": 0}))
-
-
-@pytest.mark.rotated
-@pytest.mark.parametrize("mode", ["checkpoint.async_save=false", "checkpoint.async_save=true"])
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_stop_and_go_equals_straight_through_to_the_bit(trainer, mode, tmp_path):
+@pytest.mark.parametrize(
+    "trainer", [t if t == "train_fsdp2" else pytest.param(t, marks=pytest.mark.slow) for t in TRAINERS]
+)
+def test_what_was_saved_in_the_background_goes_on_to_the_bit(trainer, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    straight = curve(run_here(trainer, whole, *save_to(whole, mode)))
-    run_here(trainer, parts, *save_to(parts, mode), "num_train_steps=3")
-    # The validation at the end of the shorter run is at a step that the longer one validates too.
-    assert curve(run_here(trainer, parts, *save_to(parts, mode))) == straight
-    assert_same(weights(whole), weights(parts))
+    run_here(trainer, whole, *save_to(whole, "checkpoint.async_save=true"))
+    run_here(trainer, stopped_at(parts, whole, 3), *save_to(parts, "checkpoint.async_save=true"))
+    assert curve(parts) == curve(whole)
+    assert_same_weights(whole / "step_6", parts / "step_6")
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [
-        ("train_ddp", "train_fsdp2"),
-        ("train_fsdp2", "train_ddp"),
-        ("train_mfsdp", "train_fsdp2"),
-        ("train_ddp", "train_mfsdp"),
-    ],
+    [("train_fsdp2", "train_ddp"), ("train_mfsdp", "train_fsdp2"), ("train_ddp", "train_mfsdp")],
 )
-def test_strategies_read_each_others_checkpoints(first, second, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    straight = curve(run_here("train_ddp", whole, *save_to(whole)))
-    run_here(first, parts, *save_to(parts), "num_train_steps=3")
-    assert curve(run_here(second, parts, *save_to(parts))) == pytest.approx(straight, rel=1e-5)
-    assert_same(weights(whole), weights(parts), rtol=1e-4, atol=1e-6)
+def test_strategies_read_each_others_checkpoints(first, second, straight, tmp_path):
+    """DDP, FSDP2, Megatron-FSDP is the contract's order."""
+    whole = straight("train_ddp")
+    run_here(second, stopped_at(tmp_path, straight(first)), *saving_to(tmp_path, LAST))
+    assert curve(tmp_path) == pytest.approx(curve(whole), rel=1e-5)
+    assert_same_weights(whole / f"step_{LAST}", tmp_path / f"step_{LAST}", rtol=1e-4, atol=1e-6)
 
 
-def chain(*trainers, slow=False):
-    return pytest.param(trainers, id="-".join(t[6:] for t in trainers), marks=[pytest.mark.slow] if slow else [])
+def test_one_rank_then_four(straight, tmp_path):
+    whole = straight("train_ddp")
+    stopped_at(tmp_path, straight("train_fsdp2"))
+    run_ranks("train_fsdp2", 4, tmp_path, *saving_to(tmp_path, LAST), "dataset.num_workers=1")
+    assert curve(tmp_path) == pytest.approx(curve(whole), rel=1e-5)
+    assert_same_weights(whole / f"step_{LAST}", tmp_path / f"step_{LAST}", rtol=1e-4, atol=1e-6)
 
 
+def chain(*trainers):
+    return pytest.param(trainers, id="-".join(t[6:] for t in trainers))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trainers",
     [
-        *(chain(trainer, trainer, trainer, slow=trainer != "train_fsdp2") for trainer in TRAINERS),
-        chain("train_ddp", "train_fsdp2", "train_mfsdp", slow=True),
-        chain("train_fsdp2", "train_mfsdp", "train_ddp", slow=True),
-        chain("train_mfsdp", "train_ddp", "train_fsdp2", slow=True),
+        *(chain(trainer, trainer, trainer) for trainer in TRAINERS),
+        chain("train_ddp", "train_fsdp2", "train_mfsdp"),
+        chain("train_fsdp2", "train_mfsdp", "train_ddp"),
+        chain("train_mfsdp", "train_ddp", "train_fsdp2"),
     ],
 )
-def test_two_ranks_then_one_then_four(trainers, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    straight = curve(run_here("train_ddp", whole, *save_to(whole), "num_train_steps=9"))
-    saves = save_to(parts)
-    run_ranks(trainers[0], 2, parts, *saves, "dataset.num_workers=2", "num_train_steps=3")
-    run_here(trainers[1], parts, *saves, "dataset.num_workers=0", "num_train_steps=6")
-    run_ranks(trainers[2], 4, parts, *saves, "dataset.num_workers=1", "num_train_steps=9")
-    assert curve(parts) == pytest.approx(straight, rel=1e-5)
-    assert_same(weights(whole, 9), weights(parts, 9), rtol=1e-4, atol=1e-6)
+def test_two_ranks_then_one_then_four(trainers, straight, tmp_path):
+    whole = straight("train_ddp")
+    saves = save_to(tmp_path)
+    run_ranks(trainers[0], 2, tmp_path, *saves, "dataset.num_workers=2", "num_train_steps=3")
+    run_here(trainers[1], tmp_path, *saves, "dataset.num_workers=0", "num_train_steps=6")
+    run_ranks(trainers[2], 4, tmp_path, *saves, "dataset.num_workers=1", "num_train_steps=9")
+    assert curve(tmp_path) == pytest.approx(curve(whole), rel=1e-5)
+    assert_same_weights(whole / "step_9", tmp_path / "step_9", rtol=1e-4, atol=1e-6)
 
 
-def test_old_checkpoints_go_and_what_was_cut_short_with_them(tmp_path):
-    run_here("train_ddp", tmp_path, *save_to(tmp_path, "checkpoint.max_to_keep=1"))
-    assert names(tmp_path) == ["step_6"]
+def test_old_checkpoints_go_and_what_was_cut_short_with_them(straight, tmp_path):
+    stopped_at(tmp_path, straight("train_ddp"))
     for name in (".step_8.partial", ".step_3.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__0_0.distcp").write_bytes(b"half")
     (tmp_path / ".shared_0").touch()
-    run_here("train_ddp", tmp_path, *save_to(tmp_path, "checkpoint.max_to_keep=1"), "num_train_steps=9")
-    assert sorted(found.name for found in tmp_path.iterdir() if found.suffix not in (".jsonl", ".json", ".yaml")) == [
-        "step_9"
-    ]
+    run_here("train_ddp", tmp_path, *saving_to(tmp_path, LAST), "checkpoint.max_to_keep=1")
+    kept = sorted(found.name for found in tmp_path.iterdir() if found.suffix not in (".jsonl", ".json", ".yaml"))
+    assert kept == [f"step_{LAST}"]
 
 
-def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):
-    run_here("train_ddp", tmp_path, *save_to(tmp_path), "num_train_steps=3")
+def test_metrics_after_the_checkpoint_are_dropped_on_resume(straight, tmp_path):
+    stopped_at(tmp_path, straight("train_ddp"))
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "train", "step": 4, "loss": 99}\n{"kind": "tr')
-    run_here("train_ddp", tmp_path, *save_to(tmp_path))
+        file.write('{"kind": "train", "step": 7, "loss": 99}\n{"kind": "tr')
+    run_here("train_ddp", tmp_path, *saving_to(tmp_path, LAST))
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert steps == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9]
 
 
 @pytest.mark.parametrize(
@@ -119,19 +124,20 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(tmp_path):
         ("adamw_kwargs.lr=0.5", "adamw_kwargs.lr was 0.0004 and is 0.5"),
     ],
 )
-def test_a_resume_that_would_change_the_trajectory_is_refused(override, message, tmp_path, capsys):
-    run_here("train_ddp", tmp_path, *save_to(tmp_path), "num_train_steps=3")
+def test_a_resume_that_would_change_the_trajectory_is_refused(override, message, straight, tmp_path, capsys):
+    stopped_at(tmp_path, straight("train_ddp"))
     with pytest.raises(SystemExit):
-        run_here("train_ddp", tmp_path, *save_to(tmp_path), override)
+        run_here("train_ddp", tmp_path, *saving_to(tmp_path, LAST), override)
     assert message in capsys.readouterr().err
-    assert complete_steps(tmp_path) == [3]
+    assert complete_steps(tmp_path) == [LAST - EVERY]
 
 
-def test_a_changed_config_is_told_and_can_be_allowed(tmp_path, capsys):
-    run_here("train_ddp", tmp_path, *save_to(tmp_path), "num_train_steps=3")
-    run_here("train_ddp", tmp_path, *save_to(tmp_path), "adamw_kwargs.lr=0.001", "checkpoint.allow_config_change=true")
+def test_a_changed_config_is_told_and_can_be_allowed(straight, tmp_path, capsys):
+    stopped_at(tmp_path, straight("train_ddp"))
+    changed = ("adamw_kwargs.lr=0.001", "checkpoint.allow_config_change=true")
+    run_here("train_ddp", tmp_path, *saving_to(tmp_path, LAST), *changed)
     assert "adamw_kwargs.lr 0.0004 -> 0.001" in capsys.readouterr().err
-    assert complete_steps(tmp_path)[-1] == 6
+    assert complete_steps(tmp_path)[-1] == LAST
 
 
 def start(trainer, num_ranks, path, *overrides):
@@ -149,13 +155,24 @@ def wait_for(condition, seconds=120):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize(
+    "trainer", [t if t == "train_fsdp2" else pytest.param(t, marks=pytest.mark.slow) for t in TRAINERS]
+)
 def test_saves_in_the_background_on_two_ranks_are_whole(trainer, tmp_path):
     paths = {mode: tmp_path / mode for mode in ("false", "true")}
     for mode, path in paths.items():
         run_ranks(trainer, 2, path, *save_to(path, f"checkpoint.async_save={mode}"))
     for step in (3, 6):
-        assert_same(*(weights(path, step) for path in paths.values()))
+        assert_same_weights(*(path / f"step_{step}" for path in paths.values()))
+
+
+@pytest.fixture(scope="module")
+def on_own_data(tmp_path_factory):
+    """A run stopped after three steps, on a copy of the sample beside its checkpoint."""
+    path = tmp_path_factory.mktemp("own")
+    shutil.copy(RECIPE / "data" / "train.parquet", path / "data.parquet")
+    data = f"dataset.load_dataset_kwargs.data_files={path / 'data.parquet'}"
+    return run_here("train_ddp", path, *save_to(path, data), "num_train_steps=3"), data
 
 
 @pytest.mark.parametrize(
@@ -169,35 +186,28 @@ def test_saves_in_the_background_on_two_ranks_are_whole(trainer, tmp_path):
     ],
     ids=["fewer rows", "as many rows"],
 )
-def test_other_data_under_the_same_name_is_refused(other, message, tmp_path, capsys):
-    data = tmp_path / "data.parquet"
-    rows = pq.read_table(RECIPE / "data" / "train.parquet")
-    pq.write_table(rows, data)
-    here = save_to(tmp_path, f"dataset.load_dataset_kwargs.data_files={data}")
-    run_here("train_ddp", tmp_path, *here, "num_train_steps=3")
-    pq.write_table(other(rows), data)
+def test_other_data_under_the_same_name_is_refused(other, message, on_own_data, capsys):
+    path, data = on_own_data
+    pq.write_table(other(pq.read_table(RECIPE / "data" / "train.parquet")), path / "data.parquet")
     with pytest.raises(SystemExit):
-        run_here("train_ddp", tmp_path, *here)
+        run_here("train_ddp", path, *save_to(path, data))
     assert message in capsys.readouterr().err
-    assert complete_steps(tmp_path) == [3]
+    assert complete_steps(path) == [3]
 
 
-def test_the_same_data_in_another_place_is_the_same_data(tmp_path):
-    straight = curve(run_here("train_ddp", tmp_path / "whole", *save_to(tmp_path / "whole")))
-    parts = tmp_path / "parts"
-    run_here("train_ddp", parts, *save_to(parts), "num_train_steps=3")
+def test_the_same_data_in_another_place_is_the_same_data(straight, tmp_path):
+    whole = straight("train_ddp")
     shutil.copy(RECIPE / "data" / "train.parquet", tmp_path / "moved.parquet")
     moved = f"dataset.load_dataset_kwargs.data_files={tmp_path / 'moved.parquet'}"
-    allowed = "checkpoint.allow_config_change=true"
-    assert curve(run_here("train_ddp", parts, *save_to(parts), moved, allowed)) == straight
+    saves = saving_to(tmp_path, LAST)
+    run_here("train_ddp", stopped_at(tmp_path, whole), *saves, moved, "checkpoint.allow_config_change=true")
+    assert curve(tmp_path) == curve(whole)
 
 
-def test_a_checkpoint_of_the_layout_before_goes_on(tmp_path):
+def test_a_checkpoint_of_the_layout_before_goes_on(straight, tmp_path):
     """Progress beside the rest in run.json, the number of rows for what the data is, and no later key."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    straight = curve(run_here("train_ddp", whole, *save_to(whole)))
-    run_here("train_ddp", parts, *save_to(parts), "num_train_steps=3")
-    file = parts / "step_3" / "run.json"
+    whole = straight("train_ddp")
+    file = stopped_at(tmp_path, whole) / f"step_{LAST - EVERY}" / "run.json"
     run = json.loads(file.read_text())
     run |= run.pop("logger") | run.pop("anomalies")
     run["loader"] = {"position": run["loader"]["position"], "num_rows": run["loader"]["data"]["num_rows"]}
@@ -206,8 +216,8 @@ def test_a_checkpoint_of_the_layout_before_goes_on(tmp_path):
     sums = (file.parent / SUMS).read_text().replace(sha256(file), "changed")
     file.write_text(json.dumps(run))
     (file.parent / SUMS).write_text(sums.replace("changed", sha256(file)))
-    assert curve(run_here("train_ddp", parts, *save_to(parts))) == straight
-    assert_same(weights(whole), weights(parts))
+    assert curve(run_here("train_ddp", tmp_path, *saving_to(tmp_path, LAST))) == curve(whole)
+    assert_same_weights(whole / f"step_{LAST}", tmp_path / f"step_{LAST}")
 
 
 def test_torchrun_told_to_stop_saves_although_its_workers_hear_it_too(tmp_path):
@@ -236,34 +246,36 @@ def test_ranks_that_torchrun_leaves_behind_save_and_the_same_command_goes_on(tmp
     assert curve(parts) == pytest.approx(straight, rel=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(number, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    straight = curve(run_here("train_ddp", whole, *save_to(whole), "num_train_steps=60"))
-    process = start("train_fsdp2", 2, parts, "num_train_steps=60", "checkpoint.save_every_n_steps=1000")
-    wait_for(lambda: (parts / "metrics.jsonl").exists() and (parts / "metrics.jsonl").read_text().count("\n") > 4)
+@pytest.fixture(scope="module")
+def long_curve(tmp_path_factory):
+    return curve(run_here("train_ddp", tmp_path_factory.mktemp("long"), "num_train_steps=60"))
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(number, long_curve, tmp_path):
+    process = start("train_fsdp2", 2, tmp_path, "num_train_steps=60", "checkpoint.save_every_n_steps=1000")
+    file = tmp_path / "metrics.jsonl"
+    wait_for(lambda: file.exists() and file.read_text().count("\n") > 4)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), number)
     message = process.communicate(timeout=120)[1]
     assert "goes on from there" in message
     assert process.returncode == 0
-    (stopped,) = complete_steps(parts)
+    (stopped,) = complete_steps(tmp_path)
     assert stopped < 60
-    again = save_to(parts)
-    assert curve(run_here("train_ddp", parts, *again, "num_train_steps=60")) == pytest.approx(straight, rel=1e-5)
+    again = run_here("train_ddp", tmp_path, *save_to(tmp_path), "num_train_steps=60")
+    assert curve(again) == pytest.approx(long_curve, rel=1e-5)
 
 
-def test_killed_while_saving(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    straight = curve(run_here("train_fsdp2", whole, *save_to(whole), "num_train_steps=30"))
-    process = start("train_fsdp2", 2, parts, "num_train_steps=30")
-    wait_for(lambda: (parts / "step_9").exists())
+def test_killed_while_saving(long_curve, tmp_path):
+    process = start("train_fsdp2", 2, tmp_path, "num_train_steps=60")
+    wait_for(lambda: (tmp_path / "step_9").exists())
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert complete_steps(parts)
-    run_here("train_fsdp2", parts, *save_to(parts), "num_train_steps=30")
-    assert curve(parts) == pytest.approx(straight, rel=1e-5)
-    assert sorted(p.name for p in parts.glob("step_*")) == ["step_27", "step_30"]
+    assert complete_steps(tmp_path)
+    run_here("train_fsdp2", tmp_path, *save_to(tmp_path), "num_train_steps=60")
+    assert curve(tmp_path) == pytest.approx(long_curve, rel=1e-5)
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_57", "step_60"]
 
 
 def test_stopped_with_nothing_saved_is_no_success(tmp_path):

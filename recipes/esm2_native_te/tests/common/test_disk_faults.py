@@ -99,6 +99,18 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
+def test_every_damage_is_seen(name, stopped):
+    assert damage(stopped / "step_4") is None
+    DAMAGES[name](stopped / "step_4")
+    assert damage(stopped / "step_4")
+
+
+# What a run does about it does not depend on the kind.
+QUICK = ("one bit of a shard", "missing metadata", "a file for a folder")
+KINDS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DAMAGES]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_goes_on(name, whole, stopped, capsys):
     DAMAGES[name](stopped / "step_4")
     run_here("train_fsdp2", stopped, *save_to(stopped))
@@ -112,7 +124,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_goes_on(name, whole,
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("name", KINDS)
 def test_with_nothing_whole_left_it_stops_and_touches_nothing(name, stopped, capsys):
     for step in (2, 4):
         DAMAGES[name](stopped / f"step_{step}")
@@ -243,7 +255,7 @@ def apart(distributed, path):
 
 
 def test_folders_that_are_not_shared_are_refused(tmp_path):
-    (first, message), (second, nothing) = ranks.run_ranks(tmp_path, apart, 2, tmp_path)
+    (first, message), (second, nothing) = ranks.call_on_ranks(tmp_path, apart, 2, tmp_path)
     assert (first, second, nothing) == (2, 2, "")
     assert "checkpoint.ckpt_dir=checkpoints is not the same folder for all ranks" in message
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from common.batch import Batch
-from common.contract.ranks import run_ranks
+from common.contract.ranks import call_on_ranks
 from common.contract.running import RECIPE, TINY, environment
 from common.distributed import Distributed, passes_per_step, process_group
 
@@ -144,7 +144,7 @@ def on_three_ranks(distributed: Distributed, folder) -> dict:
 @pytest.fixture(scope="module")
 def three_ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    return run_ranks(folder, on_three_ranks, 3, folder)
+    return call_on_ranks(folder, on_three_ranks, 3, folder)
 
 
 def test_sums_are_of_all_ranks_and_exact(three_ranks):

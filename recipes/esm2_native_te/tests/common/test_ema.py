@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.contract.ranks import run_ranks
+from common.contract.ranks import call_on_ranks
 from common.ema import EMA, swap
 from common.step_folder import has_own_offsets
 
@@ -320,7 +320,7 @@ def plain() -> dict:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_ranks(way, plain, tmp_path):
-    found, other = run_ranks(tmp_path, run, 2, way, tmp_path / "checkpoint")
+    found, other = call_on_ranks(tmp_path, run, 2, way, tmp_path / "checkpoint")
     exact = not way.endswith("bf16")
     close = {"rtol": 1e-4, "atol": 1e-5} if exact else {"rtol": 0.2, "atol": 0.05}
     for key in ("losses", "weights", "averages"):  # a validation on the average leaves no trace
@@ -332,7 +332,7 @@ def test_two_ranks(way, plain, tmp_path):
     for name, average in plain["averages"].items():
         torch.testing.assert_close(found[True]["averages"][name].double(), average, **close)
     for reader, num_ranks in (("ddp", 1), ("fsdp2", 3), ("mfsdp", 2)):
-        (first, *_) = run_ranks(tmp_path / reader, read, num_ranks, reader, tmp_path / "checkpoint")
+        (first, *_) = call_on_ranks(tmp_path / reader, read, num_ranks, reader, tmp_path / "checkpoint")
         assert_same(first, found[True]["averages"])
 
 

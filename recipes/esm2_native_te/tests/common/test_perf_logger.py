@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from common import perf_logger
 from common.batch import Batch
-from common.contract.ranks import run_ranks
+from common.contract.ranks import call_on_ranks
 from common.contract.running import RECIPE, metrics, run_here
 from common.perf_logger import PerfLogger
 from common.precision import Precision
@@ -107,7 +107,7 @@ def test_numbers_by_hand(distributed, tmp_path):
 
 
 def test_numbers_of_two_ranks(tmp_path):
-    lines, nothing = run_ranks(tmp_path / "ranks", drive, 2, tmp_path / "log")
+    lines, nothing = call_on_ranks(tmp_path / "ranks", drive, 2, tmp_path / "log")
     assert nothing == []
     check_numbers(lines, atoms=70, slots=90, flops=sum(FLOPS_OF_RANK), num_ranks=2)
 

@@ -14,7 +14,7 @@ import pytest
 
 from common import sizes
 from common.batch import Batch
-from common.contract.ranks import run_ranks
+from common.contract.ranks import call_on_ranks
 from common.epoch_plan import EpochPlan, Grouping
 from common.loader import Loader
 from common.sizes import size_index
@@ -234,7 +234,7 @@ def on_ranks(distributed, folder: Path, kind: type, mistaken: bool) -> dict:
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_share_out_the_chunks(distributed, tmp_path, cache, num_ranks, kind):
     alone, _ = build(distributed, "alone", kind())
-    results = run_ranks(tmp_path / "ranks", on_ranks, num_ranks, tmp_path, kind, False)
+    results = call_on_ranks(tmp_path / "ranks", on_ranks, num_ranks, tmp_path, kind, False)
     for rank, result in enumerate(results):
         assert result["measured"] == [row for row in range(NUM_ROWS) if row // 5 % num_ranks == rank]
         assert result["again"] == []
@@ -245,7 +245,7 @@ def test_ranks_share_out_the_chunks(distributed, tmp_path, cache, num_ranks, kin
 
 def test_a_mistake_on_one_rank_is_raised_on_all_and_what_was_measured_is_kept(tmp_path, cache):
     """Both fail at their second chunk: the first rank's sentence is the one that all have."""
-    results = run_ranks(tmp_path / "ranks", on_ranks, 2, tmp_path, Measure, True)
+    results = call_on_ranks(tmp_path / "ranks", on_ranks, 2, tmp_path, Measure, True)
     assert [result["message"] for result in results] == ["rank 0 is mistaken"] * 2
     assert sorted(row for result in results for row in result["before"]) == list(range(10))
     assert sorted(row for result in results for row in result["measured"]) == list(range(10, NUM_ROWS))
@@ -266,7 +266,7 @@ def on_two_nodes(distributed, folder: Path) -> tuple[list[int], list[int], list[
 
 def test_a_node_that_has_the_index_measures_nothing(distributed, tmp_path, cache):
     build(distributed)
-    first, second = run_ranks(tmp_path / "ranks", on_two_nodes, 2, tmp_path)
+    first, second = call_on_ranks(tmp_path / "ranks", on_two_nodes, 2, tmp_path)
     assert (first[0], sorted(second[0])) == ([], list(range(NUM_ROWS)))
     for _, found, left in (first, second):
         assert found == SIZES.tolist() and left == ["key", "key/sizes.npy"]

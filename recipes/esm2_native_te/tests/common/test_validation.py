@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.contract.ranks import run_ranks
+from common.contract.ranks import call_on_ranks
 from common.loader import read
 from common.validation import Validator
 from dataset import VOCABULARY, open_validation
@@ -106,12 +106,12 @@ def test_layouts_agree(distributed, file, multiple, grouping):
 
 @pytest.fixture(scope="module")
 def three_ranks(tmp_path_factory, file) -> list:
-    return run_ranks(tmp_path_factory.mktemp("ranks"), validate, 3, file)
+    return call_on_ranks(tmp_path_factory.mktemp("ranks"), validate, 3, file)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, file) -> list:
-    return run_ranks(tmp_path_factory.mktemp("ranks"), validate, 2, file)
+    return call_on_ranks(tmp_path_factory.mktemp("ranks"), validate, 2, file)
 
 
 @pytest.mark.parametrize("ranks, num_passes", [("two_ranks", 7), ("three_ranks", 5)])

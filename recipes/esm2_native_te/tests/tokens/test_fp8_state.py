@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.contract.ranks import run_ranks as on_ranks
+from common.contract.ranks import call_on_ranks
 from common.contract.running import TRAINERS, curve, train_on
 from common.contract.running import run_here as run
 
@@ -113,8 +113,8 @@ def test_strategies_read_each_others(tmp_path):
     straight = curve(train("train_ddp", (0, 1), run_here, "train_ddp", tmp_path / "whole", "micro_batches_per_step=2"))
     parts = tmp_path / "parts"
     same = ("micro_batches_per_step=2",)
-    on_ranks(tmp_path / "ranks", on_one_rank, 1, "train_fsdp2", str(parts), "num_train_steps=3", *same)
-    on_ranks(tmp_path / "ranks", on_one_rank, 1, "train_ddp", str(parts), *same)
+    call_on_ranks(tmp_path / "ranks", on_one_rank, 1, "train_fsdp2", str(parts), "num_train_steps=3", *same)
+    call_on_ranks(tmp_path / "ranks", on_one_rank, 1, "train_ddp", str(parts), *same)
     assert curve(parts) == pytest.approx(straight, rel=1e-5)
 
 
