@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every YAML, JSON, TOML and CFF file parses, and every link from a page to a file or heading of ours leads somewhere.
 
+The repository has one address, that of mkdocs.yml.
+
 python ci/check_files.py                    # exit 1 if not
 """
 
@@ -13,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
-from pages import FENCE, LINK, RELEASES, headings
+from pages import FENCE, LINK, RELEASES, headings, written_address
 from repository import files_of
 
 
@@ -47,9 +49,24 @@ def bad_links(page: Path) -> list[str]:
     return found
 
 
+def other_addresses(root: Path) -> list[str]:
+    """Where a page names the repository by another address than mkdocs.yml does."""
+    if not (root / "mkdocs.yml").is_file():
+        return []
+    ours = written_address(root)
+    named = re.compile(rf"https://github\.com/[\w.-]+/{re.escape(ours.rpartition('/')[2])}\b")
+    return [
+        f"{path.relative_to(root)}: {found[0]}, but mkdocs.yml has {ours}"
+        for path in files_of(root)
+        if path.suffix in (".md", ".cff")
+        for found in named.finditer(path.read_text())
+        if found[0] != ours
+    ]
+
+
 def problems(root: Path) -> list[str]:
     """What is wrong, a line each."""
-    found = []
+    found = other_addresses(root)
     for path in files_of(root):
         if path.suffix in PARSERS:
             try:

@@ -8,11 +8,22 @@ from functools import partial
 from pathlib import Path
 
 import knobs
-from pages import headings, relinked, slug, title
+from pages import headings, relinked, slug, title, with_address, written_address
 
 
 # In docs/. Their commands are typed in a recipe's folder, as the zip's are.
-PAGES = ("your_data", "batches", "precision", "checkpoints", "metrics", "slurm", "hardware", "troubleshooting")
+PAGES = (
+    "your_data",
+    "batches",
+    "precision",
+    "checkpoints",
+    "metrics",
+    "slurm",
+    "moving",
+    "hardware",
+    "troubleshooting",
+    "glossary",
+)
 NAME = "GUIDE.md"
 TYPED_IN = re.compile(r"^<!-- typed in .* -->\n+", re.M)
 FENCE_OR_HEADING = re.compile(r"^(```|~~~).*?^\1|^#+ ", re.M | re.S)
@@ -52,7 +63,9 @@ def place(recipe: Path, page: str, anchors: dict[str, str], there: str, heading:
 def in_zip(text: str, source: str, page: str, recipe: Path) -> str:
     """The text of the file `source` of the repository with its links as they are in the zip's file `page`."""
     anchors = {path: slug(title(content)) for path, content in guide_pages(recipe).items()}
-    return relinked(text, source, partial(place, recipe, page, anchors), " in the repository")
+    root = recipe.parents[1]
+    linked = relinked(text, source, partial(place, recipe, page, anchors), written_address(root))
+    return with_address(linked, root)
 
 
 def guide(recipe: Path) -> str:
@@ -61,7 +74,8 @@ def guide(recipe: Path) -> str:
     for source, text in guide_pages(recipe).items():
         lower = FENCE_OR_HEADING.sub(lambda match: match[0] if match[1] else f"#{match[0]}", TYPED_IN.sub("", text))
         parts.append(in_zip(lower, source, NAME, recipe).strip() + "\n")
-    first = f"# Guide to {recipe.name}\nWhat holds for all recipes, and this one's keys.\n"
+    address = with_address(written_address(recipe.parents[1]), recipe.parents[1])
+    first = f"# Guide to {recipe.name}\nWhat holds for all recipes, and this one's keys. The repository: <{address}>\n"
     contents = "".join(f"- [{title(part)}](#{slug(title(part))})\n" for part in parts)
     whole = "\n".join([first, contents, *parts])
     if twice := [name for name, count in Counter(headings(whole)).items() if count > 1]:

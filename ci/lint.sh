@@ -23,4 +23,5 @@ check "an edit of the lines above" python ci/check_files.py
 check "python ci/sync_shared.py PATH, with the file or folder that is right" python ci/sync_shared.py
 check "an edit of the lines above" python ci/check_imports.py
 check "python ci/knobs.py" python ci/knobs.py --check
+check "python ci/recipes_table.py" python ci/recipes_table.py --check
 [ ${#failed[@]} -eq 0 ] || { printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; }

@@ -6,6 +6,7 @@ has them by itself, and so has a folder that recipes share: one with an __init__
 """
 
 import posixpath
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "ci"))
 
 import knobs  # noqa: E402
-from pages import relinked, title  # noqa: E402
+from pages import relinked, title, with_address, written_address  # noqa: E402
 
 
 PAPERS = {"CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md"}
@@ -67,30 +68,28 @@ def reference(words: str, files: list[Path]) -> str:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """What is made is in the navigation by itself."""
-    parts = {name: entries for part in config.nav for name, entries in part.items()}
-    known = {page for entry in parts["Recipes"] for page in entry.values()}
-    for source, page in copied().items():
-        if source.endswith("/README.md") and page not in known:
-            parts["Recipes"].append({title((ROOT / source).read_text()): page})
-    parts["Reference"][:0] = [
-        *({f"Keys: {short_title(recipe)}": page} for page, recipe in keys().items()),
-        *({f"Python: {words}": page} for page, (words, _) in references().items()),
-    ]
+    parts = {name: entries for part in config.nav if isinstance(part, dict) for name, entries in part.items()}
+    parts["Recipes"] += [page for source, page in copied().items() if source.endswith("/README.md")]
+    parts["Reference"][:0] = [*keys(), *references()]
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made."""
-    made = {page: (ROOT / source).read_text() for source, page in copied().items()}
-    made |= {page: knobs.page(recipe) for page, recipe in keys().items()}
-    made |= {page: reference(words, paths) for page, (words, paths) in references().items()}
-    for page, text in made.items():
-        files.append(File.generated(config, page, content=text))
+    """Add the pages that are made; who edits one edits what it is made from."""
+    made = {page: ((ROOT / source).read_text(), source) for source, page in copied().items()}
+    for page, recipe in keys().items():
+        made[page] = knobs.page(recipe), f"recipes/{recipe.name}/{knobs.DEFAULTS}"
+    made |= {page: (reference(words, paths), None) for page, (words, paths) in references().items()}
+    for page, (text, source) in made.items():
+        file = File.generated(config, page, content=text)
+        if source:
+            file.edit_uri = f"../{source}"
+        files.append(file)
     return files
 
 
 def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) -> str:
-    """Links as they are on the site; what the site does not have is told by its path."""
+    """Links as they are on the site; what the site does not have is in the repository."""
     here, docs = page.file.src_uri, ROOT / "docs"
     known = {
         f"docs/{path.relative_to(docs)}": str(path.relative_to(docs))
@@ -107,4 +106,15 @@ def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) ->
         heading = "" if there == "README.md" else heading
         return posixpath.relpath(known[there], posixpath.dirname(here) or ".") + heading
 
-    return relinked(markdown, source, place)
+    return with_address(relinked(markdown, source, place, written_address(ROOT)), ROOT)
+
+
+def on_page_content(html: str, page, config: MkDocsConfig, files: Files) -> str:
+    """For phones: short cells do not break, and a picture opens at its full size."""
+
+    def cell(match: re.Match) -> str:
+        words = re.sub(r"<[^>]+>", "", match[2])
+        return f"<td{match[1]} data-short>{match[2]}</td>" if len(words) <= 28 else match[0]
+
+    html = re.sub(r"<td((?: style=[^>]*)?)>(.*?)</td>", cell, html, flags=re.S)
+    return re.sub(r'(<img [^>]*?src="([^"]+)"[^>]*>)', r'<a class="picture" href="\2">\1</a>', html)

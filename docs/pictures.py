@@ -70,9 +70,9 @@ def packing() -> None:
         box(left, n, -i, longest - n, 0.82, LIGHT)
     left.set(xlim=(0, longest), ylim=(-len(lengths) + 0.8, 1.1))
     left.set_title(f"padded (BSHD): {sum(lengths) / (longest * len(lengths)):.0%} of the slots are residues")
-    start = 0
+    start, room = 0, sum(lengths) / 16  # of a number, in tokens: this half of the picture is as wide as 16 of them
     for i, n in enumerate(lengths):
-        box(right, start, 0, n, 0.82, COLOURS[i % len(COLOURS)], str(n) if n > 90 else "")
+        box(right, start, 0, n, 0.82, COLOURS[i % len(COLOURS)], str(n) if n > room else "", fontsize=7.5)
         start += n
     right.text(
         0, -0.35, "cu_seqlens = [0, " + ", ".join(map(str, np.cumsum(lengths))) + "]", color=FAINT, fontsize=7.5
@@ -91,14 +91,14 @@ class Rows:
     def __len__(self) -> int:
         return len(self.all)
 
-    def lengths(self, rows: np.ndarray, epoch: int) -> np.ndarray:
+    def sizes(self, rows: np.ndarray, epoch: int) -> np.ndarray:
         """Of these rows, in tokens."""
         return self.all[rows]
 
 
 def epoch_plan() -> None:
     """Rows, in the order of (seed, epoch), in windows, packed, and dealt to ranks."""
-    plan = EpochPlan(Rows(12), Grouping("dataset", None, 800, 512), seed=42, window_rows=6)
+    plan = EpochPlan(Rows(12), Grouping(budget=800), seed=42, window_rows=6)
     micro_batches = [plan.window(0, window) for window in range(plan.num_windows)]
     figure, (ax,) = canvas(8.5, 3.9)
     labels = (
@@ -235,6 +235,7 @@ def context_parallel() -> None:
     save(figure, "context_parallel")
 
 
+DRAWN = (packing, epoch_plan, strategies, elastic, number_formats, context_parallel)
 if __name__ == "__main__":
-    for draw in (packing, epoch_plan, strategies, elastic, number_formats, context_parallel):
+    for draw in DRAWN:
         draw()

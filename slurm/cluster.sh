@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # A real Slurm cluster on this one machine, to try sbatch at home: two virtual nodes, no root account of a cluster needed.
 #   bash slurm/cluster.sh up [NODES]      start it (2 nodes unless told), then: source slurm/env.sh; sinfo
+#   bash slurm/cluster.sh up 1 confined   one that holds jobs to the cores and the memory that they asked for, as clusters do
 #   bash slurm/cluster.sh down            stop it and cancel what runs
 #   bash slurm/cluster.sh kill NODE       a node falls silent, as a failing machine does; "start NODE" brings it back
 #   bash slurm/cluster.sh status
@@ -66,8 +67,15 @@ start_node() {
 }
 
 up() {
-  local nodes=${1:-2} program cores memory
+  local nodes=${1:-2} kind=${2:-open} program cores memory rules
   [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "cluster.sh up $nodes: give a number of nodes, 1 or more."
+  case $kind in
+    open) rules='s|@TASKS@|none|g; s|@GATHER@|none|g; s|@MEMORY_TOO@||g; s|@LIMITS@||g' ;;
+    confined)
+      rules='s|@TASKS@|affinity|g; s|@GATHER@|linux|g; s|@MEMORY_TOO@|_Memory|g'
+      rules+='; s|@LIMITS@|DefMemPerCPU=100\nJobAcctGatherFrequency=task=1\nJobAcctGatherParams=OverMemoryKill|g' ;;
+    *) fail "cluster.sh up $nodes $kind: confined, or nothing, comes after the number of nodes." ;;
+  esac
   for program in munged mungekey slurmctld slurmd sinfo; do
     command -v "$program" >/dev/null || { echo "error: $program is not installed: apt-get install slurm-wlm munge" >&2; exit 77; }
   done
@@ -78,10 +86,10 @@ up() {
   mkdir -p "$home/state" && chmod 700 "$home"
   [ -s "$home/munge.key" ] || mungekey --create --keyfile="$home/munge.key"
   # A node has an equal share of cores and memory; at least one core, also where nodes outnumber them.
-  cores=$(( $(nproc) / nodes )); cores=$(( cores > 0 ? cores : 1 ))
+  cores=$(( $(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) / nodes )); cores=$(( cores > 0 ? cores : 1 ))
   memory=$(( $(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo) / nodes ))
   sed -e "s|@HOME@|$home|g; s|@HOST@|$host|g; s|@USER@|$(id -un)|g; s|@LAST@|$nodes|g; s|@CORES@|$cores|g" \
-    -e "s|@MEMORY@|$memory|g; s|@PORTS@|17011-$((17010 + nodes))|g" "$here/slurm.conf.template" > "$SLURM_CONF"
+    -e "s|@MEMORY@|$memory|g; s|@PORTS@|17011-$((17010 + nodes))|g; $rules" "$here/slurm.conf.template" > "$SLURM_CONF"
   [ "$nodes" -gt 1 ] || sed -i 's/\[1-1\]/1/; s/\[17011-17011\]/17011/' "$SLURM_CONF"
   trap 'down || true' EXIT  # until all is up
   touch "$home"/gpu{0..7}  # in name only: what asks for eight GPUs a node is accepted
@@ -116,10 +124,10 @@ down() {
 }
 
 case ${1:-} in
-  up) up "${2:-2}" ;;
+  up) up "${2:-2}" "${3:-open}" ;;
   down) down ;;
   kill) kill_node "${2:?which node?}" ;;
   start) start_again "${2:?which node?}" ;;
   status) if alive slurmctld; then sinfo; squeue; else echo "no cluster runs in $home"; exit 1; fi ;;
-  *) sed -n '3,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  *) sed -n '3,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

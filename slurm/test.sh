@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # The recipes' slurm.sh on a real Slurm with two virtual nodes (slurm/cluster.sh): trained, warned near its time limit, ended by
-# scancel, requeued, swept, and compared with a local run. Five to ten minutes on two cores. With -m "slow or not slow", as CI does
+# scancel, requeued, swept, and compared with a local run; before that, what a job has of a node that holds jobs to what they asked
+# for (slurm/cluster.sh up 1 confined). Five to ten minutes on two cores. With -m "slow or not slow", as CI does
 # weekly, also the other trainers, scancel --signal=USR1, a node that dies and a run without ckpt_dir: ten to twenty.
 # RECIPE=recipes/NAME tries that one. Else all that have a slurm.sh: the first in all these ways, the others, which have the same
 # slurm_node.sh, by two nodes' training alone.
@@ -19,21 +20,31 @@ fi
 SLURM_HOME=$(mktemp -d)
 export SLURM_HOME TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 trap 'bash "$root/slurm/cluster.sh" down; rm -rf "$SLURM_HOME"' EXIT
-bash slurm/cluster.sh up 2 || {
-  code=$?
-  [ $code -ne 77 ] || exit 77
-  tail -n 20 "$SLURM_HOME"/*.log >&2 2> /dev/null || true
-  [ "${CI:-}" != true ] || exit 1
-  exit 77
-}
 source slurm/env.sh
-status=0 how=()
-for script in "${recipes[@]}"; do
-  echo "--- $script"
+up() {
+  bash slurm/cluster.sh up "$@" || {
+    code=$?
+    [ $code -ne 77 ] || exit 77
+    tail -n 20 "$SLURM_HOME"/*.log >&2 2> /dev/null || true
+    [ "${CI:-}" != true ] || exit 1
+    exit 77
+  }
+}
+status=0
+tests() {  # of recipes/NAME/slurm.sh, ARGUMENTS of pytest
+  echo "--- $1"
   (
-    if [ -z "${VIRTUAL_ENV:-}" ]; then source ci/environment.sh --of "$(dirname "$script")" || exit; fi
-    RECIPE=$(dirname "$script") python -m pytest -p no:cacheprovider ${how[@]+"${how[@]}"} "$@" slurm/tests
+    if [ -z "${VIRTUAL_ENV:-}" ]; then source ci/environment.sh --of "$(dirname "$1")" || exit; fi
+    RECIPE=$(dirname "$1") python -m pytest -p no:cacheprovider "${@:2}"
   ) || { code=$?; [ $code -eq 5 ] || status=$code; }  # 5: no test was selected
+}
+up 1 confined
+for script in "${recipes[@]}"; do tests "$script" "$@" slurm/tests/test_confined.py; done
+bash slurm/cluster.sh down
+up 2
+how=()
+for script in "${recipes[@]}"; do
+  tests "$script" ${how[@]+"${how[@]}"} "$@" slurm/tests/test_cluster.py
   how=(-k two_nodes)
 done
 exit $status

@@ -93,7 +93,7 @@ def token_rows() -> list[Row]:
         )
     parallel = r"test_gpu.*(test_two_gpus\[2-.*-|test_context_parallels_hooks_on_one_gpu\[)%s\]"
     return found + [
-        Row("few bits in some layers only", "test_train.*test_few_bits_packed_to_the_final_model.*one layer",
+        Row("FP8 in some layers only", "test_train.*test_few_bits_packed_to_the_final_model.*one layer",
             "test_gpu.*test_few_bits_in_some_layers.*torchao", "test_gpu.*test_few_bits_in_some_layers.*te-"),
         Row("statistics of rounding", "test_quant_stats.*test_every_product_of_every_layer",
             r"test_gpu.*test_statistics_of_rounding\[torchao", r"test_gpu.*test_statistics_of_rounding\[te-"),
@@ -111,7 +111,7 @@ def token_rows() -> list[Row]:
         Row("resume on another number of ranks", "test_checkpoint.*test_two_ranks_then_one_then_four", f"={NO_TEST}",
             f"={NO_TEST}"),
         Row("killed at any moment, restarted by `torchrun`", "test_kill_anywhere", f"={NO_TEST}", f"={NO_TEST}"),
-        Row("a GPU's checkpoint goes on on a CPU", "=–", r"test_gpu.*goes_on_on_a_cpu\[torch\]",
+        Row("a GPU's checkpoint resumes on a CPU", "=–", r"test_gpu.*goes_on_on_a_cpu\[torch\]",
             r"test_gpu.*goes_on_on_a_cpu\[te\]"),
         Row("final model opens with plain `transformers`", "test_final_model.*test_it_gives_what",
             r"test_gpu.*test_the_final_model_opens_with_plain_transformers\[torch\]",
@@ -273,7 +273,7 @@ def table_of(recipe: Path, runs: list[dict]) -> str:
     lines = [f"## {recipe.name}", f"[{title}](../{readme.relative_to(ROOT)})", ""]
     lines += ["| | CPU | GPU, plain layers | GPU, TransformerEngine |", "|---|---|---|---|"]
     for row in rows(recipe):
-        cpu = "run on CPU" + ", emulated" * any(x in row.what for x in ("Scaling", "few bits", "rounding"))
+        cpu = "run on CPU" + ", emulated" * any(x in row.what for x in ("Scaling", "FP8", "rounding"))
         cpu += ", with a stand-in for CUDA's streams" * row.what.startswith("Megatron")
         cpu = row.cpu[1:] if row.cpu.startswith("=") else cpu
         cells = (cpu, cell(row.plain, runs, places), cell(row.te, runs, places))

@@ -41,7 +41,7 @@ HARDWARE = """# What has been run where
 <!-- hardware: end -->
 """
 README = """# Small, a recipe
-read [me](../../docs/a.md#b) and [this](slurm.sh)
+read [me](../../docs/a.md#b) and [this](slurm.sh), [ci/lint.sh](../../ci/lint.sh), [releases](../../../../releases)
 [batches](../../docs/batches.md), [one](../../docs/batches.md#a-step)
 [keys](hydra_config/defaults.yaml), [licence](../../LICENSE)
 """
@@ -68,6 +68,7 @@ def repository(tmp_path):
     for name, text in {"batches": BATCHES, "checkpoints": "# Checkpoints\n", "hardware": HARDWARE}.items():
         (root / "docs" / f"{name}.md").write_text(text)
     (root / "LICENSE").write_text("licence\n")
+    (root / "mkdocs.yml").write_text('repo_url: !ENV [REPOSITORY_URL, "https://github.com/OWNER/small"]\n')
     (root / ".gitignore").write_text("__pycache__/\n")
     subprocess.run(["git", "init", "-q", root], check=True)
     subprocess.run(["git", "-C", root, "add", "-A"], check=True)
@@ -93,7 +94,9 @@ def test_what_is_in_it(repository, tmp_path):
     ]  # fmt: skip
     subprocess.run(["python3", "-m", "zipfile", "-t", path], check=True)
     assert zipfile.ZipFile(path).read("small/README.md").decode() == (
-        "# Small, a recipe\nread me (`docs/a.md#b` in the repository) and [this](slurm.sh)\n"
+        "# Small, a recipe\nread [me](https://github.com/OWNER/small/blob/main/docs/a.md#b) and [this](slurm.sh), "
+        "[ci/lint.sh](https://github.com/OWNER/small/blob/main/ci/lint.sh), "
+        "[releases](https://github.com/OWNER/small/releases)\n"
         "[batches](GUIDE.md#batches), [one](GUIDE.md#a-step)\n[keys](GUIDE.md#every-key-small), [licence](LICENSE)\n"
     )
     assert zipfile.ZipFile(path).read("small/data/README.md").decode().endswith("(../GUIDE.md#batches)\n")
@@ -109,11 +112,17 @@ def test_the_guide(repository):
         "## Batches\n[keys](#every-key-small), [here](#a-step),\n[saved](#checkpoints), [start](README.md)\n" in text
     )
     assert (
-        "### A step\npicture (`docs/images/a.png` in the repository) what was tried (`docs/log.md#packing` in the "
-        "repository)\n```sh\n# a comment\n"
+        "### A step\n[picture](https://github.com/OWNER/small/blob/main/docs/images/a.png) "
+        "[what was tried](https://github.com/OWNER/small/blob/main/docs/log.md#packing)\n```sh\n# a comment\n"
     ) in text
     assert "### small\n| run | on CPU |" in text and "nothing" not in text
     assert "\n## Every key: Small\n" in text and "| `size` | `???` | how large |" in text
+
+
+def test_the_address_that_ci_names(repository, monkeypatch):
+    assert "The repository: <https://github.com/OWNER/small>\n" in guide.guide(repository / "recipes/small")
+    monkeypatch.setenv("REPOSITORY_URL", "https://github.com/lab/small")
+    assert "The repository: <https://github.com/lab/small>\n" in guide.guide(repository / "recipes/small")
 
 
 def test_the_guide_has_all_of_its_pages():

@@ -32,8 +32,48 @@ def test_kubeflow_trainer(recipe):
     job = pytest.importorskip("kubeflow_trainer_api.models.trainer_v1alpha1_train_job").TrainerV1alpha1TrainJob
     told = yaml.safe_load((recipe / "trainjob.yaml").read_text())
     assert job.from_dict(told).to_dict() == told  # the schema drops what it does not know
-    script, config, *_ = told["spec"]["trainer"]["args"]
+    trainer = told["spec"]["trainer"]
+    script, config, *_ = trainer["args"]
     assert (recipe / script).is_file() and config.partition("=")[2] in config_names(recipe)
+    (patch,) = told["spec"]["runtimePatches"]
+    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    places = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert {volume["name"] for volume in pod["volumes"]} == set(places) and places["shm"] == "/dev/shm"
+    variables = {entry["name"]: entry["value"] for entry in trainer["env"]}
+    assert variables["HF_HOME"].startswith(places["volume"])
+    assert pod["terminationGracePeriodSeconds"] > int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 30
+
+
+def ignored(path, patterns):
+    """Whether Docker leaves a file out: the last pattern that fits it or a folder above it decides."""
+    found = False
+    for pattern in patterns:
+        words = re.escape(pattern.removeprefix("!")).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+        if re.match(words + "(/|$)", path):
+            found = not pattern.startswith("!")
+    return found
+
+
+@recipes_with(".dockerignore")
+def test_an_image_has_the_recipe_and_nothing_of_its_user(recipe):
+    lines = (recipe / ".dockerignore").read_text().splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    known = subprocess.run(["git", "-C", recipe, "ls-files", "."], capture_output=True, text=True, check=True).stdout
+    left_out = {path for path in known.splitlines() if ignored(path, patterns)}
+    assert left_out == {"Dockerfile", ".dockerignore"}
+    users = (
+        "my.fasta", "my.csv.gz", "data/mine.parquet", "mine/final_model/model.safetensors", "outputs/run.json",
+        ".venv/bin/python", ".git/config", "common/__pycache__/batch.pyc", "tests/__pycache__/x.pyc", "slurm-1.out",
+    )  # fmt: skip
+    assert [path for path in users if not ignored(path, patterns)] == []
+
+
+@recipes_with("Dockerfile")
+def test_an_image_does_not_run_as_root(recipe):
+    lines = (recipe / "Dockerfile").read_text().splitlines()
+    assert [line for line in lines if line.startswith("USER ")][-1] not in ("USER root", "USER 0")
+    assert any(line.startswith("ARG TORCH_INDEX=https://") for line in lines)
 
 
 @recipes_with("sky.yaml")

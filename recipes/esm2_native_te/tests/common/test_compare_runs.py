@@ -9,7 +9,7 @@ import sys
 import yaml
 
 from common.contract.running import RECIPE, run_here
-from compare_runs import compare
+from compare_runs import compare, shown
 
 
 def make_run(path, validation, config, losses=(3.0, 2.0), unit="tokens"):
@@ -41,6 +41,12 @@ def test_the_unit_is_the_runs(tmp_path):
     first, *rows = compare([tokens, atoms])
     assert first == ["run", "steps", "validation loss", "train loss (last tenth)", "tokens/s or atoms/s"]
     assert [row[0][-1] for row in rows] == ["b", "a"]
+
+
+def test_numbers_as_they_are_read():
+    row = ["a", 0.1, 3e-4, None, "bf16", 500000, 2.5, 1.25e-5, 12345.6]
+    assert shown(row) == ["a", "0.1", "0.0003", "null", "bf16", "500,000", "2.5000", "1.25e-05", "12,346"]
+    assert shown(["a", 7, None, -1234.5, 0.5123]) == ["a", "7", "", "-1234.5000", "0.512"]
 
 
 def test_from_the_command_line(tmp_path):

@@ -86,6 +86,16 @@ def test_the_unit_and_the_loss_are_the_runs(run: Path, tmp_path: Path, monkeypat
     assert drawn[1] == [both, "Throughput, real tokens/s or atoms/s", "Learning rate", "Gradient norm"]
 
 
+def test_a_single_logged_step_shows(tmp_path: Path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text(train_line(10))
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _: drawn.append(figure))
+    plot_metrics.plot_metrics([tmp_path], tmp_path / "one.png")
+    for ax in drawn[0].axes[:3]:  # the line has no gradient norm
+        assert "o" in [line.get_marker() for line in ax.lines]
+        assert [tick for tick in ax.get_xticks() if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]] == [10]
+
+
 @pytest.mark.parametrize("given", ["a", "a/metrics.jsonl"])
 def test_one_run(run: Path, given: str):
     result = plot(run.parent / given, "--reference-loss", "2.87", "--reference-label", "unigram entropy")

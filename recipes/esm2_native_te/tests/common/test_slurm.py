@@ -40,9 +40,10 @@ def stand_in(folder: Path, name: str, text: str) -> None:
 
 @pytest.fixture
 def slurm(tmp_path):
-    stand_in(tmp_path, "srun", 'exec "$@"')
+    stand_in(tmp_path, "srun", 'while case $1 in --*) ;; *) false;; esac; do shift; done; exec "$@"')
     stand_in(tmp_path, "scontrol", "echo 127.0.0.1")
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "node1"}
+    job["SLURM_JOB_CPUS_PER_NODE"] = "64(x2),8,32"
     return environment() | job | {"SLURM_SUBMIT_DIR": str(RECIPE), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
@@ -127,8 +128,10 @@ def test_a_line_of_a_sweep(line, overrides, slurm, tmp_path):
     task = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7", "SWEEP": str(tmp_path / "sweep.txt")}
     done = subprocess.run(["bash", "slurm.sh", "x=0"], cwd=RECIPE, env=slurm | task, capture_output=True, text=True)
     folder = "outputs/sweep_7/run_1"
-    message = done.stdout.splitlines()
-    assert message[3:] == ["x=0", f"logger.log_dir={folder}", f"checkpoint.ckpt_dir={folder}", *overrides], done.stderr
+    told, *message = done.stdout.splitlines()
+    assert told == f"Run 1 of {tmp_path / 'sweep.txt'}: {line}"
+    assert message[:2] == ["--cpus-per-task=8", "--cpu-bind=cores"]
+    assert message[5:] == ["x=0", f"logger.log_dir={folder}", f"checkpoint.ckpt_dir={folder}", *overrides], done.stderr
 
 
 def test_a_quote_that_is_not_closed(slurm, tmp_path):

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from common.contract.running import RECIPE, TRAINERS, curve, run_here
+from plot_metrics import plot_quantization
 from tokens.quant_stats import QuantStats
 
 
@@ -84,6 +86,19 @@ def test_numbers_that_are_known():
     assert found["0.part.weight"] == {"underflow": 0.25, "saturation": 0.25, "scale": 4, "mse": pytest.approx(1 / 26)}
     assert found["0.part.gradient"] == {"underflow": 1, "saturation": 0, "scale": 8, "mse": 1}
     assert stats.take() is None
+
+
+def test_rows_of_the_picture_have_their_products_names(tmp_path, monkeypatch):
+    one = {"underflow": 0.01, "saturation": 0.0, "mse": 1e-3, "scale": 2.0}
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _: drawn.append(figure))
+    for layers, names in ((2, ["0 qkv", "0 proj", "0 fc1", "0 fc2", "1 qkv", "1 proj", "1 fc1", "1 fc2"]), (7, 7)):
+        tensors = {f"{i}.{name}.{x}": one for i in range(layers) for name in PRODUCTS for x in ("input", "weight")}
+        plot_quantization([{"step": 1, "tensors": tensors}], "", tmp_path / "x.png")
+        first = drawn[-1].axes[0]
+        assert first.get_ylabel() == "underflow, %" and drawn[-1].axes[3].get_ylabel() == "saturated, %"
+        found = [label.get_text() for label in first.get_yticklabels()]
+        assert found == (names if layers == 2 else [f"{i} qkv" for i in range(names)])
 
 
 def test_the_picture(tmp_path):
