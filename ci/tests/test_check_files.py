@@ -23,6 +23,7 @@ def root(tmp_path):
     (tmp_path / "docs" / "a.md").write_text("# One two\n[up](../README.md) [site](https://nowhere.invalid/x#y)\n")
     (tmp_path / "good.json").write_text('{"a": 1}')
     (tmp_path / "good.yaml").write_text("a: !!python/name:x.y\nb: ${c}\n")
+    (tmp_path / "mkdocs.yml").write_text('repo_url: !ENV [REPOSITORY_URL, "https://github.com/lab/us"]\n')
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     return tmp_path
 
@@ -37,6 +38,7 @@ def test_all_is_well(root):
         ("b.md", "[x](docs/none.md)", "b.md: docs/none.md: no such file"),
         ("b.md", "![x](none.png)", "b.md: none.png: no such file"),
         ("b.md", "[x](docs/a.md#three)", "docs/a.md#three: no such heading"),
+        ("b.md", "clone https://github.com/lab/us or https://github.com/a/us", "/a/us, but mkdocs.yml has"),
         ("b.json", "{'a': 1}", "b.json: Expecting property name"),
         ("b.yaml", "a: [1\n", "b.yaml: while parsing"),
         ("b.toml", "a = \n", "b.toml: Invalid value"),
