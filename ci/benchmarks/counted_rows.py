@@ -10,6 +10,7 @@ from torch.utils.data import get_worker_info
 
 import dataset
 from common.distributed import Distributed
+from tokens import protein_rows
 
 
 WORKERS, INDEX, CHECK = PLACES = ("workers", "index", "check")  # the last: first rows, read to look for odd signs
@@ -49,14 +50,14 @@ class ReadForLengths(Counted):
 
     def sizes(self, rows: np.ndarray, epoch: int) -> np.ndarray:
         """Tokens of each row."""
-        residues = [dataset.tokenize(sequence) for sequence in self.sequences(rows, epoch)]
+        residues = [dataset.ALPHABET.tokenize(sequence) for sequence in self.sequences(rows, epoch)]
         self.held = dict(zip(((epoch, row) for row in rows.tolist()), residues, strict=True))
-        return dataset.num_tokens(np.array([len(some) for some in residues]), self.max_seq_length)
+        return protein_rows.num_tokens(np.array([len(some) for some in residues]), self.max_seq_length)
 
     def read(self, rows: np.ndarray, epoch: int) -> list[np.ndarray]:
         """Of what is held."""
         residues = [self.held[epoch, row] for row in rows.tolist()]
-        return dataset.crop(residues, rows, self.max_seq_length, self.seed, epoch)
+        return dataset.ALPHABET.crop(residues, rows, self.max_seq_length, self.seed, epoch)
 
 
 def bytes_read(log: Path, until: float) -> dict[str, int]:

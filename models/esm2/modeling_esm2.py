@@ -8,19 +8,18 @@ It computes what `transformers.EsmForMaskedLM` computes; `convert.py` translates
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutput
 
-from common.weights import fill, named_tensors, random_normal
+from common.weights import random_normal
+from tokens import masked_lm
 from tokens.backends import layer_class, resolve_layer_backend
-from tokens.layers import AttentionInputs
-from tokens.layout import IGNORED, select_tokens
+from tokens.layers import AttentionInputs, attention_inputs, sequence_index
+from tokens.masked_lm import ForMaskedLM, TokenModel
 
 
 def _size(num_layers: int, hidden_size: int, num_heads: int) -> dict[str, int]:
@@ -133,12 +132,6 @@ def token_dropout_scale(num_masks_B: Tensor, lengths_B: Tensor | int) -> Tensor:
     return (1 - 0.15 * 0.8) / (1 - num_masks_B / lengths_B)
 
 
-def sequence_index(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """The number of the sequence that each packed token belongs to, [T]."""
-    tokens_T = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    return torch.bucketize(tokens_T, cu_seqlens[1:], right=True)
-
-
 class Encoder(nn.Module):
     """The stack of layers and the last norm."""
 
@@ -184,24 +177,25 @@ class LMHead(nn.Module):
         return F.linear(x_NE, embedding_PE)[..., : len(self.bias)] + self.bias
 
 
-class Esm2PreTrainedModel(PreTrainedModel):
+class Esm2PreTrainedModel(TokenModel):
     """What both models share towards `transformers`."""
 
     config_class = Esm2Config
     base_model_prefix = "esm"
-    supports_gradient_checkpointing = True
 
-    def initialize_weights(self):
-        """Fill what has no value yet: everything after construction, what the checkpoint lacked after loading."""
-        new = {name: x for name, x in named_tensors(self).items() if not getattr(x, "_is_hf_initialized", False)}
-        fill(new, lambda name: initial_value(name, new[name].shape, self.config, torch.initial_seed()))
-        for x in new.values():
-            x._is_hf_initialized = True
+    def initial_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """Biases 0, norm weights 1, matrices normal with deviation `initializer_range`, as `EsmPreTrainedModel` has.
 
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
-        if self.base_model.encoder.backend == "te":
-            from tokens.layers_te import checkpoint as gradient_checkpointing_func
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        The embedding of padding and of the tokens that do not exist is 0.
+        """
+        if len(shape) == 1:
+            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        # The encoder's weights do not depend on whether there is a head around it.
+        value = random_normal(shape, self.config.initializer_range, seed, name.removeprefix("esm."))
+        if name.endswith("word_embeddings.weight"):
+            value[self.config.pad_token_id] = 0.0
+            value[self.config.vocab_size :] = 0.0
+        return value
 
 
 class Esm2Model(Esm2PreTrainedModel):
@@ -217,6 +211,11 @@ class Esm2Model(Esm2PreTrainedModel):
         self.encoder = Encoder(config)
         self.contact_head = nn.ModuleDict({"regression": ContactRegression(config)})
         self.post_init()
+
+    @property
+    def backend(self) -> str:
+        """The layers'."""
+        return self.encoder.backend
 
     def get_input_embeddings(self) -> nn.Module:
         """Hook of transformers."""
@@ -238,50 +237,16 @@ class Esm2Model(Esm2PreTrainedModel):
         in this rank's part of them), int64 and rising. The output is then [W, E], and most of what only the others
         would need in the last layer is not computed.
         """
-        if (input_ids.ndim == 1) != (cu_seqlens is not None):
-            raise ValueError(
-                f"input_ids of {input_ids.ndim} dimension(s) {'with' if cu_seqlens is not None else 'without'} "
-                "cu_seqlens is neither a padded batch [B, S] nor a packed one [T] with cu_seqlens."
-            )
         mask_BS = None if attention_mask is None else attention_mask.bool()
-        if self.context_parallel and cu_seqlens is None:
-            raise ValueError("Context parallelism takes packed batches only: [T], with cu_seqlens.")
+        inv_freq_R = rope_inv_freq(self.config, self.config.rope_inv_freq_dtype, input_ids.device)
+        borders = (cu_seqlens, max_seqlen, seq_lens)
+        inputs = attention_inputs(input_ids, mask_BS, *borders, inv_freq_R, self.context_parallel)
         x_NE = self.embeddings(input_ids, mask_BS, cu_seqlens, self.context_parallel)
-        inputs = self.attention_inputs(input_ids, mask_BS, cu_seqlens, max_seqlen, seq_lens)
         x_NE = self.encoder(x_NE, inputs, selected_W)
         return BaseModelOutput(last_hidden_state=x_NE)
 
-    def attention_inputs(
-        self, input_ids: Tensor, mask_BS: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
-        seq_lens: list[int] | None,
-    ) -> AttentionInputs:  # fmt: skip
-        """Positions, from 0 in every sequence, and borders: made once for all layers."""
-        mask_B11S = positions_T = None
-        if cu_seqlens is None:
-            max_seqlen = input_ids.shape[1]
-            if mask_BS is not None:
-                # A row of padding only attends to itself: a softmax over nothing is NaN in some kernels.
-                mask_B11S = (mask_BS | ~mask_BS.any(-1, keepdim=True))[:, None, None]
-        else:
-            max_seqlen = max_seqlen or int(cu_seqlens.diff().max())
-            starts_T = cu_seqlens[sequence_index(cu_seqlens, len(input_ids))]
-            positions_T = torch.arange(len(input_ids), device=input_ids.device) - starts_T
-        inv_freq = rope_inv_freq(self.config, self.config.rope_inv_freq_dtype, input_ids.device).repeat(2)
-        angles_SD = torch.arange(max_seqlen, device=input_ids.device)[:, None] * inv_freq
-        return AttentionInputs(
-            angles_SD, mask_B11S, cu_seqlens, positions_T, max_seqlen, self.context_parallel, seq_lens
-        )
 
-
-@dataclass
-class Esm2Output(MaskedLMOutput):
-    """`loss` is the only part there is; `labels` are those of the tokens that `logits` belong to."""
-
-    parts: dict[str, Tensor] | None = None
-    labels: Tensor | None = None
-
-
-class Esm2ForMaskedLM(Esm2PreTrainedModel):
+class Esm2ForMaskedLM(ForMaskedLM, Esm2PreTrainedModel):
     """The encoder with the head that predicts masked tokens."""
 
     def __init__(self, config: Esm2Config):
@@ -290,83 +255,17 @@ class Esm2ForMaskedLM(Esm2PreTrainedModel):
         self.lm_head = LMHead(config)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        seq_lens: list[int] | None = None,
-        selected: Tensor | None = None,
-        counts: Mapping[str, float] | None = None,
-    ) -> Esm2Output:
-        """Inputs as in `Esm2Model`; `labels` like `input_ids`, -100 where nothing is to be predicted.
-
-        Without labels: logits [N, V]. With labels: logits [W, V] and labels [W] of the `selected` tokens (None: read
-        off the labels), which are all that have a label and a few that have not; and the cross-entropy of the former
-        in nats, summed in FP32 and divided by `counts["labels"]` (None: by how many they are). No label at all gives a
-        loss of 0 that still reaches every parameter, because ranks must agree on what they reduce. With
-        `context_parallel` all three are of this rank's tokens alone. Raises ValueError for labels of another shape.
-        """
+    def predict(self, x_NE: Tensor) -> Tensor:
+        """[N, E] to logits [N, V]."""
         # Not a second Parameter but the same one, used in the forward pass of the module that owns both (FSDP2: the
         # root), so keep the embedding in one sharding group with the head.
-        embedding_PE = self.esm.embeddings.word_embeddings.weight
-        batch = (input_ids, attention_mask, cu_seqlens, max_seqlen, seq_lens)
-        if labels is None:
-            return Esm2Output(logits=self.lm_head(self.esm(*batch).last_hidden_state, embedding_PE))
-        if labels.shape != input_ids.shape:
-            raise ValueError(f"labels {list(labels.shape)} must have the shape of input_ids, {list(input_ids.shape)}.")
-        if self.esm.context_parallel and cu_seqlens is not None:  # a padded batch is refused by the encoder
-            labels = self.esm.context_parallel.part(labels)
-        if selected is None:
-            selected = torch.from_numpy(select_tokens(labels.cpu().numpy())).to(labels.device)
-        labels_W = labels.flatten()[selected]
-        logits_WV = self.lm_head(self.esm(*batch, selected).last_hidden_state, embedding_PE)
-        num_labels = max(counts["labels"], 1) if counts else (labels_W != IGNORED).sum().clamp(min=1)
-        loss = F.cross_entropy(logits_WV.float(), labels_W, reduction="sum") / num_labels
-        return Esm2Output(loss=loss, logits=logits_WV, labels=labels_W)
-
-
-def init_parameters(model: PreTrainedModel, seed: int) -> None:
-    """Fill `model`, which may be sharded, with initial values that depend on `seed` and the names only.
-
-    One full tensor at a time is made on the CPU, on every rank alike, so nothing is communicated.
-    """
-    tensors = named_tensors(model)
-    fill(tensors, lambda name: initial_value(name, tensors[name].shape, model.config, seed))
-
-
-def initial_value(name: str, shape: torch.Size, config: Esm2Config, seed: int) -> Tensor:
-    """Biases 0, norm weights 1, matrices normal with deviation `initializer_range`, as `EsmPreTrainedModel` has them.
-
-    The embedding of padding and of the tokens that do not exist is 0.
-    """
-    if len(shape) == 1:
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    # The encoder's weights do not depend on whether there is a head around it.
-    value = random_normal(shape, config.initializer_range, seed, name.removeprefix("esm."))
-    if name.endswith("word_embeddings.weight"):
-        value[config.pad_token_id] = 0.0
-        value[config.vocab_size :] = 0.0
-    return value
+        return self.lm_head(x_NE, self.esm.embeddings.word_embeddings.weight)
 
 
 def training_flops(config: Esm2Config, counts: Mapping[str, int], layer_backend: str | None = None) -> float:
-    """Floating-point operations of one training step: three times those of the forward pass.
-
-    Forward: layers * [2 (4 E^2 + 2 E F) T + 4 E sum(length^2)] + 2 (E^2 + E P) L, with F the feed-forward width, over
-    T real `tokens`, L `labels` and the `token_pairs` within sequences. Recomputation and padding do not count. This is
-    the usual count. With `layer_backend` torch or cpp it is without what the last layer need not compute of tokens
-    without a label: 2 (E^2 + 2 E F) (T - L), and their share of its attention.
-    """
-    num_tokens, num_labels = counts["tokens"], counts["labels"]
-    width, feed_forward, num_layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    products = 2 * (4 * width**2 + 2 * width * feed_forward) * num_tokens
-    attention = 4 * width * counts["token_pairs"]
-    head = 2 * (width**2 + width * config.padded_vocab_size) * num_labels
-    forward = num_layers * (products + attention) + head
-    if layer_backend in ("torch", "cpp") and num_tokens:
-        num_others = num_tokens - num_labels
-        forward -= 2 * (width**2 + 2 * width * feed_forward) * num_others + attention * num_others / num_tokens
-    return 3.0 * forward
+    """Floating-point operations of one training step, as tokens/masked_lm.py counts them."""
+    width, feed_forward = config.hidden_size, config.intermediate_size
+    head = width**2 + width * config.padded_vocab_size
+    return masked_lm.training_flops(
+        counts, config.num_hidden_layers, width, 2 * width * feed_forward, head, layer_backend
+    )

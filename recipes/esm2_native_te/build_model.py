@@ -16,11 +16,13 @@ from common.batch import Batch
 from common.distributed import Distributed
 from common.weights import copy_parameters, local_folder, named_tensors, named_type, open_weights
 from convert import DECODER, hf_config, hf_to_native, native_config, native_to_hf
-from modeling_esm2 import SIZES, Esm2Config, Esm2ForMaskedLM, Esm2Output, init_parameters, sequence_index
+from modeling_esm2 import SIZES, Esm2Config, Esm2ForMaskedLM
 from tokens.backends import resolve_layer_backend, slower_backend_note
 from tokens.context_parallel import ContextParallel
 from tokens.formats import FP4, FP8
+from tokens.layers import sequence_index
 from tokens.low_precision import LowPrecision
+from tokens.masked_lm import MaskedLMOutput, init_parameters
 from tokens.quant_stats import QuantStats
 
 
@@ -57,7 +59,7 @@ class ReferenceEsmForMaskedLM(EsmForMaskedLM):
         hidden = self.lm_head.layer_norm(F.gelu(self.lm_head.dense(hidden)))
         logits = F.linear(hidden, self.esm.embeddings.word_embeddings.weight) + self.lm_head.bias
         loss = F.cross_entropy(logits.float(), labels_W, reduction="sum") / max(counts["labels"], 1)
-        return Esm2Output(loss=loss, logits=logits, labels=labels_W)
+        return MaskedLMOutput(loss=loss, logits=logits, labels=labels_W)
 
 
 def model_config(

@@ -14,7 +14,8 @@ from checkpoint import Checkpointer
 from common.anomalies import Anomalies
 from common.perf_logger import PerfLogger
 from common.run_facts import start_wandb
-from common.scheduler import adamw, linear_schedule
+from common.scheduler import adamw
+from common.scheduler import linear_schedule as lr_schedule
 from dataset import TrainLoader, open_validation
 from tokens.formats import FP4, FP8
 from tokens.quant_stats import QuantStats
@@ -53,7 +54,7 @@ SECTIONS = {
     "dataset": TrainLoader,
     "validation": open_validation,
     "adamw_kwargs": adamw,
-    "lr_scheduler_kwargs": linear_schedule,
+    "lr_scheduler_kwargs": lr_schedule,
     "anomalies": Anomalies,
     "checkpoint": Checkpointer,
     "logger": PerfLogger,
@@ -96,4 +97,4 @@ def check_pairs(config: DictConfig) -> None:
         raise ValueError("quant_stats_config.enabled=true cannot be with use_torch_compile=true; leave one out.")
     # Once on a parameter that nobody trains: what these two refuse shows now.
     optimizer = adamw([torch.nn.Parameter(torch.zeros(1))], **config.adamw_kwargs)
-    linear_schedule(optimizer, **config.lr_scheduler_kwargs)
+    lr_schedule(optimizer, **config.lr_scheduler_kwargs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train ESM-2 with DDP: every rank holds the whole model, and gradients are averaged.
+"""Train with DDP: every rank holds the whole model, and gradients are averaged.
 
 python train_ddp.py                                           # one process, on a GPU or the CPU
 torchrun --nproc_per_node=8 train_ddp.py --config-name L0_sanity
@@ -33,9 +33,9 @@ from common.ema import EMA
 from common.gradients import Strategy, add_gradients, clip_grad_norm_
 from common.perf_logger import PerfLogger
 from common.run_end import end_run
-from common.scheduler import adamw, linear_schedule
+from common.scheduler import adamw
 from dataset import TrainLoader, open_validation
-from keys import check_config
+from keys import check_config, lr_schedule
 
 
 @hydra.main(version_base=None, config_path=f"{Path(__file__).parent}/hydra_config", config_name="L0_sanity")
@@ -75,7 +75,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     # ----
 
     ema = EMA(model, config.ema_decay)
-    scheduler = linear_schedule(optimizer, **config.lr_scheduler_kwargs)
+    scheduler = lr_schedule(optimizer, **config.lr_scheduler_kwargs)
     parts = {"scheduler": scheduler, "loader": loader, "logger": logger, "anomalies": anomalies}
     step, last = checkpointer.load(model, optimizer, ema, parts), config.num_train_steps
     logger.start(step, [*loader.notes, *checkpointer.notes, scheduler.note(last)])

@@ -10,7 +10,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.multiprocessing import spawn
 
 from common.weights import copy_parameters
-from modeling_esm2 import Esm2Config, Esm2ForMaskedLM, init_parameters
+from modeling_esm2 import Esm2Config, Esm2ForMaskedLM
+from tokens.masked_lm import init_parameters
 
 
 def train_step(model, batch):

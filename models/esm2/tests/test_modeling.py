@@ -18,10 +18,10 @@ from modeling_esm2 import (
     Esm2Config,
     Esm2ForMaskedLM,
     Esm2Model,
-    init_parameters,
     training_flops,
 )
 from tokens.layout import select_tokens
+from tokens.masked_lm import init_parameters
 
 
 def loss_and_gradients(model, batch, **options):

@@ -838,7 +838,7 @@ bool run(bool backward, const T* qkv, const float* cos, const float* sin, const 
   return done;
 }
 
-// ---- layer norm
+// ---- layer norm, and without `mean` and `bias` RMSNorm
 
 // With `added`, `sum` = x + added is what is normalized.
 template <typename X, typename Y>
@@ -855,15 +855,21 @@ void layer_norm_rows(const X* x, const Y* added, X* sum, const float* weight, co
     }
     Y* __restrict to = y + i * width;
     float total = 0.0f, squares = 0.0f;
+    if (mean) {
 #pragma omp simd reduction(+ : total)
-    for (int64_t e = 0; e < width; ++e) total += load(from + e);
+      for (int64_t e = 0; e < width; ++e) total += load(from + e);
+    }
     const float m = total / width;
 #pragma omp simd reduction(+ : squares)
     for (int64_t e = 0; e < width; ++e) squares += (load(from + e) - m) * (load(from + e) - m);
     const float r = 1.0f / std::sqrt(squares / width + eps);
-    for (int64_t e = 0; e < width; ++e) store(to + e, (load(from + e) - m) * r * weight[e] + bias[e]);
-    mean[i] = m;
     inverse[i] = r;
+    if (mean) {
+      for (int64_t e = 0; e < width; ++e) store(to + e, (load(from + e) - m) * r * weight[e] + bias[e]);
+      mean[i] = m;
+    } else {
+      for (int64_t e = 0; e < width; ++e) store(to + e, load(from + e) * r * weight[e]);
+    }
   }
 }
 
@@ -879,7 +885,7 @@ void layer_norm_rows_backward(const Y* grad, const X* grad_sum, const X* x, cons
     const Y* __restrict g = grad + i * width;
     const X* __restrict from = x + i * width;
     X* __restrict to = grad_x + i * width;
-    const float m = mean[i], r = inverse[i];
+    const float m = mean ? mean[i] : 0.0f, r = inverse[i];
     float first = 0.0f, second = 0.0f;
 #pragma omp simd reduction(+ : first, second)
     for (int64_t e = 0; e < width; ++e) {
@@ -889,7 +895,7 @@ void layer_norm_rows_backward(const Y* grad, const X* grad_sum, const X* x, cons
       grad_weight[e] += gradient * normal;
       grad_bias[e] += gradient;
     }
-    first /= width;
+    first = mean ? first / width : 0.0f;
     second /= width;
     const auto gradient = [&](int64_t e) {
       return r * (load(g + e) * weight[e] - first - (load(from + e) - m) * r * second);
@@ -916,12 +922,13 @@ void layer_norm(bool backward, const X* x, const Y* added, X* sum, const float* 
   for (int64_t first = 0; first < rows; first += STRIP) {
     const int64_t count = std::min(STRIP, rows - first), at = first * width;
     const auto part = [at](auto* rows) { return rows ? rows + at : nullptr; };
+    float* means = mean ? mean + first : nullptr;
     if (backward)
-      layer_norm_rows_backward(grad + at, part(grad_sum), x + at, weight, mean + first, inverse + first, grad_x + at,
+      layer_norm_rows_backward(grad + at, part(grad_sum), x + at, weight, means, inverse + first, grad_x + at,
                                part(grad_added), sums + first / STRIP * 2 * width, count, width);
     else
-      layer_norm_rows(x + at, part(added), part(sum), weight, bias, y + at, mean + first, inverse + first, count,
-                      width, eps);
+      layer_norm_rows(x + at, part(added), part(sum), weight, bias, y + at, means, inverse + first, count, width,
+                      eps);
   }
 }
 

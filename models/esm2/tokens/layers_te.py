@@ -11,7 +11,7 @@ import transformer_engine.pytorch as te
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tokens.layers import AttentionInputs, rotate, take_selected
+from tokens.layers import USUAL, AttentionInputs, Form, rotate, take_selected
 
 
 # FP8 state has to be put back before a layer is recomputed; only TransformerEngine's own function does that.
@@ -22,8 +22,9 @@ class TransformerLayer(GradientCheckpointingLayer, te.TransformerLayer):
     """Pre-norm encoder layer, with dropout of what is added to the residual stream. Padding has to be on the right."""
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float, hidden_dropout: float = 0.0
-    ):
+        self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float, hidden_dropout: float = 0.0,
+        form: Form = USUAL,
+    ):  # fmt: skip
         super().__init__(
             hidden_size,
             intermediate_size,
@@ -33,6 +34,9 @@ class TransformerLayer(GradientCheckpointingLayer, te.TransformerLayer):
             attention_dropout=0.0,
             self_attn_mask_type="padding",
             fuse_qkv_params=True,
+            normalization=form.normalization,
+            activation=form.activation,
+            bias=form.bias,
             params_dtype=torch.float32,
             # A string: TransformerEngine compares it with "meta". It ignores `with torch.device(...)` by itself.
             device=torch.get_default_device().type,

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.contract.ranks import content
-from dataset import CLS, EOS, VOCABULARY, TrainLoader
+from dataset import ALPHABET, VOCABULARY, TrainLoader
 
 
 RESIDUES = "LAGVSERTIDPKQNFYMHWC"
@@ -72,7 +72,7 @@ def sequences_of(batch_content: tuple) -> list[str]:
     tokens = [t if label == -100 else label for t, label in zip(inputs["input_ids"], inputs["labels"], strict=True)]
     ends = np.cumsum(inputs["seq_lens"])
     framed = [tokens[end - n : end] for n, end in zip(inputs["seq_lens"], ends, strict=True)]
-    assert all((s[0], s[-1]) == (CLS, EOS) for s in framed)
+    assert all((s[0], s[-1]) == (*ALPHABET.start, *ALPHABET.end) for s in framed)
     return ["".join(VOCABULARY[t] for t in s[1:-1]) for s in framed]
 
 

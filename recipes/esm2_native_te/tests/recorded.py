@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.batch import Batch
-from dataset import CLS, EOS, VOCABULARY, TrainLoader
+from dataset import ALPHABET, VOCABULARY, TrainLoader
 
 
 DATA = "dataset.load_dataset_kwargs"
@@ -41,7 +41,7 @@ def sequences_of(batch: Batch) -> list[str]:
     if "attention_mask" in batch.inputs:
         tokens = tokens[batch.inputs["attention_mask"].bool()]
     framed = [part.tolist() for part in tokens.split(seq_lens_of(batch))]
-    assert all((part[0], part[-1]) == (CLS, EOS) for part in framed)
+    assert all((part[0], part[-1]) == (*ALPHABET.start, *ALPHABET.end) for part in framed)
     return ["".join(VOCABULARY[token] for token in part[1:-1]) for part in framed]
 
 

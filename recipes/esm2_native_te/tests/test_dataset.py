@@ -21,7 +21,7 @@ from protein_files import (
 
 from common.contract.ranks import excess_chi_square
 from common.open_data import Column
-from dataset import CLS, EOS, VOCABULARY, crop, describe_cleaning, tokenize
+from dataset import ALPHABET, VOCABULARY
 
 
 RECIPE = Path(__file__).parents[1]
@@ -163,7 +163,7 @@ def tokenizer():
 
 def test_tokens_are_those_of_esms_tokenizer(tokenizer):
     sequences = [*random_proteins(100, seed=1), "LAGVSERTIDPKQNFYMHWCXBUZO", "M"]
-    tokens = crop([tokenize(s.encode()) for s in sequences], np.arange(len(sequences)), 1024, 0)
+    tokens = ALPHABET.crop([ALPHABET.tokenize(s.encode()) for s in sequences], np.arange(len(sequences)), 1024, 0)
     assert [t.tolist() for t in tokens] == tokenizer(sequences)["input_ids"]
     assert [tokenizer.convert_ids_to_tokens(i) for i in range(33)] == VOCABULARY
 
@@ -186,27 +186,31 @@ def test_tokens_are_those_of_esms_tokenizer(tokenizer):
     ],
 )
 def test_the_rule_for_other_signs(written, read_as):
-    assert list(tokenize(written.encode())) == [VOCABULARY.index(letter) for letter in read_as]
+    assert list(ALPHABET.tokenize(written.encode())) == [VOCABULARY.index(letter) for letter in read_as]
 
 
 def test_what_is_cleaned_is_counted():
     sequences = [b"MKVL", b"mkVL", b"M-K.V", b"MK*V*", b"MJK1", b"", b"--", b"MK V\r\n"]
-    assert describe_cleaning(sequences) == (
+    assert ALPHABET.describe_cleaning(sequences) == (
         "in the first 8 sequences: 2 lower-case letters (read as upper case), 4 gaps (dropped), 2 stops (dropped at "
         "the end, X inside), 2 unknown signs (read as X), 2 empty sequences (skipped)"
     )
-    assert describe_cleaning([b"MKVLXBUZO", b"MK V\r\n"]) is None
+    assert ALPHABET.describe_cleaning([b"MKVLXBUZO", b"MK V\r\n"]) is None
 
 
 # ---- crops
 
 LETTERS = "LAGVSERTIDPKQNFYMHWCXBUZO"  # 25 different ones: the first one tells where a crop begins
-LONG = tokenize(LETTERS.encode())
+LONG = ALPHABET.tokenize(LETTERS.encode())
 
 
 def test_crops_start_anywhere_with_equal_chance():
-    tokens = np.stack(crop([LONG] * 20_000, np.arange(20_000), 12, 1, 0))
-    assert tokens.shape == (20_000, 12) and (tokens[:, 0] == CLS).all() and (tokens[:, -1] == EOS).all()
+    tokens = np.stack(ALPHABET.crop([LONG] * 20_000, np.arange(20_000), 12, 1, 0))
+    assert (
+        tokens.shape == (20_000, 12)
+        and (tokens[:, 0] == ALPHABET.start[0]).all()
+        and (tokens[:, -1] == ALPHABET.end[0]).all()
+    )
     assert (np.diff(tokens[:, 1:-1], axis=1) == 1).all()  # a stretch of the sequence, whose letters are tokens 4 .. 28
     starts = tokens[:, 1] - 4
     assert (starts.min(), starts.max()) == (0, 15)  # both ends are seen
@@ -216,7 +220,7 @@ def test_crops_start_anywhere_with_equal_chance():
 def test_crops_are_new_each_epoch_and_belong_to_the_seed():
     rows = np.arange(1000)
     first, again, next_epoch, other_seed = (
-        np.stack(crop([LONG] * 1000, rows, 12, *k)) for k in ((1, 0), (1, 0), (1, 1), (2, 0))
+        np.stack(ALPHABET.crop([LONG] * 1000, rows, 12, *k)) for k in ((1, 0), (1, 0), (1, 1), (2, 0))
     )
     assert np.array_equal(first, again)
     for other in (next_epoch, other_seed):
@@ -224,17 +228,17 @@ def test_crops_are_new_each_epoch_and_belong_to_the_seed():
 
 
 def test_crops_of_a_row_do_not_depend_on_its_company():
-    together = crop([LONG] * 50, np.arange(50), 12, 1, 0)
-    alone = [crop([LONG], np.array([row]), 12, 1, 0)[0] for row in range(50)]
+    together = ALPHABET.crop([LONG] * 50, np.arange(50), 12, 1, 0)
+    alone = [ALPHABET.crop([LONG], np.array([row]), 12, 1, 0)[0] for row in range(50)]
     assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize("length", [1, 9, 10, 11])
 def test_only_longer_sequences_are_cropped(length):
-    (tokens,) = crop([LONG[:length]], np.array([3]), 12, 1, 0)
+    (tokens,) = ALPHABET.crop([LONG[:length]], np.array([3]), 12, 1, 0)
     assert len(tokens) == min(length, 10) + 2
     if length <= 10:
-        assert tokens.tolist() == [CLS, *range(4, 4 + length), EOS]
+        assert tokens.tolist() == [*ALPHABET.start, *range(4, 4 + length), *ALPHABET.end]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -25,7 +25,7 @@ from protein_files import (
 )
 
 from common.contract.ranks import call_on_ranks, content
-from dataset import SequenceRows, tokenize
+from dataset import ALPHABET, SequenceRows
 
 
 RECIPE = Path(__file__).parents[1]
@@ -129,7 +129,9 @@ def test_rows_of_an_earlier_window_are_read_again(distributed, tmp_path):
     before, after = plan.window(0, 0)[0], plan.window(0, 1)[0]
     for micro_batch in (after, before):
         residues = [bytes(t[1:-1]) for t in plan.source.read(micro_batch.rows, 0)]
-        assert all(r in tokenize(PROTEINS[i].encode()) for r, i in zip(residues, micro_batch.rows, strict=True))
+        assert all(
+            r in ALPHABET.tokenize(PROTEINS[i].encode()) for r, i in zip(residues, micro_batch.rows, strict=True)
+        )
 
 
 SCRIPT = """

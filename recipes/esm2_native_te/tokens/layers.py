@@ -9,13 +9,43 @@ Every matrix product goes through the attribute `matmul(x, weight, bias)` of its
 `layernorm_mlp`), `F.linear` unless replaced: that is where another precision comes in.
 """
 
+from collections.abc import Callable
 from functools import cache, cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+class Form(NamedTuple):
+    """In what the layers of two models may differ. RMSNorm has no bias, whatever `bias` says.
+
+    With `swiglu` the feed-forward part's first map is twice as wide: the gate's rows, then those that it lets through.
+    """
+
+    normalization: str = "LayerNorm"  # or RMSNorm (arXiv:1910.07467)
+    activation: str = "gelu"  # or swiglu (arXiv:2002.05202)
+    bias: bool = True
+
+
+USUAL = Form()
+
+
+def parameter(*shape: int, present: bool = True) -> nn.Parameter | None:
+    """One without values, or none."""
+    return nn.Parameter(torch.empty(shape)) if present else None
+
+
+def swiglu(x_NF: Tensor) -> Tensor:
+    """[N, 2 F] to [N, F]: SiLU of the first half times the second."""
+    gate_NF, up_NF = x_NF.chunk(2, dim=-1)
+    return F.silu(gate_NF) * up_NF
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "swiglu": swiglu}
 
 
 @cache
@@ -63,6 +93,41 @@ class AttentionInputs:
         return self.cu_seqlens.diff().tolist()
 
 
+def sequence_index(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """The number of the sequence that each packed token belongs to, [T]."""
+    tokens_T = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.bucketize(tokens_T, cu_seqlens[1:], right=True)
+
+
+def attention_inputs(
+    input_ids: Tensor, mask_BS: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
+    seq_lens: list[int] | None, inv_freq_R: Tensor, context_parallel=None,
+) -> AttentionInputs:  # fmt: skip
+    """Positions, from 0 in every sequence, and borders: made once for all layers. R = D / 2 frequencies, FP32.
+
+    Raises ValueError for a batch that is neither padded nor packed, and a padded one with context parallelism.
+    """
+    if (input_ids.ndim == 1) != (cu_seqlens is not None):
+        raise ValueError(
+            f"input_ids of {input_ids.ndim} dimension(s) {'with' if cu_seqlens is not None else 'without'} "
+            "cu_seqlens is neither a padded batch [B, S] nor a packed one [T] with cu_seqlens."
+        )
+    if context_parallel and cu_seqlens is None:
+        raise ValueError("Context parallelism takes packed batches only: [T], with cu_seqlens.")
+    mask_B11S = positions_T = None
+    if cu_seqlens is None:
+        max_seqlen = input_ids.shape[1]
+        if mask_BS is not None:
+            # A row of padding only attends to itself: a softmax over nothing is NaN in some kernels.
+            mask_B11S = (mask_BS | ~mask_BS.any(-1, keepdim=True))[:, None, None]
+    else:
+        max_seqlen = max_seqlen or int(cu_seqlens.diff().max())
+        starts_T = cu_seqlens[sequence_index(cu_seqlens, len(input_ids))]
+        positions_T = torch.arange(len(input_ids), device=input_ids.device) - starts_T
+    angles_SD = torch.arange(max_seqlen, device=input_ids.device)[:, None] * inv_freq_R.repeat(2)
+    return AttentionInputs(angles_SD, mask_B11S, cu_seqlens, positions_T, max_seqlen, context_parallel, seq_lens)
+
+
 def rotate(x_NHD: Tensor, inputs: AttentionInputs) -> Tensor:
     """Rotary position embedding in FP32, the first half of the channels paired with the second (arXiv:2104.09864)."""
     first, second = x_NHD.chunk(2, dim=-1)
@@ -108,27 +173,29 @@ class Kernels:
         context_NHD = attention(rotate(q_NHD, inputs), rotate(k_NHD, inputs), v_NHD, inputs)
         return take_selected(context_NHD, selected_W, token_dims=2)
 
-    def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float) -> Tensor:
-        """[N, E] to [N, E]."""
+    def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor | None, eps: float) -> Tensor:
+        """[N, E] to [N, E]; without a bias RMSNorm."""
+        if bias_E is None:
+            return F.rms_norm(x_NE, x_NE.shape[-1:], weight_E, eps)
         return F.layer_norm(x_NE, x_NE.shape[-1:], weight_E, bias_E, eps)
 
     def mlp(self, x_NE: Tensor, part: "LayerNormMLP") -> Tensor:
         """[N, E] to [N, E]."""
-        x_NF = F.gelu(part.matmul(x_NE, part.fc1_weight, part.fc1_bias))
+        x_NF = part.activation(part.matmul(x_NE, part.fc1_weight, part.fc1_bias))
         return part.matmul(x_NF, part.fc2_weight, part.fc2_bias)
 
 
 class LayerNormLinear(nn.Module):
-    """Layer norm, then a linear map."""
+    """Norm, then a linear map."""
 
     kernels = Kernels()
 
-    def __init__(self, in_features: int, out_features: int, eps: float):
+    def __init__(self, in_features: int, out_features: int, eps: float, form: Form):
         super().__init__()
-        self.layer_norm_weight = nn.Parameter(torch.empty(in_features))
-        self.layer_norm_bias = nn.Parameter(torch.empty(in_features))
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
+        self.layer_norm_weight = parameter(in_features)
+        self.layer_norm_bias = parameter(in_features, present=form.normalization == "LayerNorm")
+        self.weight = parameter(out_features, in_features)
+        self.bias = parameter(out_features, present=form.bias)
         self.eps = eps
         self.matmul = F.linear
 
@@ -141,10 +208,10 @@ class LayerNormLinear(nn.Module):
 class Linear(nn.Module):
     """A linear map."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, bias: bool):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
+        self.weight = parameter(out_features, in_features)
+        self.bias = parameter(out_features, present=bias)
         self.matmul = F.linear
 
     def forward(self, x_NE: Tensor) -> Tensor:
@@ -153,15 +220,15 @@ class Linear(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Layer norm, multi-head attention with rotary positions, projection."""
+    """Norm, multi-head attention with rotary positions, projection."""
 
     kernels = Kernels()
 
-    def __init__(self, hidden_size: int, num_heads: int, eps: float):
+    def __init__(self, hidden_size: int, num_heads: int, eps: float, form: Form):
         super().__init__()
         self.num_heads = num_heads
-        self.layernorm_qkv = LayerNormLinear(hidden_size, 3 * hidden_size, eps)
-        self.proj = Linear(hidden_size, hidden_size)
+        self.layernorm_qkv = LayerNormLinear(hidden_size, 3 * hidden_size, eps, form)
+        self.proj = Linear(hidden_size, hidden_size, form.bias)
 
     def forward(self, x_NE: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None) -> Tensor:
         """[N, E] to [N, E], or of selected tokens [W, E]; the residual not added."""
@@ -176,18 +243,20 @@ class SelfAttention(nn.Module):
 
 
 class LayerNormMLP(nn.Module):
-    """Layer norm, linear map, erf-GELU, linear map."""
+    """Norm, linear map, erf-GELU or SwiGLU, linear map."""
 
     kernels = Kernels()
 
-    def __init__(self, hidden_size: int, intermediate_size: int, eps: float):
+    def __init__(self, hidden_size: int, intermediate_size: int, eps: float, form: Form):
         super().__init__()
-        self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size))
-        self.layer_norm_bias = nn.Parameter(torch.empty(hidden_size))
-        self.fc1_weight = nn.Parameter(torch.empty(intermediate_size, hidden_size))
-        self.fc1_bias = nn.Parameter(torch.empty(intermediate_size))
-        self.fc2_weight = nn.Parameter(torch.empty(hidden_size, intermediate_size))
-        self.fc2_bias = nn.Parameter(torch.empty(hidden_size))
+        self.activation = ACTIVATIONS[form.activation]
+        wide = 2 * intermediate_size if form.activation == "swiglu" else intermediate_size
+        self.layer_norm_weight = parameter(hidden_size)
+        self.layer_norm_bias = parameter(hidden_size, present=form.normalization == "LayerNorm")
+        self.fc1_weight = parameter(wide, hidden_size)
+        self.fc1_bias = parameter(wide, present=form.bias)
+        self.fc2_weight = parameter(hidden_size, intermediate_size)
+        self.fc2_bias = parameter(hidden_size, present=form.bias)
         self.eps = eps
         self.matmul = F.linear
 
@@ -205,11 +274,12 @@ class TransformerLayer(GradientCheckpointingLayer):
     mlp_class = LayerNormMLP
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float, hidden_dropout: float = 0.0
-    ):
+        self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float, hidden_dropout: float = 0.0,
+        form: Form = USUAL,
+    ):  # fmt: skip
         super().__init__()
-        self.self_attention = SelfAttention(hidden_size, num_heads, eps)
-        self.layernorm_mlp = self.mlp_class(hidden_size, intermediate_size, eps)
+        self.self_attention = SelfAttention(hidden_size, num_heads, eps, form)
+        self.layernorm_mlp = self.mlp_class(hidden_size, intermediate_size, eps, form)
         self.hidden_dropout = hidden_dropout
 
     def dropout(self, x_NE: Tensor) -> Tensor:

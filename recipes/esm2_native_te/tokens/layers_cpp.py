@@ -2,8 +2,9 @@
 """The transformer layer of `layers.py` on CPUs, with kernels that are compiled when first needed: `layers_cpp.cpp`.
 
 Parameters are those of `layers.py`. There are kernels for attention of packed batches and layer norm in FP32 and BF16,
-and in BF16 for what lies between matrix products, if widths divide by 16; those products are then oneDNN's, in FP32
-too where that is faster. All else goes the way of `layers.py`. Shapes as there; S positions, R = D / 2 rotary angles.
+and in BF16 for what lies between matrix products (GELU, not SwiGLU), if widths divide by 16; those products are then
+oneDNN's, in FP32 too where that is faster. All else goes the way of `layers.py`. Shapes as there; S positions,
+R = D / 2 rotary angles.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from common.compile_cpp import compiled
 from tokens import layers
-from tokens.layers import AttentionInputs
+from tokens.layers import USUAL, AttentionInputs, Form
 
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -154,9 +155,10 @@ def _normalize(x_TE, added_TE, weight_E, bias_E, eps: float, dtype: torch.dtype,
     rows, width = x_TE.shape
     outputs = _layer_norm_outputs(x_TE, weight_E, bias_E, eps, dtype)
     sum_TE = None if added_TE is None else torch.empty_like(x_TE)
+    bias_E = None if bias_E is None else bias_E.contiguous()
     _call(
         head_dim, f"layer_norm_{_name(x_TE, outputs[0])}", False, x_TE, added_TE, sum_TE, weight_E.contiguous(),
-        bias_E.contiguous(), *outputs, None, None, None, None, None, rows, width, eps,
+        bias_E, *outputs, None, None, None, None, None, rows, width, eps,
     )  # fmt: skip
     return sum_TE, *outputs
 
@@ -173,15 +175,19 @@ def _normalize_backward(grad_TE, grad_sum_TE, x_TE, weight_E, mean_T, inverse_T,
 
 @torch.library.custom_op("tokens::layer_norm", mutates_args=())
 def layer_norm(
-    x_TE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float, dtype: torch.dtype, head_dim: int
+    x_TE: Tensor, weight_E: Tensor, bias_E: Tensor | None, eps: float, dtype: torch.dtype, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm in FP32, given in `dtype`; also means and inverse deviations [T]. Weight and bias are FP32."""
+    """Layer norm in FP32, given in `dtype`; also means and inverse deviations [T]. Weight and bias are FP32.
+
+    Without a bias RMSNorm, which has no means: [0].
+    """
     return _normalize(x_TE.contiguous(), None, weight_E, bias_E, eps, dtype, head_dim)[1:]
 
 
 @layer_norm.register_fake
-def _layer_norm_outputs(x_TE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float, dtype: torch.dtype, *_):
-    mean_T, inverse_T = (x_TE.new_empty(x_TE.shape[:1], dtype=torch.float32) for _ in range(2))
+def _layer_norm_outputs(x_TE: Tensor, weight_E: Tensor, bias_E: Tensor | None, eps: float, dtype: torch.dtype, *_):
+    mean_T = x_TE.new_empty(0 if bias_E is None else x_TE.shape[0], dtype=torch.float32)
+    inverse_T = x_TE.new_empty(x_TE.shape[0], dtype=torch.float32)
     return x_TE.new_empty(x_TE.shape, dtype=dtype), mean_T, inverse_T
 
 
@@ -209,7 +215,7 @@ def _layer_norm_gradients(ctx, grad_TE, *_):
     if grad_TE is None:
         return (None,) * 6
     grad_x_TE, (grad_weight_E, grad_bias_E) = layer_norm_backward(grad_TE, *ctx.saved_tensors, ctx.head_dim)
-    return grad_x_TE, grad_weight_E, grad_bias_E, None, None, None
+    return grad_x_TE, grad_weight_E, grad_bias_E if ctx.needs_input_grad[2] else None, None, None, None
 
 
 layer_norm.register_autograd(_layer_norm_gradients, setup_context=_save_layer_norm)
@@ -217,7 +223,7 @@ layer_norm.register_autograd(_layer_norm_gradients, setup_context=_save_layer_no
 
 @torch.library.custom_op("tokens::add_layer_norm", mutates_args=())
 def add_layer_norm(
-    x_TE: Tensor, added_TE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float, head_dim: int
+    x_TE: Tensor, added_TE: Tensor, weight_E: Tensor, bias_E: Tensor | None, eps: float, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`x + added` in the format of x, and what `layer_norm` gives for it, in the format of what is added."""
     added_TE = added_TE.contiguous()
@@ -225,7 +231,7 @@ def add_layer_norm(
 
 
 @add_layer_norm.register_fake
-def _(x_TE: Tensor, added_TE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float, *_):
+def _(x_TE: Tensor, added_TE: Tensor, weight_E: Tensor, bias_E: Tensor | None, eps: float, *_):
     return x_TE.new_empty(x_TE.shape), *_layer_norm_outputs(x_TE, weight_E, bias_E, eps, added_TE.dtype)
 
 
@@ -268,7 +274,7 @@ def _add_layer_norm_gradients(ctx, grad_sum_TE, grad_TE, *_):
     grad_x_TE, grad_added_TE, (grad_weight_E, grad_bias_E) = add_layer_norm_backward(
         grad_sum_TE, grad_TE, *ctx.saved_tensors, ctx.head_dim
     )
-    return grad_x_TE, grad_added_TE, grad_weight_E, grad_bias_E, None, None
+    return grad_x_TE, grad_added_TE, grad_weight_E, grad_bias_E if ctx.needs_input_grad[3] else None, None, None
 
 
 add_layer_norm.register_autograd(_add_layer_norm_gradients, setup_context=_save_add_layer_norm)
@@ -351,7 +357,7 @@ def _(a_RK: Tensor, b_KC: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("tokens::linear", mutates_args=())
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor, head_dim: int) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, head_dim: int) -> Tensor:
     """`x_TI weight_OI^T + bias_O`; x and weight are both BF16 or both FP32."""
     return _linear(x_TI, weight_OI, bias_O)
 
@@ -363,17 +369,19 @@ def _(x_TI: Tensor, weight_OI: Tensor, *_) -> Tensor:
 
 @torch.library.custom_op("tokens::linear_backward", mutates_args=())
 def linear_backward(
-    grad_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor, head_dim: int
+    grad_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, head_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias, whether the latter are asked for or not."""
+    """The gradients of x, weight and bias ([0]: there is none), whether the latter are asked for or not."""
     grad_TO, x_TI = grad_TO.contiguous(), x_TI.contiguous()
-    grad_bias_O = _column_sums(grad_TO, head_dim).to(bias_O.dtype)
+    has_bias = bias_O is not None
+    grad_bias_O = _column_sums(grad_TO, head_dim).to(bias_O.dtype) if has_bias else grad_TO.new_empty(0)
     return _product(grad_TO, weight_OI), _weight_gradient(grad_TO, x_TI, head_dim), grad_bias_O
 
 
 @linear_backward.register_fake
-def _(grad_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor, *_):
-    return x_TI.new_empty(x_TI.shape), weight_OI.new_empty(weight_OI.shape), bias_O.new_empty(bias_O.shape)
+def _(grad_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *_):
+    grad_bias_O = grad_TO.new_empty(0) if bias_O is None else torch.empty_like(bias_O)
+    return x_TI.new_empty(x_TI.shape), weight_OI.new_empty(weight_OI.shape), grad_bias_O
 
 
 def _save_linear(ctx, inputs, output):
@@ -382,9 +390,11 @@ def _save_linear(ctx, inputs, output):
 
 
 def _linear_gradients(ctx, grad_TO):
+    x_TI, weight_OI, bias_O = ctx.saved_tensors
     if not any(ctx.needs_input_grad[1:3]):  # frozen
-        return product(grad_TO, ctx.saved_tensors[1]), None, None, None
-    return *linear_backward(grad_TO, *ctx.saved_tensors, ctx.head_dim), None
+        return product(grad_TO, weight_OI), None, None, None
+    grad_x_TI, grad_weight_OI, grad_bias_O = linear_backward(grad_TO, x_TI, weight_OI, bias_O, ctx.head_dim)
+    return grad_x_TI, grad_weight_OI, None if bias_O is None else grad_bias_O, None
 
 
 linear.register_autograd(_linear_gradients, setup_context=_save_linear)
@@ -471,9 +481,10 @@ class TransformerLayer(layers.TransformerLayer):
     mlp_class = LayerNormMLP
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float, hidden_dropout: float = 0.0
-    ):
-        super().__init__(hidden_size, intermediate_size, num_heads, eps, hidden_dropout)
+        self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float, hidden_dropout: float = 0.0,
+        form: Form = USUAL,
+    ):  # fmt: skip
+        super().__init__(hidden_size, intermediate_size, num_heads, eps, hidden_dropout, form)
         kernels = Kernels(hidden_size // num_heads)
         for part in (self.self_attention, self.self_attention.layernorm_qkv, self.layernorm_mlp):
             part.kernels = kernels
@@ -507,8 +518,8 @@ class Kernels(layers.Kernels):
     def _in_bfloat16(self, x: Tensor) -> bool:
         return self.has_bfloat16 and self._takes(x) and _compute_dtype(x) == torch.bfloat16
 
-    def _through_onednn(self, *tensors: Tensor) -> bool:
-        on_cpu = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+    def _through_onednn(self, *tensors: Tensor | None) -> bool:
+        on_cpu = all(x is None or (x.dtype == torch.float32 and x.device.type == "cpu") for x in tensors)
         return self.onednn_in_float32 and on_cpu and _compute_dtype(tensors[0]) == torch.float32
 
     def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None) -> Tensor:
@@ -516,11 +527,12 @@ class Kernels(layers.Kernels):
             return super().attention(qkv_NHC, inputs, selected_W)
         return attention(qkv_NHC, inputs.cos_SR, inputs.sin_SR, inputs.cu_seqlens, selected_W)[0]
 
-    def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor, eps: float) -> Tensor:
+    def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor | None, eps: float) -> Tensor:
         dtype = _compute_dtype(x_NE)
         if not self._takes(x_NE) or dtype not in (x_NE.dtype, torch.bfloat16):
             return super().layer_norm(x_NE, weight_E, bias_E, eps)
-        y_TE, *_ = layer_norm(x_NE.flatten(0, -2), weight_E.float(), bias_E.float(), eps, dtype, self.head_dim)
+        bias_E = None if bias_E is None else bias_E.float()
+        y_TE, *_ = layer_norm(x_NE.flatten(0, -2), weight_E.float(), bias_E, eps, dtype, self.head_dim)
         return y_TE.view(x_NE.shape)
 
     def add_layer_norm(self, x_NE: Tensor, added_NE: Tensor, part: layers.LayerNormMLP) -> tuple[Tensor, Tensor]:
@@ -530,12 +542,13 @@ class Kernels(layers.Kernels):
         if not takes or added_NE.dtype not in (x_NE.dtype, torch.bfloat16):
             x_NE = x_NE + added_NE
             return x_NE, self.layer_norm(x_NE, weight_E, bias_E, part.eps)
+        bias_E = None if bias_E is None else bias_E.float()
         sum_TE, y_TE, *_ = add_layer_norm(
-            x_NE.flatten(0, -2), added_NE.flatten(0, -2), weight_E.float(), bias_E.float(), part.eps, self.head_dim
+            x_NE.flatten(0, -2), added_NE.flatten(0, -2), weight_E.float(), bias_E, part.eps, self.head_dim
         )
         return sum_TE.view(x_NE.shape), y_TE.view(x_NE.shape)
 
-    def linear(self, x_NE: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def linear(self, x_NE: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`F.linear`, through `linear` in BF16, to which weights are rounded, and in FP32 where that is faster."""
         if self._in_bfloat16(x_NE):
             x_NE, weight = x_NE.bfloat16(), weight.bfloat16()
@@ -545,7 +558,8 @@ class Kernels(layers.Kernels):
 
     def mlp(self, x_NE: Tensor, part: layers.LayerNormMLP) -> Tensor:
         own = getattr(part.matmul, "__func__", None) is Kernels.linear  # no other has been put there
-        if not own or not self._in_bfloat16(x_NE):
+        fused = part.activation is F.gelu and part.fc1_bias is not None
+        if not own or not fused or not self._in_bfloat16(x_NE):
             return super().mlp(x_NE, part)
         weights = (part.fc1_weight.bfloat16(), part.fc1_bias, part.fc2_weight.bfloat16(), part.fc2_bias)
         return mlp(x_NE.flatten(0, -2).bfloat16(), *weights, self.head_dim)[0].unflatten(0, x_NE.shape[:-1])

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer and the schedule, with the numbers of ESM-2 (Lin et al. 2023, A.2.4) where a test gives none."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -12,6 +14,9 @@ ADAMW = {"lr": 4e-4, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.01}
 SCHEDULE = {
     "num_warmup_steps": 2000, "num_training_steps": 500_000, "decay_fraction": 0.9, "min_lr_fraction": 0.1,
 }  # fmt: skip
+
+
+AMPLIFY = SCHEDULE | {"num_warmup_steps": 1000, "num_training_steps": 1_000_000}
 
 
 def adamw(parameters, **options):
@@ -67,6 +72,20 @@ def test_it_rises_and_then_never_rises_again():
 def test_other_shapes():
     rate = learning_rates(num_warmup_steps=0, num_training_steps=100, decay_fraction=1.0, min_lr_fraction=0.0)
     assert [rate(step) for step in (1, 51, 101)] == [pytest.approx(x) for x in (4e-4, 2e-4, 0.0)]
+
+
+def test_amplifys_cosine():
+    """As their code has it: a line times half a cosine wave, above the floor."""
+    (fraction,) = scheduler.damped_cosine_schedule(adamw([parameter()]), **AMPLIFY).lr_lambdas
+    assert [fraction(s) for s in (0, 1, 500, 1000, 900_000, 999_999)] == pytest.approx([0, 0.001, 0.5, 1, 0.1, 0.1])
+    w, end, r = 1000, 900_000, 0.1
+    for s in (1001, 50_000, 450_500, 899_999):
+        line = ((end - s) + r * (s - w)) / (end - w)
+        expected = r + (1 - r) * line * (1 + math.cos(math.pi * (s - w) / (end - w))) / 2
+        assert fraction(s) == pytest.approx(expected, rel=1e-12)
+    stage_2 = AMPLIFY | {"num_warmup_steps": 0, "min_lr_fraction": 1.0}
+    (constant,) = scheduler.damped_cosine_schedule(adamw([parameter()]), **stage_2).lr_lambdas
+    assert {constant(s) for s in (0, 1, 700_000, 2_000_000)} == {1.0}
 
 
 def test_a_resumed_schedule_goes_on():

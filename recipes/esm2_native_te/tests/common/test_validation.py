@@ -18,7 +18,7 @@ from common.contract.ranks import call_on_ranks
 from common.loader import read
 from common.validation import Validator
 from dataset import VOCABULARY, open_validation
-from modeling_esm2 import Esm2Output
+from tokens.masked_lm import MaskedLMOutput
 
 
 class Guesser(torch.nn.Module):
@@ -38,7 +38,7 @@ class Guesser(torch.nn.Module):
         residues = ["".join(VOCABULARY[t] for t in sequence.tolist() if t > 3) for sequence in sequences]
         self.seen.append([*filter(None, residues)])  # what pads to a multiple has none
         loss = F.cross_entropy(logits, labels_W, reduction="sum") / counts["labels"]
-        return Esm2Output(loss=loss, logits=logits, labels=labels_W)
+        return MaskedLMOutput(loss=loss, logits=logits, labels=labels_W)
 
 
 @pytest.fixture(scope="module")
