@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several sources as one: exact shares, every row of each once a pass, and a plan that no rank moves."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from common.epoch_plan import EpochPlan, Grouping, RankSampler
+from common.mixture import Mixture
+
+
+class Numbers:
+    """Row r of source `name` reads as (name, r, pass)."""
+
+    max_size = 10
+
+    def __init__(self, name: str, length: int):
+        self.name, self.length = name, length
+        self.identity = {"num_rows": length}
+
+    def __len__(self):
+        return self.length
+
+    def sizes(self, rows, epoch):
+        return rows % 7 + 1
+
+    def read(self, rows, epoch):
+        return [(self.name, row, epoch) for row in rows.tolist()]
+
+    def describe(self, rows, epoch):
+        return [str(row) for row in rows.tolist()]
+
+
+def mixture(lengths, weights, seed=5):
+    names = [f"s{i}" for i in range(len(lengths))]
+    sources = {name: Numbers(name, length) for name, length in zip(names, lengths, strict=True)}
+    return Mixture(sources, dict(zip(names, weights, strict=True)), seed, "dataset.mix")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "weights"), [((50, 30, 20), (3, 2, 1)), ((1000, 7, 3), (15134, 136, 1)), ((5, 95), (1, 1))]
+)
+def test_shares_and_passes(lengths, weights):
+    mixed, drawn = mixture(lengths, weights), []
+    for epoch in range(40):
+        drawn += mixed.read(np.arange(len(mixed)), epoch)
+        for i, weight in enumerate(weights):
+            count = sum(name == f"s{i}" for name, _, _ in drawn)
+            assert abs(count - len(drawn) * weight / sum(weights)) < len(weights)
+    for i, length in enumerate(lengths):
+        own = [(row, turn) for name, row, turn in drawn if name == f"s{i}"]
+        assert [turn for _, turn in own] == [draw // length for draw in range(len(own))]
+        for turn in range(len(own) // length):
+            assert sorted(row for row, t in own if t == turn) == list(range(length))
+    own = [row for name, row, _ in drawn if name == "s0"][: 2 * lengths[0]]
+    if len(own) == 2 * lengths[0] and lengths[0] > 5:
+        assert own[: lengths[0]] != own[lengths[0] :]  # another order in each pass
+
+
+def test_sizes_and_descriptions_belong_to_the_rows():
+    mixed = mixture((50, 30, 20), (3, 2, 1))
+    rows = np.random.default_rng(0).permutation(100)[:37]
+    for epoch in (0, 1, 9):
+        read = mixed.read(rows, epoch)
+        assert mixed.sizes(rows, epoch).tolist() == [row % 7 + 1 for _, row, _ in read]
+        assert mixed.describe(rows, epoch) == [f"{name}: {row}" for name, row, _ in read]
+
+
+def test_the_plan_is_one_on_any_ranks():
+    def steps(num_ranks, position=(0, 0, 0)):
+        ranks = []
+        for rank in range(num_ranks):
+            sampler = RankSampler(
+                EpochPlan(mixture((50, 30, 20), (3, 2, 1)), Grouping(budget=20), 1, 40), rank, num_ranks
+            )
+            sampler.position = position
+            ranks.append(sampler)
+        turns = zip(*ranks, strict=True)
+        source = ranks[0].plan.source
+        return [source.read(m.rows, m.epoch) for turn in islice(turns, 120 // num_ranks) for m in turn]
+
+    assert steps(1) == steps(2) == steps(4)
+    sampler = RankSampler(EpochPlan(mixture((50, 30, 20), (3, 2, 1)), Grouping(budget=20), 1, 40), 1, 2)
+    *_, last = islice(sampler, 30)
+    assert steps(1, sampler.position_after(last[:3]))[:60] == steps(1)[60:]
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan")])
+def test_a_weight_that_is_none(weight):
+    with pytest.raises(ValueError, match=r"dataset.mix.s1.weight=.* must be a number above 0"):
+        mixture((5, 5), (1, weight))
+
+
+def test_it_says_what_an_epoch_has():
+    assert mixture((50, 30, 20), (3, 2, 1)).note() == (
+        "an epoch of 100 rows has of s0 51 (1 times its 50 rows), s1 33 (1.1 times its 30 rows), "
+        "s2 16 (0.8 times its 20 rows)"
+    )
