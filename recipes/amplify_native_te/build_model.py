@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model's name to a model, its first or pretrained weights, and the arithmetic of a step."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from pydantic import NonNegativeFloat, PositiveInt
+from safetensors import SafetensorError
+from transformers import EuroBertConfig
+
+import modeling_amplify
+from common.batch import Batch
+from common.distributed import Distributed
+from common.weights import copy_parameters, local_folder, open_weights
+from convert_amplify import eurobert_config, read_config, to_native
+from modeling_amplify import SIZES, AmplifyConfig, AmplifyForMaskedLM
+from tokens.backends import resolve_layer_backend, slower_backend_note
+from tokens.context_parallel import ContextParallel
+from tokens.formats import FP4, FP8
+from tokens.low_precision import LowPrecision
+from tokens.masked_lm import init_parameters
+from tokens.quant_stats import QuantStats
+
+
+SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+
+
+def model_config(
+    model_tag: str,
+    layer_backend: str,
+    *,
+    hidden_size: PositiveInt | None = None,
+    num_hidden_layers: PositiveInt | None = None,
+    num_attention_heads: PositiveInt | None = None,
+    intermediate_size: PositiveInt | None = None,
+    initializer_range: NonNegativeFloat | None = None,
+) -> AmplifyConfig:
+    """The configuration of a published size (no network is asked) or of a local folder, with what is overridden.
+
+    Raises ValueError for a name that is neither, and for heads that do not divide the width.
+    """
+    overrides = {k: v for k, v in locals().items() if k != "model_tag" and v is not None}
+    name = model_tag.rpartition("/")[2]
+    if Path(model_tag).is_dir():
+        try:
+            config = read_config(Path(model_tag))[0].to_dict()
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"model_tag={model_tag} is no folder of an AMPLIFY: {first_line(error)}") from error
+    elif name in SIZES:
+        config = SIZES[name]
+    else:
+        raise ValueError(f"model_tag={model_tag}: no local folder and none of {', '.join(SIZES)}.")
+    return AmplifyConfig(**{**config, **overrides})
+
+
+def build_precision(config: DictConfig, shape: AmplifyConfig, device: torch.device) -> LowPrecision:
+    """How the run computes, by the keys `precision`, `fp8_*`, `fp4_*` and `quant_stats_config`."""
+    asked, head_dim = shape.layer_backend, shape.head_dim
+    backend = resolve_layer_backend(asked, head_dim)
+    note = slower_backend_note(asked, backend, device, head_dim)
+    return LowPrecision(
+        device, config.precision, backend, shape.num_hidden_layers,
+        {"hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size},
+        shape.hidden_size >= 256,  # on CPUs narrower models gain too little to give up FP32's exactness
+        FP8(**config.fp8_config), FP4(**config.fp4_config), config.fp8_layers, config.fp4_layers,
+        QuantStats(**config.quant_stats_config), [note] if note else [],
+    )  # fmt: skip
+
+
+def build_model(shape: AmplifyConfig, distributed: Distributed) -> AmplifyForMaskedLM:
+    """The model without storage; `materialize` gives it its numbers once it is split over the ranks.
+
+    Raises ValueError if the ranks that share a micro-batch are more than its heads.
+    """
+    if distributed.group_size > shape.num_attention_heads:
+        raise ValueError(
+            f"cp_size={distributed.group_size} must be at most the number of heads, {shape.num_attention_heads}."
+        )
+    with torch.device("meta"):
+        model = AmplifyForMaskedLM(shape)
+    if distributed.group:
+        model.amplify.context_parallel = ContextParallel(distributed.group)
+    return model
+
+
+def sharded_parts(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What is split over the ranks, and gathered, as one: each layer, and at the end the model with all the rest."""
+    return [*model.amplify.layer, model]
+
+
+def prepare(model: torch.nn.Module, config: DictConfig, precision: LowPrecision) -> None:
+    """What the layers do in another way before the model is split: number formats, recomputation, compilation."""
+    *layers, _ = sharded_parts(model)
+    precision.prepare(layers)
+    if config.use_activation_checkpointing:
+        model.activation_checkpointing_enable()
+    if config.use_torch_compile:
+        for layer in layers:
+            layer.compile(dynamic=True)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what libraries add below it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_pretrained(init_from: str | None, shape: AmplifyConfig) -> Mapping[str, torch.Tensor] | None:
+    """A checkpoint's weights under our names, each read when it is asked for; from a folder or the hub.
+
+    Published, EuroBERT's and native ones will do. Raises ValueError for a missing one or another size.
+    """
+    if init_from is None:
+        return None
+    try:
+        folder = local_folder(init_from)
+    except (OSError, ValueError) as error:  # the hub's errors are OSErrors, those of its names ValueErrors
+        reason = f"no local folder, and the hub does not give it: {first_line(error)}"
+        raise ValueError(f"init_from={init_from} is {reason}") from error
+    try:
+        weights, (found, kind) = open_weights(folder), read_config(folder)
+        for key in SHAPE:
+            if getattr(found, key) != getattr(shape, key):
+                raise ValueError(
+                    f"it has {key}={getattr(found, key)}, and the model {getattr(shape, key)}; give the model_tag or "
+                    "model_kwargs of that size."
+                )
+        return weights if kind == "native" else to_native(weights, shape, kind)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"init_from={init_from} cannot be used: {first_line(error)}") from error
+
+
+def materialize(
+    model: torch.nn.Module, shape: AmplifyConfig, seed: int, pretrained: Mapping[str, torch.Tensor] | None,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Give the model storage and its first weights: the pretrained ones, or random ones that depend on the seed alone.
+
+    It may be split already: then each rank has its part only.
+    """
+    model.to_empty(device=device)
+    if pretrained is None:
+        init_parameters(model, seed)
+    else:
+        copy_parameters(model, pretrained)
+
+
+def facts(shape: AmplifyConfig, saved: dict | None = None) -> dict:
+    """What checkpoints say of the model, all that `export.py` needs to know.
+
+    With what the checkpoint of a run that goes on says (`saved`): raises ValueError if that is another model.
+    """
+    now = shape.to_dict()
+    if wrong := [key for key in SHAPE if saved and now[key] != saved[key]]:
+        changes = ", ".join(f"{key} was {saved[key]} and is {now[key]}" for key in wrong)
+        raise ValueError(f"{changes}; give model_tag or model_kwargs of that size")
+    return now
+
+
+def training_flops(shape: AmplifyConfig, batch: Batch, backend: str | None = None) -> float:
+    """Floating-point operations of one training step on this batch, without those that the backend leaves out."""
+    return modeling_amplify.training_flops(shape, batch.counts, backend)
+
+
+def reference_config(shape: AmplifyConfig) -> EuroBertConfig:
+    """The same model as plain `transformers` has it, for benchmarks to compare with."""
+    return eurobert_config(shape)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One table of several runs, best first: what differs in their configurations, and what came of it.
+
+python compare_runs.py outputs/sweep_12/run_*
+python compare_runs.py outputs/a outputs/b --out table.csv
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import yaml
+
+from common.files import flat
+from plot_metrics import metrics_path, read_metrics, throughput_key, throughput_unit
+
+
+PLACES = ("logger.log_dir", "checkpoint.ckpt_dir", "wandb_init_args.name")  # differ by themselves
+
+
+def read_run(run: Path) -> tuple[dict[str, object], dict[str, float | int | None]]:
+    """Configuration and results. Raises ValueError for what is no run."""
+    metrics = read_metrics(metrics_path(run))
+    config = metrics_path(run).with_name("config.yaml")
+    train, validation = metrics["train"], metrics["validation"]
+    throughput = throughput_key(metrics)
+    first = next((k for k, v in validation[-1].items() if isinstance(v, float)), "loss") if validation else "loss"
+    losses = [line["loss"] for line in train[-max(1, len(train) // 10) :] if line["loss"] is not None]
+    return flat(yaml.safe_load(config.read_text()) if config.exists() else {}, keep_empty=False), {
+        "steps": train[-1]["step"],
+        f"validation {first}": validation[-1][first] if validation else None,
+        "train loss (last tenth)": fmean(losses) if losses else None,
+        throughput_unit(throughput): fmean(line[throughput] for line in train),
+    }
+
+
+def text(value: object) -> str:
+    """As in a table."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" if value < 0.1 else f"{value:.4f}"
+    return "" if value is None else str(value)
+
+
+def compare(runs: list[Path]) -> list[list[object]]:
+    """Rows of the table, the first with names. Raises ValueError."""
+    found = {}
+    for run in runs:
+        try:
+            found[str(run)] = read_run(run)
+        except ValueError as error:  # of a sweep some may have failed
+            print(f"left out: {error}", file=sys.stderr)
+    if not found:
+        raise ValueError("none of these is a run with a step in it.")
+    keys = dict.fromkeys(key for config, _ in found.values() for key in config)
+    differ = [k for k in keys if k not in PLACES and len({repr(config.get(k)) for config, _ in found.values()}) > 1]
+    rows = [[run, *(config.get(k) for k in differ), *results.values()] for run, (config, results) in found.items()]
+
+    def rank(row: list[object]) -> tuple:
+        validation, train = row[-3], row[-2]
+        return validation is None, validation or 0.0, train is None, train or 0.0
+
+    *names, _ = next(iter(found.values()))[1]
+    units = dict.fromkeys(list(results)[-1] for _, results in found.values())
+    return [["run", *differ, *names, " or ".join(units)], *sorted(rows, key=rank)]
+
+
+def main() -> None:
+    """Read the command line and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write the table for a spreadsheet too")
+    args = parser.parse_args()
+    try:
+        first, *rows = compare(args.runs)
+        if args.out:
+            with args.out.open("w", newline="") as file:
+                csv.writer(file).writerows([first, *rows])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print("\n".join(["| " + " | ".join(map(text, row)) + " |" for row in (first, ["---"] * len(first), *rows)]))
+
+
+if __name__ == "__main__":
+    main()

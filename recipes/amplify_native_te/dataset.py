@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Protein rows to batches: one source or a mixture of several, and what training and validation read."""
+
+from functools import partial
+
+import datasets
+import numpy as np
+from pydantic import NonNegativeInt
+
+import metrics
+from collator import VOCABULARY, MaskedLMCollator, Masking
+from common.distributed import Distributed
+from common.epoch_plan import EpochPlan
+from common.loader import Loader, StreamedMicroBatches, start_worker_server
+from common.mixture import Mixture
+from common.open_data import first_rows, open_rows, plain, share_of
+from common.validation import Validator
+from tokens import fasta_reader, protein_rows
+from tokens.layout import token_grouping
+from tokens.protein_rows import Alphabet
+
+
+ALPHABET = Alphabet(VOCABULARY, "<bos>", "<eos>", unknown="<unk>", separator="|")
+VALIDATION_SEED = 0  # not the run's: the same residues are masked in every validation of every run
+OF_A_SOURCE = ("weight", "load_dataset_kwargs", "sequence_column")
+
+
+class SequenceRows(protein_rows.SequenceRows):
+    """Each row is a sequence of AMPLIFY's alphabet; `|` stands between chains."""
+
+    alphabet = ALPHABET
+
+
+def check_limits(section: str, max_seq_length: int, mlm_probability: float, window_rows: int) -> None:
+    """Raise ValueError for a number that leaves nothing to learn from."""
+    if max_seq_length < 3:
+        raise ValueError(f"{section}.max_seq_length={max_seq_length} must be at least 3: <bos>, a residue, <eos>.")
+    if not 0 < mlm_probability < 1:
+        raise ValueError(f"{section}.mlm_probability={mlm_probability} must lie between 0 and 1.")
+    if window_rows < 1:
+        raise ValueError(f"{section}.window_rows={window_rows} must be at least 1.")
+
+
+def open_proteins(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | datasets.IterableDataset:
+    """As `open_rows`; of a FASTA file without each record's raw bytes."""
+    if load_dataset_kwargs.get("path") == "fasta":
+        fasta_reader.register()
+        load_dataset_kwargs = {"columns": ["id", "sequence"], **load_dataset_kwargs}
+    return open_rows(section, load_dataset_kwargs)
+
+
+def sources_of_mix(section: str, mix: dict, load_dataset_kwargs: dict, sequence_column: str) -> dict[str, dict]:
+    """What `mix` says of each source, filled up with what the section says of all. Raises ValueError for mistakes."""
+    mix, found = plain(mix), {}
+    if len(mix) < 2:
+        raise ValueError(
+            f"{section}={mix} must name two sources or more; for one, null and dataset.load_dataset_kwargs."
+        )
+    for name, given in mix.items():
+        if not isinstance(given, dict) or set(given) - set(OF_A_SOURCE):
+            raise ValueError(f"{section}.{name}={given} must be a section with some of {', '.join(OF_A_SOURCE)}.")
+        weight = given.get("weight")
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ValueError(f"{section}.{name}.weight={weight} must be a number above 0.")
+        kwargs = {**plain(load_dataset_kwargs), **(given.get("load_dataset_kwargs") or {})}
+        if kwargs.get("streaming"):
+            raise ValueError(f"{section} needs {section}.{name}.load_dataset_kwargs.streaming=false.")
+        column = given.get("sequence_column", sequence_column)
+        found[name] = {"weight": weight, "load_dataset_kwargs": kwargs, "sequence_column": column}
+    return found
+
+
+class TrainLoader(Loader):
+    """What training reads: the section `dataset`."""
+
+    def __init__(
+        self,
+        distributed: Distributed,
+        seed: int,
+        packed: bool,
+        pad_to_multiple_of: int,
+        *,
+        load_dataset_kwargs: dict,
+        mix: dict | None = None,
+        sequence_column: str = "sequence",
+        micro_batch_size: int | None = None,
+        token_micro_batch_size: int | None = None,
+        max_seq_length: int = 512,
+        mlm_probability: float = 0.15,
+        masking: Masking = "amino_acids",
+        num_workers: NonNegativeInt = 1,
+        window_rows: int = 10_000,
+    ):
+        section, self.mixture = "dataset", None
+        check_limits(section, max_seq_length, mlm_probability, window_rows)
+        grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
+        asked = {section: {"load_dataset_kwargs": load_dataset_kwargs, "sequence_column": sequence_column}}
+        if mix is not None:
+            parts = sources_of_mix(f"{section}.mix", mix, load_dataset_kwargs, sequence_column)
+            asked = {f"{section}.mix.{name}": part for name, part in parts.items()}
+        if num_workers:
+            start_worker_server()
+        sources, stream, notes = [], None, []
+        for name, part in asked.items():
+            with distributed.main_first():
+                rows = open_proteins(name, part["load_dataset_kwargs"])
+                if isinstance(rows, datasets.IterableDataset):
+                    stream, rows = rows, first_rows(name, load_dataset_kwargs, rows, min(window_rows, 1000))
+            source = SequenceRows(name, rows, part["sequence_column"], max_seq_length, seed)
+            # One rank looks for odd signs, and tells all if there is nothing to read.
+            some = source.sequences(np.arange(min(window_rows, len(source))), epoch=0) if distributed.is_main else []
+            if some and not any(ALPHABET.tokenize(sequence) for sequence in some):
+                raise ValueError(f"{name}: the first {len(some):,} sequences are all empty; is the column right?")
+            if cleaning := ALPHABET.describe_cleaning(some):
+                notes.append(f"{name}: {cleaning}" if mix else cleaning)
+            sources.append(source)
+        if stream is not None:
+            as_bytes = datasets.Features({sequence_column: datasets.Value("large_binary")})  # text need not decode
+            with distributed.main_first():
+                stream = stream.select_columns([sequence_column]).cast(as_bytes)
+                stream, num_workers = share_of(section, stream, distributed, num_workers)
+            prepare = partial(ALPHABET.streamed, max_seq_length, sequence_column)
+            data = StreamedMicroBatches(stream, prepare, grouping, window_rows, seed, distributed.data_rank)
+        else:
+            for source in sources:
+                source.build_index(distributed)
+            (source, *others) = sources
+            if others:
+                weights = {name: part["weight"] for name, part in parts.items()}
+                source = Mixture(dict(zip(parts, sources, strict=True)), weights, seed, f"{section}.mix")
+                notes.append(source.note())
+            data = EpochPlan(source, grouping, seed, window_rows)
+        collate = MaskedLMCollator.on(distributed, packed, seed, mlm_probability, pad_to_multiple_of)
+        collate.masking = masking
+        super().__init__(distributed, section, data, collate, num_workers)
+        self.notes += notes
+
+
+def open_validation(
+    distributed: Distributed,
+    packed: bool,
+    pad_to_multiple_of: int,
+    *,
+    load_dataset_kwargs: dict | None = None,
+    every_n_steps: int | None = None,
+    max_rows: int | None = None,
+    sequence_column: str = "sequence",
+    micro_batch_size: int | None = None,
+    token_micro_batch_size: int | None = None,
+    max_seq_length: int = 512,
+    mlm_probability: float = 0.15,
+    masking: Masking = "amino_acids",
+    window_rows: int = 10_000,
+) -> Validator:
+    """What is validated on: the section `validation`; the rows of `load_dataset_kwargs` (null: none), in order."""
+    section = "validation"
+    if load_dataset_kwargs is None:
+        return Validator(distributed, None, None, metrics, every_n_steps)
+    for key, value in (("every_n_steps", every_n_steps), ("max_rows", max_rows)):
+        if value is not None and value < 1:
+            raise ValueError(f"{section}.{key}={value} must be at least 1.")
+    check_limits(section, max_seq_length, mlm_probability, window_rows)
+    grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
+    with distributed.main_first():
+        rows = open_proteins(section, load_dataset_kwargs)
+        if isinstance(rows, datasets.IterableDataset):
+            if max_rows is None:
+                raise ValueError(f"{section}.load_dataset_kwargs.streaming=true needs {section}.max_rows.")
+            rows = first_rows(section, load_dataset_kwargs, rows, max_rows)
+    if max_rows is not None and max_rows < len(rows):
+        rows = rows.take(max_rows).flatten_indices()
+    source = SequenceRows(section, rows, sequence_column, max_seq_length, VALIDATION_SEED)
+    source.build_index(distributed)
+    if not source.sizes(np.arange(min(window_rows, len(source))), epoch=0).any():
+        raise ValueError(f"{section}: the sequences are all empty; is {section}.sequence_column right?")
+    collate = MaskedLMCollator.on(distributed, packed, VALIDATION_SEED, mlm_probability, pad_to_multiple_of)
+    collate.masking = masking
+    return Validator(distributed, EpochPlan(source, grouping, None, window_rows), collate, metrics, every_n_steps)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a checkpoint into a folder that plain `transformers` opens, without GPUs, ranks or the training data.
+
+    python export.py CKPT_DIR/step_1000 [final_model]
+
+writes `config.json` of an `EuroBertForMaskedLM`, `model.safetensors`, the tokenizer and a model card.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+
+from common import quiet  # noqa: F401  # isort: skip
+from omegaconf import OmegaConf
+
+from common import RECIPE
+from common.step_folder import damage, read_weights
+from convert_amplify import save
+from modeling_amplify import AmplifyConfig
+
+
+CARD = """---
+library_name: transformers
+tags: [amplify, eurobert, protein-language-model, masked-lm]
+---
+# {model_tag}, {step:,} steps
+
+A protein language model of the AMPLIFY architecture (Fournier et al. 2024), trained from {start} for {step:,} steps
+({num_tokens:,} tokens) on `{data}`. `transformers` opens it as EuroBERT, which is the same mathematics.
+
+| | |
+|---|---|
+| validation loss | {loss} |
+| validation perplexity | {perplexity} |
+| masked residues predicted rightly | {accuracy} |
+
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+model, tokenizer = AutoModelForMaskedLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+logits = model(**tokenizer("MSKGEELFTGVVPILVELDGDVNGHK<mask>SVSGEGEGDATYGK", return_tensors="pt")).logits
+```
+
+The configuration:
+
+```yaml
+{config}```
+"""
+
+
+def export(step_folder: Path, target: Path) -> None:
+    """Write the final model of one checkpoint; `target` appears only when it is complete.
+
+    Raises ValueError for a folder that is no complete checkpoint, and for a target that exists.
+    """
+    step_folder, target = Path(step_folder), Path(target)
+    if reason := damage(step_folder):
+        raise ValueError(f"{step_folder} is no whole checkpoint: {reason}; give a step_<n> folder that is.")
+    if target.exists():
+        raise ValueError(f"{target} exists; move it away or give another name.")
+    run = json.loads((step_folder / "run.json").read_text())
+    config, weights = AmplifyConfig(**run["model"]), read_weights(step_folder)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save(weights, config, "eurobert", partial)
+    shutil.copytree(RECIPE / "tokenizer", partial, dirs_exist_ok=True)
+    (partial / "README.md").write_text(model_card(run))
+    partial.rename(target)
+
+
+def model_card(run: dict) -> str:
+    """What the model is and how it came about, in Markdown."""
+    config, counts = run["config"], run.get("logger", run)  # older files have it at the top
+    validation = counts["validation"] or {}
+    mix = (config["dataset"].get("mix") or {}).values()
+    kwargs = [config["dataset"]["load_dataset_kwargs"] | (of.get("load_dataset_kwargs") or {}) for of in mix or [{}]]
+    files = [data.get("data_files") or data["path"] for data in kwargs]
+    files = [file for some in files for file in ([some] if isinstance(some, str) else some)]
+    shown = {k: v for k, v in config.items() if k not in ("checkpoint", "logger", "validation", "wandb_init_args")}
+    # A card gets published; where files lay on the machine it was written on is nobody's business.
+    shown = json.loads(re.sub(r'"/[^"]*/([^"/]*)"', r'"\1"', json.dumps(shown)))
+    return CARD.format(
+        model_tag=shown["model_tag"],
+        step=run["step"],
+        start=f"`{shown['init_from']}`" if shown["init_from"] else "random weights",
+        num_tokens=counts["num_tokens"],
+        data=", ".join(Path(file).name for file in files),
+        config=OmegaConf.to_yaml(OmegaConf.create(shown)),
+        **{key: f"{validation[key]:.4f}" if key in validation else "-" for key in ("loss", "perplexity", "accuracy")},
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step_folder", type=Path)
+    parser.add_argument("target", type=Path, nargs="?", help="default: final_model beside the step folder")
+    arguments = parser.parse_args()
+    try:
+        export(arguments.step_folder, arguments.target or arguments.step_folder.parent / "final_model")
+    except ValueError as error:
+        sys.exit(f"error: {error}")

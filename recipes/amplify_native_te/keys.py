@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which keys the configuration has, whose arguments each section is, and which values cannot be together."""
+
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Gt, Lt
+from omegaconf import DictConfig
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+import common.config
+from build_model import model_config
+from checkpoint import Checkpointer
+from common.anomalies import Anomalies
+from common.perf_logger import PerfLogger
+from common.run_facts import start_wandb
+from common.scheduler import adamw
+from common.scheduler import damped_cosine_schedule as lr_schedule
+from dataset import TrainLoader, open_validation
+from tokens.formats import FP4, FP8
+from tokens.quant_stats import QuantStats
+
+
+LayerList = Annotated[list[int | str], Field(description="a list of layers")]
+
+
+def top_level(
+    *,
+    model_tag: str,
+    num_train_steps: PositiveInt,
+    init_from: str | None = None,
+    layer_backend: Literal["auto", "te", "cpp", "torch"] = "auto",
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    micro_batches_per_step: PositiveInt | None = None,
+    use_sequence_packing: bool = False,
+    use_torch_compile: bool = False,
+    use_activation_checkpointing: bool = False,
+    fp8_layers: LayerList | str | int | None = None,
+    fp4_layers: LayerList | str | int | None = None,
+    cp_size: PositiveInt = 1,
+    max_grad_norm: PositiveFloat = 1.0,
+    ema_decay: Annotated[float, Gt(0), Lt(1)] | None = None,
+    seed: NonNegativeInt = 42,
+    deterministic: bool = False,
+) -> None:
+    """The keys that stand outside any section; what each means is said in `hydra_config/defaults.yaml`."""
+
+
+SECTIONS = {
+    "model_kwargs": model_config,
+    "fp8_config": FP8,
+    "fp4_config": FP4,
+    "quant_stats_config": QuantStats,
+    "dataset": TrainLoader,
+    "validation": open_validation,
+    "adamw_kwargs": adamw,
+    "lr_scheduler_kwargs": lr_schedule,
+    "anomalies": Anomalies,
+    "checkpoint": Checkpointer,
+    "logger": PerfLogger,
+    "wandb_init_args": start_wandb,
+}
+
+
+def check_config(config: DictConfig) -> None:
+    """Stop with one sentence at a key that is unknown, missing or of the wrong type, and at two that cannot be."""
+    common.config.check_config(config, top_level, SECTIONS, check_pairs)
+
+
+def check_pairs(config: DictConfig) -> None:
+    """Raise ValueError for values that cannot be together, on any hardware."""
+    if config.cp_size > 1 and not config.use_sequence_packing:
+        raise ValueError(f"cp_size={config.cp_size} needs use_sequence_packing=true.")
+    for section in (FP8(**config.fp8_config), FP4(**config.fp4_config)):
+        attention = [key for key in ("fp8_dpa", "fp8_mha") if (section["recipe_kwargs"] or {}).get(key)]
+        if section.enabled and config.cp_size > 1 and attention:
+            raise ValueError(
+                f"{section.as_given('recipe_kwargs')} cannot be with cp_size={config.cp_size}, which exchanges "
+                f"attention's inputs in BF16; leave {attention[0]} out."
+            )
+        if section.enabled and config.use_torch_compile and section.recipe == "DelayedScaling":
+            raise ValueError(
+                f"{section.as_given()} cannot be with use_torch_compile=true: TransformerEngine does not compile it; "
+                "Float8CurrentScaling can be."
+            )
+    if config.quant_stats_config.enabled and config.use_torch_compile:
+        raise ValueError("quant_stats_config.enabled=true cannot be with use_torch_compile=true; leave one out.")
+    # Once on a parameter that nobody trains: what these two refuse shows now.
+    optimizer = adamw([torch.nn.Parameter(torch.zeros(1))], **config.adamw_kwargs)
+    lr_schedule(optimizer, **config.lr_scheduler_kwargs)
