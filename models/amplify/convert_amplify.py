@@ -21,7 +21,8 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import EuroBertConfig
 
-from common.weights import LazyTensors, local_folder, open_weights, read
+from common.command import command, writing
+from common.weights import LazyTensors, local_folder, named_type, open_weights, read
 from modeling_amplify import AmplifyConfig, swiglu_width
 
 
@@ -119,8 +120,8 @@ def from_native(state_dict: Mapping[str, Tensor], config: AmplifyConfig, format:
 
 def read_config(folder: Path) -> tuple[AmplifyConfig, str]:
     """The native configuration of a checkpoint folder, and its format. Raises ValueError for what AMPLIFY is not."""
+    kind = named_type(folder)
     given = json.loads((folder / "config.json").read_text())
-    kind = given.get("model_type")
     if kind == AmplifyConfig.model_type:
         return AmplifyConfig.from_pretrained(folder), "native"
     if kind == "AMPLIFY":
@@ -198,13 +199,20 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("target", type=Path)
     arguments = parser.parse_args()
-    source = local_folder(arguments.source)
+    with command():
+        convert(local_folder(arguments.source), arguments.target, arguments.to)
+
+
+def convert(source: Path, target: Path, format: str) -> None:
+    """Write a checkpoint folder in another format. Raises ValueError for one that is no AMPLIFY."""
     config, kind = read_config(source)
     weights = open_weights(source)
-    save(weights if kind == "native" else to_native(weights, config, kind), config, arguments.to, arguments.target)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (source / name).exists():
-            shutil.copy(source / name, arguments.target)
+    weights = weights if kind == "native" else to_native(weights, config, kind)
+    with writing(target):
+        save(weights, config, format, target)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            if (source / name).exists():
+                shutil.copy(source / name, target)
 
 
 if __name__ == "__main__":

@@ -115,9 +115,8 @@ def read_pretrained(init_from: str | None, shape: AmplifyConfig) -> Mapping[str,
         return None
     try:
         folder = local_folder(init_from)
-    except (OSError, ValueError) as error:  # the hub's errors are OSErrors, those of its names ValueErrors
-        reason = f"no local folder, and the hub does not give it: {first_line(error)}"
-        raise ValueError(f"init_from={init_from} is {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"init_from={error}") from error
     try:
         weights, (found, kind) = open_weights(folder), read_config(folder)
         for key in SHAPE:

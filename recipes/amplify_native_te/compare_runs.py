@@ -13,6 +13,7 @@ from statistics import fmean
 
 import yaml
 
+from common.command import command
 from common.files import flat
 from plot_metrics import metrics_path, read_metrics, throughput_key, throughput_unit
 
@@ -72,15 +73,12 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write the table for a spreadsheet too")
     args = parser.parse_args()
-    try:
+    with command():
         first, *rows = compare(args.runs)
         if args.out:
             with args.out.open("w", newline="") as file:
                 csv.writer(file).writerows([first, *rows])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print("\n".join(["| " + " | ".join(map(text, row)) + " |" for row in (first, ["---"] * len(first), *rows)]))
+        print("\n".join(["| " + " | ".join(map(text, row)) + " |" for row in (first, ["---"] * len(first), *rows)]))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import argparse
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 
@@ -18,6 +17,7 @@ from common import quiet  # noqa: F401  # isort: skip
 from omegaconf import OmegaConf
 
 from common import RECIPE
+from common.command import command, writing
 from common.step_folder import damage, read_weights
 from convert_amplify import save
 from modeling_amplify import AmplifyConfig
@@ -100,7 +100,6 @@ if __name__ == "__main__":
     parser.add_argument("step_folder", type=Path)
     parser.add_argument("target", type=Path, nargs="?", help="default: final_model beside the step folder")
     arguments = parser.parse_args()
-    try:
-        export(arguments.step_folder, arguments.target or arguments.step_folder.parent / "final_model")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    target = arguments.target or arguments.step_folder.parent / "final_model"
+    with command(), writing(target):
+        export(arguments.step_folder, target)

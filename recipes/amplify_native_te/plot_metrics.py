@@ -10,7 +10,6 @@ python plot_metrics.py outputs/ddp outputs/fsdp2 --out compare.png --reference-l
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -18,6 +17,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+
+from common.command import command
 
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -272,16 +273,13 @@ def main() -> None:
     )
     args = parser.parse_args()
     out = args.out or metrics_path(args.runs[0]).with_name("metrics.png")
-    try:
+    with command():
         plot_metrics(args.runs, out, args.reference_loss, args.reference_label, args.smooth)
         path = metrics_path(args.runs[0])
         if len(args.runs) == 1 and (entries := read_metrics(path)["quantization"]):
             plot_quantization(entries, "  ·  ".join(read_facts(path)), path.with_name("quantization.png"))
             print(path.with_name("quantization.png"))
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    print(out)
+        print(out)
 
 
 if __name__ == "__main__":

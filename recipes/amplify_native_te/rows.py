@@ -9,7 +9,6 @@ path. A micro-batch is named by epoch, window and number in the window, as in `a
 """
 
 import argparse
-import sys
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from common import quiet  # noqa: F401  # isort: skip
 from omegaconf import DictConfig, OmegaConf
 
+from common.command import command
 from common.distributed import process_group
 from common.epoch_plan import EpochPlan
 from common.redaction import HIDDEN
@@ -85,7 +85,5 @@ if __name__ == "__main__":
     which.add_argument("--step", type=int)
     which.add_argument("--micro-batch", metavar="EPOCH.WINDOW.NUMBER")
     arguments = parser.parse_args()
-    try:
+    with command():
         main(arguments.folder, arguments.step, arguments.micro_batch)
-    except ValueError as error:
-        sys.exit(f"error: {error}")

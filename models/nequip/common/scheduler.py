@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer and the learning-rate schedule; what a model was published with, its configuration says."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.nn import Parameter
@@ -57,6 +58,17 @@ def adamw(
     return AdamW(trained, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused)
 
 
+def end_of_decay(num_warmup_steps: int, num_training_steps: int, decay_fraction: float) -> int:
+    """The step at which it ends. Raises ValueError if the warm-up does not end before."""
+    decay_end = round(decay_fraction * num_training_steps)
+    if num_warmup_steps >= decay_end:
+        raise ValueError(
+            f"lr_scheduler_kwargs.num_warmup_steps={num_warmup_steps} must be less than {decay_end}, where the decay "
+            f"ends (decay_fraction={decay_fraction} of num_training_steps={num_training_steps})."
+        )
+    return decay_end
+
+
 def linear_schedule(
     optimizer: Optimizer,
     *,
@@ -69,12 +81,7 @@ def linear_schedule(
 
     Raises ValueError if the warm-up does not end before the decay does.
     """
-    decay_end = round(decay_fraction * num_training_steps)
-    if num_warmup_steps >= decay_end:
-        raise ValueError(
-            f"lr_scheduler_kwargs.num_warmup_steps={num_warmup_steps} must be less than {decay_end}, where the decay "
-            f"ends (decay_fraction={decay_fraction} of num_training_steps={num_training_steps})."
-        )
+    decay_end = end_of_decay(num_warmup_steps, num_training_steps, decay_fraction)
 
     def fraction_of_peak(step: int) -> float:
         if step < num_warmup_steps:
@@ -82,6 +89,35 @@ def linear_schedule(
         done = min(1.0, (step - num_warmup_steps) / (decay_end - num_warmup_steps))
         return 1.0 - done * (1.0 - min_lr_fraction)
 
+    return scheduled(optimizer, fraction_of_peak, num_warmup_steps)
+
+
+def damped_cosine_schedule(
+    optimizer: Optimizer,
+    *,
+    num_warmup_steps: NonNegativeInt = 1_000,
+    num_training_steps: PositiveInt = 1_000_000,
+    decay_fraction: PositiveFloat = 0.9,
+    min_lr_fraction: NonNegativeFloat = 0.1,
+) -> Schedule:
+    """As `linear_schedule`, but the warm-up begins at 0, and half a cosine wave falls below the line of the decay.
+
+    It is AMPLIFY's (their `CosineDecay`). Raises ValueError if the warm-up does not end before the decay does.
+    """
+    decay_end = end_of_decay(num_warmup_steps, num_training_steps, decay_fraction)
+
+    def fraction_of_peak(step: int) -> float:
+        if step < num_warmup_steps:
+            return step / num_warmup_steps
+        done = min(1.0, (step - num_warmup_steps) / (decay_end - num_warmup_steps))
+        line = 1.0 - done * (1.0 - min_lr_fraction)
+        return min_lr_fraction + (1.0 - min_lr_fraction) * line * (1.0 + math.cos(math.pi * done)) / 2
+
+    return scheduled(optimizer, fraction_of_peak, num_warmup_steps)
+
+
+def scheduled(optimizer: Optimizer, fraction_of_peak: Callable[[int], float], num_warmup_steps: int) -> Schedule:
+    """The schedule of these fractions, by steps made."""
     schedule = Schedule(optimizer, fraction_of_peak)
     schedule.num_warmup_steps = num_warmup_steps
     return schedule

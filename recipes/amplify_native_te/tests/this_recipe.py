@@ -38,7 +38,7 @@ BAD_INPUTS = [
     ),
     (["dataset.mix.oas.weight=-2"], ["dataset.mix.oas.weight=-2", "above 0"]),
     (["dataset.mix.oas.weight=many"], ["dataset.mix.oas.weight=many", "above 0"]),
-    (["+dataset.mix.oas.wieght=2"], ["dataset.mix.oas=", "weight, load_dataset_kwargs, sequence_column"]),
+    (["+dataset.mix.oas.heaviness=2"], ["dataset.mix.oas=", "weight, load_dataset_kwargs, sequence_column"]),
     (["~dataset.mix.oas", "~dataset.mix.scop"], ["dataset.mix", "two sources or more"]),
     (
         ["+dataset.mix.scop.load_dataset_kwargs.streaming=true"],
@@ -51,6 +51,10 @@ BAD_INPUTS = [
         ["lr_scheduler_kwargs.num_warmup_steps=90 must be less than 90"],
     ),
     (["init_from=none/such"], ["init_from=none/such is no local folder, and the hub does not give it"]),
+]
+BAD_COMMANDS = [
+    ("convert_amplify.py --to native nope x", ["nope is no local folder, and the hub does not give it"]),
+    ("convert_amplify.py --to amplify . x", ["config.json: No such file or directory; give the folder of a model"]),
 ]
 PROTEIN = "MSKGEELFTGVVPILVELDGDVNGH<mask>FSVSGEGEGDATYG|EVQLVESGGGLVQPGGSLRLSCA<mask>SGF"
 
