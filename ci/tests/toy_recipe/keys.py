@@ -10,7 +10,8 @@ from checkpoint import Checkpointer
 from common.anomalies import Anomalies
 from common.perf_logger import PerfLogger
 from common.run_facts import start_wandb
-from common.scheduler import adamw, linear_schedule
+from common.scheduler import adamw
+from common.scheduler import linear_schedule as lr_schedule
 from dataset import TrainLoader, open_validation
 
 
@@ -29,7 +30,7 @@ def top_level(
 
 SECTIONS = {
     "model_kwargs": model_config, "dataset": TrainLoader, "validation": open_validation, "adamw_kwargs": adamw,
-    "lr_scheduler_kwargs": linear_schedule, "anomalies": Anomalies, "checkpoint": Checkpointer, "logger": PerfLogger,
+    "lr_scheduler_kwargs": lr_schedule, "anomalies": Anomalies, "checkpoint": Checkpointer, "logger": PerfLogger,
     "wandb_init_args": start_wandb,
 }  # fmt: skip
 
