@@ -157,6 +157,11 @@ def facts(shape: AmplifyConfig, saved: dict | None = None) -> dict:
     return now
 
 
+def harmless_keys(config: Mapping) -> tuple[str, ...]:
+    """Keys of this recipe alone whose change on resume moves the trajectory by rounding at most."""
+    return ("use_sequence_packing", "layer_backend", "cp_size")
+
+
 def training_flops(shape: AmplifyConfig, batch: Batch, backend: str | None = None) -> float:
     """Floating-point operations of one training step on this batch, without those that the backend leaves out."""
     return modeling_amplify.training_flops(shape, batch.counts, backend)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from build_model import facts
+from build_model import facts, harmless_keys
 from common import safe_reading
 from common.distributed import TIMEOUT, Distributed, SharedError, unwrapped
 from common.ema import EMA
@@ -44,11 +44,11 @@ from common.step_folder import (
 from export import export
 
 
-# A change of these keys on resume moves the trajectory by rounding at most; others are refused unless allowed.
+# A change of these keys on resume, and of the recipe's own `harmless_keys`, moves the trajectory by rounding at most;
+# others are refused unless allowed.
 HARMLESS = (
-    "checkpoint.", "logger.", "wandb_init_args.", "validation.", "num_train_steps", "use_sequence_packing",
-    "use_torch_compile", "use_activation_checkpointing", "layer_backend", "precision", "deterministic",
-    "dataset.num_workers", "anomalies.", "cp_size", "ema_decay",
+    "checkpoint.", "logger.", "wandb_init_args.", "validation.", "num_train_steps", "use_torch_compile",
+    "use_activation_checkpointing", "precision", "deterministic", "dataset.num_workers", "anomalies.", "ema_decay",
 )  # fmt: skip
 
 
@@ -65,10 +65,6 @@ def pickled_scales_allowed():
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-# Where dropout is on, what is dropped depends on the shape of what passes through a layer, so on these too.
-SHAPES = ("use_sequence_packing", "layer_backend", "cp_size")
 
 
 class Checkpointer:
@@ -183,10 +179,7 @@ class Checkpointer:
         before, now = flat(before), flat(self.config)
         changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
         model = [k for k in changed if k.startswith("model_")]
-        harmless = HARMLESS
-        if now.get("model_kwargs.hidden_dropout_prob"):
-            harmless = tuple(key for key in HARMLESS if key not in SHAPES)
-        serious = [k for k in changed if not k.startswith(harmless)]
+        serious = [k for k in changed if not k.startswith(HARMLESS + harmless_keys(now))]
         for step, reason in self.damaged.items():
             self.notes.append(f"step_{step} is damaged and set aside as step_{step}.damaged: {reason}.")
         self.notes.append(f"Going on from {self._path(self.resume_step)}.")

@@ -5,6 +5,7 @@ from functools import partial
 
 import datasets
 import numpy as np
+from omegaconf import DictConfig
 from pydantic import NonNegativeInt
 
 import metrics
@@ -43,10 +44,11 @@ def check_limits(section: str, max_seq_length: int, mlm_probability: float, wind
 
 def open_proteins(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | datasets.IterableDataset:
     """As `open_rows`; of a FASTA file without each record's raw bytes."""
-    if load_dataset_kwargs.get("path") == "fasta":
-        fasta_reader.register()
-        load_dataset_kwargs = {"columns": ["id", "sequence"], **load_dataset_kwargs}
-    return open_rows(section, load_dataset_kwargs)
+    if load_dataset_kwargs.get("path") != "fasta":
+        return open_rows(section, load_dataset_kwargs)
+    fasta_reader.register()
+    load_dataset_kwargs = {"columns": ["id", "sequence"], **load_dataset_kwargs}
+    return open_rows(section, load_dataset_kwargs, ", each after a line that begins with >")
 
 
 def sources_of_mix(section: str, mix: dict, load_dataset_kwargs: dict, sequence_column: str) -> dict[str, dict]:
@@ -134,6 +136,12 @@ class TrainLoader(Loader):
         collate.masking = masking
         super().__init__(distributed, section, data, collate, num_workers)
         self.notes += notes
+
+
+def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:
+    """The plan of a run with this configuration: `rows.py` asks it which rows a step was made of."""
+    layout = {"packed": config.use_sequence_packing, "pad_to_multiple_of": 1}
+    return TrainLoader(distributed, config.seed, **layout, **config.dataset).plan
 
 
 def open_validation(

@@ -17,11 +17,11 @@ from pathlib import Path
 from common import quiet  # noqa: F401  # isort: skip
 from omegaconf import DictConfig, OmegaConf
 
+import dataset
 from common.command import command
 from common.distributed import process_group
 from common.epoch_plan import EpochPlan
 from common.redaction import HIDDEN
-from dataset import TrainLoader
 from plot_metrics import read_metrics
 
 
@@ -35,25 +35,25 @@ def first_micro_batch(folder: Path, step: int) -> tuple[int, tuple[int, ...]]:
     return best
 
 
-def open_plan(folder: Path) -> tuple[DictConfig, EpochPlan]:
+def run_in(folder: Path) -> tuple[DictConfig, EpochPlan]:
     """The configuration and the plan of the run that wrote to this folder."""
     if not (folder / "config.yaml").exists():
         raise ValueError(f"{folder} has no config.yaml; give the folder that logger.log_dir named.")
     settings = OmegaConf.load(folder / "config.yaml")
-    if settings.dataset.load_dataset_kwargs.get("streaming"):
-        raise ValueError("dataset.load_dataset_kwargs.streaming=true: the rows of a stream have no numbers.")
     settings.dataset.num_workers = 0
-    for key, value in list(settings.dataset.load_dataset_kwargs.items()):
+    source = settings.dataset.get("load_dataset_kwargs") or {}
+    if source.get("streaming"):
+        raise ValueError("dataset.load_dataset_kwargs.streaming=true: the rows of a stream have no numbers.")
+    for key, value in list(source.items()):
         if value == HIDDEN:  # the environment may have it, as HF_TOKEN
-            del settings.dataset.load_dataset_kwargs[key]
-    layout = {"packed": settings.use_sequence_packing, "pad_to_multiple_of": 1}
+            del source[key]
     with process_group(settings.seed) as distributed:
-        return settings, TrainLoader(distributed, settings.seed, **layout, **settings.dataset).plan
+        return settings, dataset.open_plan(settings, distributed)
 
 
 def main(folder: Path, step: int | None, micro_batch: str | None) -> None:
     """Print a line for each row. Raises ValueError for a step or name that cannot be."""
-    settings, plan = open_plan(folder)
+    settings, plan = run_in(folder)
     if micro_batch is not None:
         try:
             epoch, window, index = (int(part) if part.isdigit() else -1 for part in micro_batch.split("."))

@@ -18,8 +18,13 @@ from common.distributed import Distributed
 from common.redaction import redacted
 
 
-def open_rows(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | datasets.IterableDataset:
-    """`datasets.load_dataset`; a user's mistake is a ValueError of one sentence that names `section`."""
+def open_rows(
+    section: str, load_dataset_kwargs: dict, looks_like: str = ""
+) -> datasets.Dataset | datasets.IterableDataset:
+    """`datasets.load_dataset`; a user's mistake is a ValueError of one sentence that names `section`.
+
+    `looks_like` is added where a file has no rows: what rows of this kind of file look like.
+    """
     load_dataset_kwargs = plain(load_dataset_kwargs)
     # Else the hub is asked to count each local file: seconds, where none answers.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
@@ -38,7 +43,7 @@ def open_rows(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | dat
                 raise ValueError(f"{name}.data_files={empty[0]}: the file is empty; give one with rows in it.")
     if path == "parquet":  # by default a row group at once, and an error where a file among others has no rows
         load_dataset_kwargs = {"batch_size": 10_000, **load_dataset_kwargs}
-    with one_sentence(section, load_dataset_kwargs):
+    with one_sentence(section, load_dataset_kwargs, looks_like):
         rows = datasets.load_dataset(**load_dataset_kwargs)
         if isinstance(rows, dict):
             raise ValueError(f"{name}.split is not set; this data set has the splits {', '.join(rows)}.")
@@ -67,7 +72,7 @@ class NoRows(Exception):
 
 
 @contextmanager
-def one_sentence(section: str, load_dataset_kwargs: dict) -> Iterator[None]:
+def one_sentence(section: str, load_dataset_kwargs: dict, looks_like: str = "") -> Iterator[None]:
     """Whatever `datasets` raises in the block becomes a ValueError of one sentence that names `section`."""
     load_dataset_kwargs = plain(load_dataset_kwargs)
     name, path = f"{section}.load_dataset_kwargs", load_dataset_kwargs.get("path")
@@ -80,11 +85,9 @@ def one_sentence(section: str, load_dataset_kwargs: dict) -> Iterator[None]:
         if reason.startswith(name):
             raise
         if isinstance(error, NoRows) or "corresponds to no data" in reason:
-            way_out = "give one with some"
+            way_out = f"give one with some{looks_like}"
             if section == "validation":
                 way_out = f"give more rows, or set {name}=null"
-            elif path == "fasta":
-                way_out += ", each after a line that begins with >"
             sentence = f"{name}: split={load_dataset_kwargs.get('split')} of {files or path} has no rows; {way_out}."
         elif isinstance(cause, UnicodeDecodeError):
             sentence = f"{name}.data_files={files}: no UTF-8 text ({reason}); convert it"

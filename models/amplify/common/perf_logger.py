@@ -59,11 +59,13 @@ class PerfLogger:
         self.wandb = self.bar = None
         self.is_full = False
         self.notes, self.stats = precision.notes, precision.stats
-        self.peak, source = peak_of(distributed.device, precision.dtype or torch.float32, peak_tflops)
+        self.peak, source = peak_of(
+            distributed.device, precision.dtype or torch.float32, precision.product, peak_tflops
+        )
         self.run = {
             "model_tag": config.model_tag, "num_parameters": num_parameters, "unit": metrics.UNIT,
             "loss_name": metrics.LOSS_NAME, "strategy": Path(script).stem.removeprefix("train_"),
-            "num_ranks": distributed.num_ranks, "cp_size": distributed.group_size,
+            "num_ranks": distributed.num_ranks, "ranks_per_micro_batch": distributed.group_size,
             "device": device_name(distributed.device), "threads_per_rank": torch.get_num_threads(),
             "layer_backend": precision.backend, "precision": "bf16" if precision.dtype else "fp32",
             "low_precision": precision.layers, "peak_tflops_per_rank": self.peak, "peak_source": source,

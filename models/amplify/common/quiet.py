@@ -19,7 +19,7 @@ warnings.filterwarnings(
     "ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning
 )  # megatron-fsdp
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as an offline export wants it
-# megatron-fsdp: the reference model's frozen contact head stays gathered; test_train.py holds the curves equal.
+# megatron-fsdp: what is frozen stays gathered; the contract holds the curves equal.
 warnings.filterwarnings("ignore", message="There are still pending all-gather tasks")
 logging.getLogger("megatron_fsdp").setLevel(logging.WARNING)  # it lists every parameter
 if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer and the learning-rate schedule; the defaults are those of ESM-2 (Lin et al. 2023, A.2.4)."""
+"""The optimizer and the learning-rate schedule; what a model was published with, its configuration says."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -42,10 +42,10 @@ class Schedule(LambdaLR):
 def adamw(
     parameters: Iterable[Parameter],
     *,
-    lr: PositiveFloat = 4e-4,
-    betas: list[float] = (0.9, 0.98),
-    eps: PositiveFloat = 1e-8,
-    weight_decay: NonNegativeFloat = 0.01,
+    lr: PositiveFloat,
+    betas: list[float],
+    eps: PositiveFloat,
+    weight_decay: NonNegativeFloat,
     fused: bool = True,
 ) -> AdamW:
     """AdamW over what is to be trained; its moments have the parameters' own precision, FP32.
@@ -72,10 +72,10 @@ def end_of_decay(num_warmup_steps: int, num_training_steps: int, decay_fraction:
 def linear_schedule(
     optimizer: Optimizer,
     *,
-    num_warmup_steps: NonNegativeInt = 2_000,
-    num_training_steps: PositiveInt = 500_000,
-    decay_fraction: PositiveFloat = 0.9,
-    min_lr_fraction: NonNegativeFloat = 0.1,
+    num_warmup_steps: NonNegativeInt,
+    num_training_steps: PositiveInt,
+    decay_fraction: PositiveFloat,
+    min_lr_fraction: NonNegativeFloat,
 ) -> Schedule:
     """Linear warm-up to the peak, linear decay to `min_lr_fraction` of it at `decay_fraction` of the run, then flat.
 
@@ -95,14 +95,14 @@ def linear_schedule(
 def damped_cosine_schedule(
     optimizer: Optimizer,
     *,
-    num_warmup_steps: NonNegativeInt = 1_000,
-    num_training_steps: PositiveInt = 1_000_000,
-    decay_fraction: PositiveFloat = 0.9,
-    min_lr_fraction: NonNegativeFloat = 0.1,
+    num_warmup_steps: NonNegativeInt,
+    num_training_steps: PositiveInt,
+    decay_fraction: PositiveFloat,
+    min_lr_fraction: NonNegativeFloat,
 ) -> Schedule:
-    """As `linear_schedule`, but the warm-up begins at 0, and half a cosine wave falls below the line of the decay.
+    """As `linear_schedule`, but the warm-up begins at 0, and the decay is the line times half a cosine wave.
 
-    It is AMPLIFY's (their `CosineDecay`). Raises ValueError if the warm-up does not end before the decay does.
+    Raises ValueError if the warm-up does not end before the decay does.
     """
     decay_end = end_of_decay(num_warmup_steps, num_training_steps, decay_fraction)
 

@@ -302,6 +302,12 @@ def _linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
 
 
+def layer_product(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """A linear map's product [T, O], as these layers compute it on this processor."""
+    own = x_TI.dtype == torch.bfloat16 or onednn_in_float32()
+    return _linear(x_TI, weight_OI, None) if own else F.linear(x_TI, weight_OI)
+
+
 def _product(a_RK: Tensor, b_KC: Tensor) -> Tensor:
     # In BF16 PyTorch takes oneDNN by itself; a sum over nothing oneDNN refuses.
     if a_RK.dtype != torch.float32 or not len(b_KC):

@@ -38,6 +38,10 @@ class LowPrecision(Precision):
     ):
         super().__init__(device, precision, bf16_pays)
         self.backend, self.te = backend, backend == "te"
+        if backend == "cpp":
+            from tokens.layers_cpp import layer_product
+
+            self.product = layer_product
         self.notes.extend(notes)
         self.recipes: list[str | None] = [None] * num_layers
         self.scalings: dict[str, object] = {}

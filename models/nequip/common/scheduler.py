@@ -95,14 +95,14 @@ def linear_schedule(
 def damped_cosine_schedule(
     optimizer: Optimizer,
     *,
-    num_warmup_steps: NonNegativeInt = 1_000,
-    num_training_steps: PositiveInt = 1_000_000,
-    decay_fraction: PositiveFloat = 0.9,
-    min_lr_fraction: NonNegativeFloat = 0.1,
+    num_warmup_steps: NonNegativeInt,
+    num_training_steps: PositiveInt,
+    decay_fraction: PositiveFloat,
+    min_lr_fraction: NonNegativeFloat,
 ) -> Schedule:
-    """As `linear_schedule`, but the warm-up begins at 0, and half a cosine wave falls below the line of the decay.
+    """As `linear_schedule`, but the warm-up begins at 0, and the decay is the line times half a cosine wave.
 
-    It is AMPLIFY's (their `CosineDecay`). Raises ValueError if the warm-up does not end before the decay does.
+    Raises ValueError if the warm-up does not end before the decay does.
     """
     decay_end = end_of_decay(num_warmup_steps, num_training_steps, decay_fraction)
 
