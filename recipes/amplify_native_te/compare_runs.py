@@ -37,11 +37,15 @@ def read_run(run: Path) -> tuple[dict[str, object], dict[str, float | int | None
     }
 
 
-def text(value: object) -> str:
-    """As in a table."""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" if value < 0.1 else f"{value:.4f}"
-    return "" if value is None else str(value)
+def shown(row: list[object]) -> list[str]:
+    """A row as in a table: keys as they are written, losses to four digits, rates to whole units or three digits."""
+    run, *keys, steps, validation, train, rate = row
+
+    def loss(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}" if abs(value) >= 0.1 else f"{value:.4g}"
+
+    given = [f"{key:g}" if isinstance(key, float) else "null" if key is None else str(key) for key in keys]
+    return [run, *given, f"{steps:,}", loss(validation), loss(train), f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"]
 
 
 def compare(runs: list[Path]) -> list[list[object]]:
@@ -78,7 +82,8 @@ def main() -> None:
         if args.out:
             with args.out.open("w", newline="") as file:
                 csv.writer(file).writerows([first, *rows])
-        print("\n".join(["| " + " | ".join(map(text, row)) + " |" for row in (first, ["---"] * len(first), *rows)]))
+        table = [first, ["---"] * len(first), *map(shown, rows)]
+        print("\n".join("| " + " | ".join(row) + " |" for row in table))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw loss, throughput, learning rate and gradient norm of one or more runs as a PNG.
 
-Of a single run with quant_stats_config also what rounding to few bits does to each layer: quantization.png.
+Of a single run with quant_stats_config also what rounding to FP8 or FP4 does to each layer: quantization.png.
 
 python plot_metrics.py outputs/my_run
 python plot_metrics.py outputs/ddp outputs/fsdp2 --out compare.png --reference-loss 2.87
@@ -16,7 +16,7 @@ from statistics import fmean
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from common.command import command
 
@@ -126,6 +126,11 @@ def last_value(values: list[float]) -> str:
     return next((f"{value:.3f}" for value in reversed(values) if not math.isnan(value)), "none")
 
 
+def style_of(entries: list[dict]) -> dict:
+    """A line, or a marker where there is a single entry and so no line to see."""
+    return {"marker": "o"} if len(entries) == 1 else {}
+
+
 def line_width(i: int, num_runs: int) -> float:
     """Return the width of run `i`: earlier ones are wider, to show on both sides of a later one that coincides."""
     return 1.7 + 4.0 * (num_runs - 1 - i) / num_runs
@@ -145,7 +150,7 @@ def draw_loss(ax: Axes, runs: dict[str, Metrics], loss_name: str, smooth: int | 
             validation_colour = COLOURS[1]
         width = line_width(i, len(runs))
         ax.plot(steps, losses, color=train_colour, linewidth=0.8, alpha=0.35)
-        ax.plot(steps, means, color=train_colour, linewidth=width, label=train_label)
+        ax.plot(steps, means, color=train_colour, linewidth=width, label=train_label, **style_of(steps))
         if validation_losses:
             ax.plot(
                 column(metrics["validation"], "step"),
@@ -168,7 +173,8 @@ def draw_column(ax: Axes, runs: dict[str, Metrics], keys: list[str], title: str)
     """Draw one column of the training lines of each run, each run's own key, on an axis that starts at zero."""
     for i, (metrics, key) in enumerate(zip(runs.values(), keys, strict=True)):
         steps, values = column(metrics["train"], "step"), column(metrics["train"], key)
-        ax.plot(steps, values, color=COLOURS[i % len(COLOURS)], linewidth=0.7 * line_width(i, len(runs)))
+        width = 0.7 * line_width(i, len(runs))
+        ax.plot(steps, values, color=COLOURS[i % len(COLOURS)], linewidth=width, **style_of(steps))
     ax.axhline(0, color="none")
     ax.set_ylim(bottom=0)
     ax.set(title=title, xlabel="Step")
@@ -217,27 +223,37 @@ def plot_metrics(
         loss_ax.legend()
         for i, (keys, title) in enumerate(panels):
             draw_column(figure.add_subplot(grid[1, i]), metrics, keys, title)
+        for ax in figure.axes:  # a step is a whole number
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         figure.axes[1].yaxis.set_major_formatter(EngFormatter(sep=""))
         figure.savefig(out)
 
 
 TENSORS = ("input", "weight", "gradient")
 HEAT = (
-    ("underflow", "becomes 0, share", lambda x: x),
-    ("saturation", "largest number, share", lambda x: x),
-    ("mse", "error / square, log10", lambda x: math.log10(x) if x else math.nan),
+    ("underflow", "underflow, %", lambda x: 100 * x),
+    ("saturation", "saturated, %", lambda x: 100 * x),
+    ("mse", "squared error /\nsquare, log10", lambda x: math.log10(x) if x else math.nan),
     ("scale", "scale, log2", lambda x: math.log2(x) if x else math.nan),
 )
 
 
 def plot_quantization(entries: list[dict], title: str, out: Path) -> None:
-    """Draw heat maps, products of all layers (four each) by steps; a column for each kind of tensor."""
+    """Draw heat maps, products of all layers (four each) by steps; a column for each kind of tensor.
+
+    Of many layers only each one's first row has its name, e.g. `3 qkv`.
+    """
     steps = column(entries, "step")
     products = list(dict.fromkeys(name.rpartition(".")[0] for name in entries[-1]["tensors"]))
     products.sort(key=lambda name: int(name.partition(".")[0]))  # as they are computed, layer by layer
-    firsts = [i for i, name in enumerate(products) if i == 0 or name.split(".")[0] != products[i - 1].split(".")[0]]
+    layers = [name.partition(".")[0] for name in products]
+    named = [i for i in range(len(products)) if len(products) <= 24 or layers[i] not in layers[:i]]
+    short = [
+        f"{layer} {name.rpartition('.')[2].removeprefix('layernorm_')}"
+        for layer, name in zip(layers, products, strict=True)
+    ]
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(11, 2 + len(HEAT) * max(1.6, 0.11 * len(products))), dpi=150, layout="constrained")
+        figure = Figure(figsize=(11, 2 + len(HEAT) * max(1.6, 0.14 * len(products))), dpi=150, layout="constrained")
         figure.suptitle(title, x=0.015, ha="left", fontsize=12.5)
         axes = figure.subplots(len(HEAT), len(TENSORS), sharex=True, sharey=True, squeeze=False)
         for row, (key, label, scaled) in zip(axes, HEAT, strict=True):
@@ -247,11 +263,11 @@ def plot_quantization(entries: list[dict], title: str, out: Path) -> None:
                 ]
                 values = [[math.nan if x is None else scaled(x) for x in line] for line in found]
                 image = ax.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis")
-                ax.set(yticks=firsts, yticklabels=[products[i].partition(".")[0] for i in firsts])
+                ax.set_yticks(named, [short[i] for i in named], fontsize=8)
                 shown = range(0, len(steps), max(1, len(steps) // 5))
                 ax.set(xticks=list(shown), xticklabels=[f"{steps[i]:g}" for i in shown])
                 figure.colorbar(image, ax=ax)
-            row[0].set_ylabel(f"{label}\nlayer")
+            row[0].set_ylabel(label)
         for ax, tensor in zip(axes[0], TENSORS, strict=True):
             ax.set_title(f"{tensor}s")
         for ax in axes[-1]:

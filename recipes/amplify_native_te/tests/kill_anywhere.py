@@ -31,7 +31,7 @@ import torch  # noqa: E402
 from common.contract.running import RECIPE, TINY, TRAINERS, environment, torchrun, with_table, write_table  # noqa: E402
 from common.run_facts import cpu_name, versions  # noqa: E402
 from common.step_folder import damage, read_weights  # noqa: E402
-from rows import open_plan  # noqa: E402
+from rows import run_in  # noqa: E402
 
 
 SAVE_EVERY, KEEP, NUM_RANKS = 3, 2, 2
@@ -185,7 +185,7 @@ def disturb(run: Run, kind: str, before: tuple[int, int], draw: random.Random, n
 
 def planned(folder: Path, num_steps: int) -> tuple[list[dict], np.ndarray]:
     """What the plan says of each step: first micro-batch and tokens so far; and how often each row has come."""
-    settings, plan = open_plan(folder)
+    settings, plan = run_in(folder)
     steps, tokens = [], 0
     times = np.zeros(plan.num_rows, dtype=np.int64)
     batches = plan.starting_at(0, 0, 0)
