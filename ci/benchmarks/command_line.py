@@ -30,8 +30,14 @@ def parse_with_overrides(parser: argparse.ArgumentParser, arguments: list[str]) 
     return found
 
 
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The option that `subject.py` has read already."""
+    parser.add_argument("--recipe", metavar="FOLDER", help="what is measured; default: recipes/esm2_native_te")
+
+
 def add_files(parser: argparse.ArgumentParser, output: Path) -> None:
-    """The files of a benchmark whose docs have one table."""
+    """The files of a benchmark whose docs have one table, and the recipe."""
+    add_recipe(parser)
     parser.add_argument(
         "--output", type=Path, metavar="FILE.json", help=f"default: docs/results/{output.name}, and the table"
     )

@@ -23,7 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 
-from scaling_ranks import ROOT, TOLERANCE, Failed, TookTooLong, cpu_name, train, versions  # isort: skip (it finds the recipe)
+from subject import RECIPE, ROOT, SUBJECT, suffix  # isort: skip (it finds the recipe)
+from scaling_ranks import TOLERANCE, Failed, TookTooLong, cpu_name, train, versions  # isort: skip
 from command_line import add_files, check_files, parse_with_overrides, positive, refuse, run_or_read
 from tqdm import tqdm
 
@@ -32,7 +33,8 @@ from build_model import model_config  # isort: skip
 from tokens.backends import cpp_available  # isort: skip
 
 
-OUTPUT, NAME = ROOT / "docs" / "results" / "context_memory.json", "context_memory"
+NAME = f"context_memory{suffix(RECIPE.name)}"
+OUTPUT = ROOT / "docs" / "results" / f"{NAME}.json"
 TAKEN = ("num_train_steps", "micro_batches_per_step", "cp_size", "logger.", "checkpoint.", "validation.", "dataset.")
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 
@@ -116,7 +118,7 @@ def table(numbers: dict) -> str:
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
     """Of the command line; `key=value` may stand anywhere."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-tag", default="esm2_t6_8M_UR50D")
+    parser.add_argument("--model-tag", default=SUBJECT.tag(SUBJECT.usual))
     parser.add_argument("--length", type=positive, default=32768, help="tokens of the sequence; default: 32768")
     parser.add_argument("--cp-sizes", type=positive, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=positive, default=2, help="the first does not count for time; default: 2")
@@ -136,7 +138,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     if found.steps < 2:
         parser.error(f"--steps {found.steps} must be at least 2: the first does not count for time.")
     if found.quick:
-        found.model_tag, found.length, found.cp_sizes = "esm2_t4_1M", 2048, [1, 2]
+        found.model_tag, found.length, found.cp_sizes = SUBJECT.tag(SUBJECT.quick), 2048, [1, 2]
     elif not found.source and not found.output:
         found.output, found.table = OUTPUT, found.table or ROOT / "docs" / "scaling.md"
     return found

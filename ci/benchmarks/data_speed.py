@@ -25,44 +25,42 @@ from pathlib import Path
 from statistics import median
 
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-RECIPE = ROOT / "recipes" / "esm2_native_te"
-sys.path.insert(0, str(RECIPE))
-from common import quiet  # noqa: E402, F401  # isort: skip
-import datasets  # noqa: E402
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-import torch  # noqa: E402
-from plan_memory import QUANTILES, TOKENS, WINDOW_ROWS, Lengths, planned  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from train_speed import BUNDLED, REAL, proteins  # noqa: E402
+from subject import RECIPE, ROOT, SUBJECT, suffix  # isort: skip (it finds the recipe)
+from common import quiet  # noqa: F401  # isort: skip
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from command_line import add_recipe
+from plan_memory import QUANTILES, TOKENS, WINDOW_ROWS, Lengths, planned
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from train_speed import BUNDLED, REAL, proteins
 
-from common.batch import Batch  # noqa: E402
-from common.contract.running import environment, with_table, write_table  # noqa: E402
-from common.distributed import Distributed, process_group  # noqa: E402
-from common.epoch_plan import EpochPlan, Grouping, permuted  # noqa: E402
-from common.open_data import open_rows  # noqa: E402
-from common.run_facts import cpu_name, versions  # noqa: E402
-from dataset import SequenceRows, TrainLoader  # noqa: E402
+from common.batch import Batch
+from common.contract.running import environment, with_table, write_table
+from common.distributed import Distributed, process_group
+from common.epoch_plan import EpochPlan, Grouping, permuted
+from common.open_data import open_rows
+from common.run_facts import cpu_name, versions
+from dataset import SequenceRows, TrainLoader
 
 
-NAME = "data_speed"
+NAME = f"data_speed{suffix(RECIPE.name)}"
 OUTPUT = ROOT / "docs" / "results" / f"{NAME}.json"
 UNIREF50 = 65_000_000  # rows
 MAX_SEQ_LENGTH, MLM_PROBABILITY, SEED = 1024, 0.15, 1
 PARTS = ("loaders", "start", "plan")
 COLD, WARM = "cold_s", "warm_s"
 FULL = {
-    "model_tag": "esm2_t6_8M_UR50D", "steps": 24, "logged": 8, "layouts": ("packed", "padded"),
+    "model_tag": SUBJECT.tag(SUBJECT.usual), "steps": 24, "logged": 8, "layouts": ("packed", "padded"),
     "budgets": (4096, 16_384), "workers": (0, 1), "rounds": 5, "turn_s": 0.6, "kinds": ("parquet", "fasta"),
     "file_rows": 1_000_000, "repeats": 3, "states": (COLD, WARM), "imports": 3, "plan_rows": (10**5, 10**6, 10**7),
     "windows": 20,
 }  # fmt: skip
 QUICK = FULL | {
-    "model_tag": "esm2_t4_1M", "steps": 4, "logged": 4, "layouts": ("packed",), "budgets": (4096,),
+    "model_tag": SUBJECT.tag(SUBJECT.quick), "steps": 4, "logged": 4, "layouts": ("packed",), "budgets": (4096,),
     "workers": (0,), "rounds": 2, "turn_s": 0.1, "kinds": ("parquet",), "file_rows": 12_000,
     "repeats": 1, "states": (COLD,), "imports": 0, "plan_rows": (10**4,), "windows": 3,
 }  # fmt: skip
@@ -99,10 +97,10 @@ class Collate:
 
 
 def tokenizer():
-    """ESM's, from the recipe's folder; it has no fast variant."""
-    from transformers import EsmTokenizer
+    """The model's own, from the recipe's folder."""
+    from transformers import AutoTokenizer
 
-    return EsmTokenizer.from_pretrained(RECIPE / "tokenizer", local_files_only=True)
+    return AutoTokenizer.from_pretrained(RECIPE / "tokenizer", local_files_only=True)
 
 
 def tokenised(esm, sequences: list[str]) -> dict:
@@ -451,6 +449,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts; default: all")
     parser.add_argument("--quick", action="store_true", help="a tiny model, few rows, short turns: to see it work")
     parser.add_argument("--output", type=Path, help=f"default: {OUTPUT.relative_to(ROOT)}")
+    add_recipe(parser)
     parser.add_argument("--from", dest="source_file", type=Path, metavar="FILE.json", help="run nothing, take these")
     parser.add_argument("--table", type=Path, metavar="PAGE.md", help="write the tables between the marks of a page")
     parser.add_argument("--check", type=Path, metavar="PAGE.md", help="exit with 1 unless the page has these tables")
@@ -467,7 +466,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     given = ["--quick"] * found.quick + (["--data", Path(found.data).name] if found.data else [])
-    found.command = ["python", f"ci/benchmarks/{NAME}.py", *given]
+    found.command = ["python", "ci/benchmarks/data_speed.py", *given]
     return found
 
 

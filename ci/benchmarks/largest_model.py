@@ -40,6 +40,7 @@ if __name__ == "__main__":  # here, because the imports below take seconds
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 
+from subject import suffix  # noqa: E402  # isort: skip
 from scaling_ranks import (  # noqa: E402  # isort: skip (it says where the recipe's modules are)
     RECIPE, ROOT, Failed, cpu_name, environment, tokens_per_second, torchrun, versions,
 )  # fmt: skip
@@ -301,6 +302,8 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         key = override.lstrip("+").partition("=")[0] + "."
         if any(key.startswith(f"{taken}.") or f"{taken}.".startswith(key) for taken in TAKEN):
             parser.error(f"{override}: the benchmark sets that itself; see --help.")
+    if suffix(RECIPE.name):
+        parser.error(f"--recipe {found.recipe}: the depths to begin with are known of ESM-2 only.")
     if found.limit_gib is not None and not 0 < found.limit_gib < math.inf:
         parser.error(f"--limit-gib {found.limit_gib:g} must be a number of GiB above 0, 20 for instance.")
     if not found.source and not (PROC / "meminfo").exists():

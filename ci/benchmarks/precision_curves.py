@@ -18,15 +18,17 @@ from pathlib import Path
 from statistics import fmean
 
 
-from scaling_ranks import ROOT, Failed, cpu_name, train, versions  # isort: skip (it finds the recipe)
+from subject import RECIPE, ROOT, suffix  # isort: skip (it finds the recipe)
+from scaling_ranks import Failed, cpu_name, train, versions  # isort: skip
 from command_line import add_files, check_files, parse_with_overrides, positive, refuse, run_or_read
 from tqdm import tqdm
 
 from tokens.formats import RECIPES
 
 
-OUTPUT, NAME = ROOT / "docs" / "results" / "precision_curves.json", "precision_curves"
-PAGE, PICTURE = ROOT / "docs" / "exactness.md", ROOT / "docs" / "images" / "precision_curves.png"
+NAME = f"precision_curves{suffix(RECIPE.name)}"
+OUTPUT = ROOT / "docs" / "results" / f"{NAME}.json"
+PAGE, PICTURE = ROOT / "docs" / "exactness.md", ROOT / "docs" / "images" / f"{NAME}.png"
 TAKEN = ("num_train_steps", "precision", "fp8_", "fp4_", "logger.", "checkpoint.", "validation.", "layer_backend")
 FIRST, CHANCE, SMOOTH, RATE = "FP32", "FP32, another seed", 10, 5e-4
 FORMATS = {FIRST: ["precision=fp32"], CHANCE: ["precision=fp32"], "BF16": ["precision=bf16"]} | {

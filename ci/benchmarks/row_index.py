@@ -29,7 +29,8 @@ from pathlib import Path
 from statistics import median
 
 
-from data_speed import ROOT, SEED, write_proteins  # isort: skip (it finds the recipe)
+from subject import RECIPE, ROOT, suffix  # isort: skip (it finds the recipe)
+from data_speed import SEED, write_proteins  # isort: skip
 import datasets
 import torch
 from command_line import Failed, add_files, check_files, parse_with_overrides, run_or_read
@@ -44,7 +45,8 @@ from common.loader import end_workers, script_unseen, start_worker_server
 from common.run_facts import cpu_name, versions
 
 
-OUTPUT, NAME = ROOT / "docs" / "results" / "row_index.json", "row_index"
+NAME = f"row_index{suffix(RECIPE.name)}"
+OUTPUT = ROOT / "docs" / "results" / f"{NAME}.json"
 FULL = {
     "num_rows": 1_000_000, "num_ranks": 4, "num_workers": 2, "token_micro_batch_size": 16_384, "window_rows": 10_000,
     "steps": 50, "rounds": 3,

@@ -22,11 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes" / "esm2_native_te"
-sys.path.insert(0, str(RECIPE))
-from common import quiet  # noqa: E402, F401  # isort: skip
-from command_line import (  # noqa: E402
+from subject import RECIPE, ROOT, SUBJECT, suffix  # isort: skip (it finds the recipe)
+from common import quiet  # noqa: F401  # isort: skip
+from command_line import (
     Failed,
     add_files,
     check_files,
@@ -36,13 +34,14 @@ from command_line import (  # noqa: E402
     refuse,
     run_or_read,
 )
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
-from common.contract.running import TRAINERS, environment, torchrun  # noqa: E402
-from common.run_facts import cpu_name, versions  # noqa: E402
+from common.contract.running import TRAINERS, environment, torchrun
+from common.run_facts import cpu_name, versions
 
 
-OUTPUT, NAME = ROOT / "docs" / "results" / "scaling_ranks.json", "scaling_ranks"
+NAME = f"scaling_ranks{suffix(RECIPE.name)}"
+OUTPUT = ROOT / "docs" / "results" / f"{NAME}.json"
 RANKS = {"one_rank": 1, "two_ranks": 2}
 GRACE_S = 45  # torchrun's is 30
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative, of the loss: the same sums in another order
@@ -169,7 +168,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     """Of the command line; `key=value` may stand anywhere."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
-    parser.add_argument("--model-tag", default="esm2_t6_8M_UR50D")
+    parser.add_argument("--model-tag", default=SUBJECT.tag(SUBJECT.usual))
     parser.add_argument("--data", type=Path, metavar="FILE", help="FASTA or parquet; default: the bundled sample")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--steps", type=positive, default=5, help="that count, in each run; default: 5")
@@ -191,7 +190,8 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     if found.data and not found.data.is_file():
         parser.error(f"--data {found.data}: no such file.")
     if found.quick:
-        found.model_tag, found.rounds, found.steps, found.warmup_steps, found.pack_tokens = "esm2_t4_1M", 1, 2, 1, 1024
+        found.model_tag = SUBJECT.tag(SUBJECT.quick)
+        found.rounds, found.steps, found.warmup_steps, found.pack_tokens = 1, 2, 1, 1024
     elif not found.source and not found.output:
         found.output, found.table = OUTPUT, found.table or ROOT / "docs" / "scaling.md"
     return found

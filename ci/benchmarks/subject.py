@@ -32,6 +32,10 @@ class Subject(NamedTuple):
     usual: str
     on_gpus: tuple[str, ...]
 
+    def tag(self, size: str) -> str:
+        """The `model_tag` of a size."""
+        return self.sizes[size].model_tag
+
 
 SUBJECTS = {
     "esm2_native_te": Subject(

@@ -29,7 +29,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from command_line import parse_with_overrides, positive
+from command_line import add_recipe, parse_with_overrides, positive
 from contestants import MAX_SEQ_LENGTH, PRODUCTS, SIZES, TAKEN, Contestant, contestants, defaults, held_at_once
 from subject import RECIPE, ROOT, SUBJECT, suffix
 from tqdm import tqdm
@@ -399,7 +399,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the bars")
     parser.add_argument("--check", type=Path, metavar="FILE.md", help="fail if its tables are not those of --from")
 
-    parser.add_argument("--recipe", metavar="FOLDER", help="what is measured; default: recipes/esm2_native_te")
+    add_recipe(parser)
 
     found = parse_with_overrides(parser, arguments)
     overrides, found.overrides = found.overrides, {}

@@ -138,7 +138,7 @@ def gpu_file(tmp_path, monkeypatch):
          {"a": "crashed", "b": "crashed", "file": "crashed"}),
         ("import atexit\ndef test_a(): atexit.register(os.kill, os.getpid(), 11)", 99,
          {"a": "passed", "file": "crashed"}),
-        ("def test_a(): pass\ndef test_b(): time.sleep(999)", 25,
+        ("def test_a(): pass\ndef test_b(): time.sleep(999)", 10,
          {"a": "passed", "b": "timed out", "file": "timed out"}),
         ("def test_a(): pass\nif os.environ.get('CUDA_VISIBLE_DEVICES') is None: raise ValueError", 99,
          {"a": "crashed", "file": "crashed"}),

@@ -225,7 +225,7 @@ def test_a_run_that_takes_too_long(monkeypatch, tmp_path):
     assert wait_for(lambda: not is_alive(rank_id.read_text()))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stop_leaves_no_process(number, tmp_path):
     rank_id, output = tmp_path / "rank", tmp_path / "numbers.json"
     fake = STUBBORN_RANK.replace("PATH", repr(str(rank_id)))

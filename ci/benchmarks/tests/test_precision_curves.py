@@ -14,6 +14,7 @@ sys.path.insert(0, str(HERE))
 import precision_curves  # noqa: E402
 
 
+@pytest.mark.slow
 def test_a_quick_run(tmp_path, capsys):
     output, page, picture = (tmp_path / name for name in ("numbers.json", "page.md", "picture.png"))
     files = ["--output", str(output), "--table", str(page), "--plot", str(picture)]

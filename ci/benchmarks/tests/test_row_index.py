@@ -30,6 +30,7 @@ def run(tmp_path_factory):
     return folder, json.loads((folder / "numbers.json").read_text())
 
 
+@pytest.mark.slow
 def test_who_reads_what(run, tmp_path):
     _, numbers = run
     (rows,), (built,), (mapped,) = (numbers["rounds"][way] for way in row_index.WAYS)
@@ -50,12 +51,14 @@ def test_who_reads_what(run, tmp_path):
         assert turn["bytes_to_last_step"]["workers"] < most < rows["bytes_to_last_step"]["workers"]
 
 
+@pytest.mark.slow
 def test_times(run):
     _, numbers = run
     for (turn,) in numbers["rounds"].values():
         assert 0 < turn["open_s"] < turn["first_batch_s"] and turn["cpu_s"] > 0
 
 
+@pytest.mark.slow
 def test_the_numbers_say_what_ran_and_nothing_of_where(run):
     folder, numbers = run
     text = (folder / "numbers.json").read_text()
@@ -63,6 +66,7 @@ def test_the_numbers_say_what_ran_and_nothing_of_where(run):
     assert numbers["versions"]["torch"] and numbers["machine"]["cores"] and numbers["settings"] == row_index.QUICK
 
 
+@pytest.mark.slow
 def test_the_table_is_checked_against_the_numbers(run, tmp_path, capsys):
     folder, _ = run
     page, numbers = tmp_path / "page.md", str(folder / "numbers.json")
@@ -73,6 +77,7 @@ def test_the_table_is_checked_against_the_numbers(run, tmp_path, capsys):
     assert row_index.main(check) == 1 and "--table" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ratios_are_within_a_round(run):
     _, numbers = run
     turn = {**numbers["rounds"]["mapped"][0], "open_s": 1.0, "cpu_s": 8.0}
@@ -85,6 +90,7 @@ def test_ratios_are_within_a_round(run):
     assert "| 10.0: 0.50 x (0.33 – 1.00) |" in found
 
 
+@pytest.mark.slow
 def test_ways_that_give_different_batches_are_refused(run, monkeypatch, tmp_path, capsys):
     turn = run[1]["rounds"]["rows"][0]
     monkeypatch.setattr(row_index, "run", lambda way, *_: (turn, ["one" if way == "rows" else "other"]))

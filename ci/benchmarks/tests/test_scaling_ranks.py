@@ -81,6 +81,7 @@ def test_a_run_that_takes_too_long_is_ended_with_its_ranks(tmp_path):
     assert commands and not [command for command in commands if str(tmp_path / "run").encode() in command]
 
 
+@pytest.mark.slow
 def test_a_quick_run(tmp_path):
     output, page = tmp_path / "numbers.json", tmp_path / "page.md"
     command = [sys.executable, "scaling_ranks.py", "--quick", "--trainers", "train_ddp", f"--output={output}"]

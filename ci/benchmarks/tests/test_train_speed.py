@@ -132,6 +132,7 @@ def test_an_entry_replaces_that_of_its_size_and_machine(run, tmp_path):
     assert [path.name for path in output.parent.iterdir()] == ["numbers.json"]
 
 
+@pytest.mark.slow
 def test_a_contestant_that_fails_is_told_and_the_others_go_on(monkeypatch, tmp_path, capsys):
     broken = Contestant("broken", "loop", ("fp32",), {"order": "random", "compile": False, "attention": "nonsense"})
 
@@ -147,6 +148,7 @@ def test_a_contestant_that_fails_is_told_and_the_others_go_on(monkeypatch, tmp_p
     assert len(ours["rounds"]) == 2 and "nonsense" in other["failed"] and not other["rounds"]
 
 
+@pytest.mark.slow
 def test_an_override_that_the_recipe_refuses(tmp_path):
     done = quick(tmp_path, "use_torch_compile=maybe")
     assert done.returncode == 2 and not list(tmp_path.iterdir())
