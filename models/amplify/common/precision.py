@@ -22,7 +22,7 @@ class Precision:
     `precision` is auto, bf16 or fp32; auto takes BF16 where it is faster. `notes` are sentences for the reader of the
     log, `backend` is whose implementation of the layers computes, where there are several. For subclasses with fewer
     bits: `multiple` is what the number of rows of a rank's matrices must divide by, `layers` are those of each format,
-    as text, `stats` measures what rounding does, and `product` is the layers' x [tokens, in] by weight [out, in].
+    as text, `stats` measures what rounding does, and `product` is the layers' x [rows, in] by weight [out, in].
     """
 
     def __init__(self, device: torch.device, precision: str, bf16_pays: bool):

@@ -101,7 +101,7 @@ def start_wandb(
 def measured_tflops(dtype: torch.dtype, product: Callable) -> float:
     """The CPU's rate in TFLOP/s in products of 1024 x 1024 matrices: the best of 18, about 0.3 s.
 
-    Those of a layer: `product(x, weight)` of [tokens, in] and [out, in], and the two of its backward pass.
+    Those of a layer: `product(x, weight)` of [rows, in] and [out, in], and the two of its backward pass.
     """
     x, weight, gradient = torch.randn(3, 1024, 1024, dtype=dtype)
     best = float("inf")
