@@ -6,8 +6,10 @@ collator takes of each row, `describe(rows)`, a line a row for a person, and `id
 """
 
 import atexit
+import multiprocessing.util
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,12 +95,31 @@ def start_worker_server() -> None:
     """Start the process that workers are forked from; it imports what they need while this one opens the data."""
     atexit.register(end_workers)
     set_forkserver_preload(["datasets", "torch.distributed.tensor", "torchdata.stateful_dataloader"])
+    _keep_sockets_short()
     os.environ["PYTHONSAFEPATH"] = "1"  # not a `datasets` that lies in the working folder
     # torchrun and Slurm signal whole process groups; that the rank is to save and leave is no news for its workers.
     # They inherit what is ignored when the server starts.
     with signals_ignored():
         forkserver.ensure_running()
     del os.environ["PYTHONSAFEPATH"]  # the scripts that this process starts do import from their folder
+
+
+def _keep_sockets_short() -> None:
+    """Let `multiprocessing` have its sockets elsewhere where TMPDIR is too long for them: 107 bytes in all.
+
+    Raises ValueError where there is no other place.
+    """
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) <= 70:  # it adds 36
+        return
+    place = next((path for path in ("/tmp", "/var/tmp", "/dev/shm") if os.access(path, os.W_OK | os.X_OK)), None)
+    if place is None:
+        raise ValueError(f"dataset.num_workers: TMPDIR={usual} is too long for sockets; set a shorter one.")
+    try:
+        tempfile.tempdir = place
+        multiprocessing.util.get_temp_dir()  # made once, and kept
+    finally:
+        tempfile.tempdir = usual
 
 
 @contextmanager

@@ -232,7 +232,7 @@ def test_wandb_that_does_not_start(refused, monkeypatch):
         (["sed=1"], ["Unknown key sed"]),
         (
             ["dataset.load_dataset_kwargs.data_files='${oc.env:TEST_FOLDER}/${oc.env:RANK}.parquet'"],
-            ["1.parquet: no such file"],
+            ["0.parquet on rank 0 and", "1.parquet on rank 1; give one value"],
         ),
     ],
     ids=["all ranks", "too few heads", "before they meet", "one rank"],

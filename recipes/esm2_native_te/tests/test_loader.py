@@ -3,10 +3,12 @@
 
 import hashlib
 import json
+import multiprocessing.util
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from itertools import islice
@@ -24,6 +26,7 @@ from protein_files import (
     write_clusters,
 )
 
+from common import loader
 from common.contract.ranks import call_on_ranks, content
 from dataset import ALPHABET, SequenceRows
 
@@ -297,3 +300,12 @@ def test_two_ranks(distributed, tmp_path, shards, streaming):
             alone = make_loader(distributed, kwargs)
             alone.load_state_dict(result["state"])
             assert read(alone, 20) == whole[14:34]
+
+
+def test_a_long_folder_for_temporary_files_does_not_stop_workers(tmp_path, monkeypatch):
+    """The sockets of `multiprocessing` lie in it, and their names have 107 bytes at most."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 25)))
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
+    loader._keep_sockets_short()
+    assert len(multiprocessing.util.get_temp_dir()) < 70
+    assert tempfile.gettempdir() == str(tmp_path / ("long" * 25))

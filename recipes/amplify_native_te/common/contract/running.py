@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def run_here(trainer: str, log_dir: Path, *overrides: str, apart: bool | None = 
         with patch.object(sys, "argv", arguments):
             launch(recipe_module(trainer).main)
     finally:  # as the end of a process does
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         unlock()
         forget_groups()
     return log_dir
