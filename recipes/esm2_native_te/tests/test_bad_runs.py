@@ -224,10 +224,15 @@ def test_wandb_that_does_not_start(refused, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["micro_batches_per_step=3"], ["micro_batches_per_step=3 does not divide by the 2 ranks; 2 or 4 would"]),
-        (
+        pytest.param(
+            ["micro_batches_per_step=3"],
+            ["micro_batches_per_step=3 does not divide by the 2 ranks; 2 or 4 would"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             ["cp_size=2", PACKED, "model_kwargs.num_attention_heads=1"],
             ["cp_size=2 must be at most the number of heads, 1"],
+            marks=pytest.mark.slow,
         ),
         (["sed=1"], ["Unknown key sed"]),
         (

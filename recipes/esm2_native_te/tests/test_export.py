@@ -3,7 +3,6 @@
 
 import json
 import runpy
-import subprocess
 import sys
 
 import pytest
@@ -81,13 +80,22 @@ def test_the_reference_is_exported_too(tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
 
 
-def test_mistakes_are_one_sentence(run, tmp_path):
+def refused(monkeypatch, capfd, script, *words):
+    """What a command says before it ends with a user's mistake."""
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(RECIPE / script), run_name="__main__")
+    said = capfd.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    return said
+
+
+def test_mistakes_are_one_sentence(run, tmp_path, monkeypatch, capfd):
     for arguments, message in (
         ([str(run / STEP), str(run / "final_model")], "exists"),
         ([str(tmp_path), str(tmp_path / "out")], "no whole checkpoint"),
     ):
-        done = subprocess.run([sys.executable, "export.py", *arguments], cwd=RECIPE, capture_output=True, text=True)
-        assert done.returncode != 0 and message in done.stderr and done.stderr.count("\n") == 1
+        assert message in refused(monkeypatch, capfd, "export.py", *arguments)
 
 
 def first_loss(folder):
@@ -122,9 +130,5 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(run, tmp_path, monkeypa
     script, *words = command.split()
     words = [str(run / word) if (run / word).exists() else word for word in words]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script, *words])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(RECIPE / script), run_name="__main__")
-    said = capfd.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1
+    said = refused(monkeypatch, capfd, script, *words)
     assert f"error: {words[-1]} cannot be written (" in said
