@@ -14,11 +14,11 @@ from common.distributed import Distributed
 from common.epoch_plan import EpochPlan
 from common.loader import Loader, StreamedMicroBatches, start_worker_server
 from common.mixture import Mixture
-from common.open_data import first_rows, open_rows, plain, share_of
+from common.open_data import first_rows, plain, share_of
 from common.validation import Validator
-from tokens import fasta_reader, protein_rows
+from tokens import protein_rows
 from tokens.layout import token_grouping
-from tokens.protein_rows import Alphabet
+from tokens.protein_rows import Alphabet, open_proteins
 
 
 ALPHABET = Alphabet(VOCABULARY, "<bos>", "<eos>", unknown="<unk>", separator="|")
@@ -40,15 +40,6 @@ def check_limits(section: str, max_seq_length: int, mlm_probability: float, wind
         raise ValueError(f"{section}.mlm_probability={mlm_probability} must lie between 0 and 1.")
     if window_rows < 1:
         raise ValueError(f"{section}.window_rows={window_rows} must be at least 1.")
-
-
-def open_proteins(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | datasets.IterableDataset:
-    """As `open_rows`; of a FASTA file without each record's raw bytes."""
-    if load_dataset_kwargs.get("path") != "fasta":
-        return open_rows(section, load_dataset_kwargs)
-    fasta_reader.register()
-    load_dataset_kwargs = {"columns": ["id", "sequence"], **load_dataset_kwargs}
-    return open_rows(section, load_dataset_kwargs, ", each after a line that begins with >")
 
 
 def sources_of_mix(section: str, mix: dict, load_dataset_kwargs: dict, sequence_column: str) -> dict[str, dict]:
@@ -105,7 +96,7 @@ class TrainLoader(Loader):
         sources, stream, notes = [], None, []
         for name, part in asked.items():
             with distributed.main_first():
-                rows = open_proteins(name, part["load_dataset_kwargs"])
+                rows = open_proteins(name, part["load_dataset_kwargs"], part["sequence_column"])
                 if isinstance(rows, datasets.IterableDataset):
                     stream, rows = rows, first_rows(name, load_dataset_kwargs, rows, min(window_rows, 1000))
             source = SequenceRows(name, rows, part["sequence_column"], max_seq_length, seed)
@@ -170,7 +161,7 @@ def open_validation(
     check_limits(section, max_seq_length, mlm_probability, window_rows)
     grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
     with distributed.main_first():
-        rows = open_proteins(section, load_dataset_kwargs)
+        rows = open_proteins(section, load_dataset_kwargs, sequence_column)
         if isinstance(rows, datasets.IterableDataset):
             if max_rows is None:
                 raise ValueError(f"{section}.load_dataset_kwargs.streaming=true needs {section}.max_rows.")

@@ -14,11 +14,11 @@ from common import RECIPE
 from common.distributed import Distributed
 from common.epoch_plan import EpochPlan
 from common.loader import Loader, StreamedMicroBatches, start_worker_server
-from common.open_data import first_rows, open_rows, share_of
+from common.open_data import first_rows, share_of
 from common.validation import Validator
-from tokens import fasta_reader, protein_rows
+from tokens import protein_rows
 from tokens.layout import token_grouping
-from tokens.protein_rows import Alphabet
+from tokens.protein_rows import Alphabet, open_proteins
 
 
 VOCABULARY = (RECIPE / "tokenizer" / "vocab.txt").read_text().split()
@@ -63,15 +63,6 @@ def open_source(
     return ClusterRows(section, rows, cluster_column, protein_database, max_seq_length, seed)
 
 
-def open_proteins(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | datasets.IterableDataset:
-    """As `open_rows`; of a FASTA file without each record's raw bytes."""
-    if load_dataset_kwargs.get("path") != "fasta":
-        return open_rows(section, load_dataset_kwargs)
-    fasta_reader.register()
-    load_dataset_kwargs = {"columns": ["id", "sequence"], **load_dataset_kwargs}
-    return open_rows(section, load_dataset_kwargs, ", each after a line that begins with >")
-
-
 class TrainLoader(Loader):
     """What training reads: the section `dataset`."""
 
@@ -98,8 +89,9 @@ class TrainLoader(Loader):
         grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
         if num_workers:
             start_worker_server()
+        column = (cluster_column, "cluster_column") if protein_database else (sequence_column, "sequence_column")
         with distributed.main_first():
-            rows = open_proteins(section, load_dataset_kwargs)
+            rows = open_proteins(section, load_dataset_kwargs, *column)
             streaming = isinstance(rows, datasets.IterableDataset)
             if streaming:
                 stream, rows = rows, first_rows(section, load_dataset_kwargs, rows, min(window_rows, 1000))
@@ -158,8 +150,9 @@ def open_validation(
             raise ValueError(f"{section}.{key}={value} must be at least 1.")
     check_limits(section, max_seq_length, mlm_probability, window_rows)
     grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
+    column = (cluster_column, "cluster_column") if protein_database else (sequence_column, "sequence_column")
     with distributed.main_first():
-        rows = open_proteins(section, load_dataset_kwargs)
+        rows = open_proteins(section, load_dataset_kwargs, *column)
         if isinstance(rows, datasets.IterableDataset):
             if max_rows is None:
                 raise ValueError(f"{section}.load_dataset_kwargs.streaming=true needs {section}.max_rows.")

@@ -22,7 +22,12 @@ def plain(line: str) -> str:
 
 
 class Fasta(fasta.Fasta):
-    """A byte that is not UTF-8 is read as one unknown sign."""
+    """A byte that is not UTF-8 is read as one unknown sign; columns that FASTA does not have are not asked for."""
+
+    def _info(self):
+        if self.config.columns is not None:
+            self.config.columns = [name for name in self.config.columns if name in ("id", "description", "sequence")]
+        return super()._info()
 
     def _parse_fasta(self, fp, include_record: bool = False) -> Iterator[tuple]:
         fp.reconfigure(encoding="utf-8", errors="replace")

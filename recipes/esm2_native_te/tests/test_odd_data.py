@@ -338,7 +338,8 @@ def test_an_odd_fasta_file_trains_like_a_clean_one(clean_curve, tmp_path, name, 
         ("a.fasta", (RECIPE / "data" / "validation.parquet").read_bytes(), ["a.fasta", "no plain text"]),
         ("a.fasta", b"MKV\nMKL\n", ["has no rows", "a line that begins with >"]),
         ("a.csv", "id,sequence\nBöhm,MKVL\n".encode("latin-1"), ["a.csv", "no UTF-8", "encoding=latin-1"]),
-        ("a.json", '{"id": "Böhm", "sequence": "MKVL"}\n'.encode("utf-16"), ["a.json", "JSON parse error"]),
+        ("a.json", '{"id": "Böhm", "sequence": "MKVL"}\n'.encode("utf-16"), ["a.json", "no UTF-8"]),
+        ("a.json", b'{"sequence": "MKV"}\n{"sequence": MKL}\n', ["a.json, line 2", "JSON parse error"]),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(tmp_path, capsys, section, name, content, parts):

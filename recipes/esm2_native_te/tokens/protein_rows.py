@@ -13,12 +13,23 @@ import pyarrow as pa
 
 from common.distributed import Distributed
 from common.epoch_plan import uniform_below
-from common.open_data import Column, check_column, is_bytes, is_text
+from common.open_data import Column, check_column, is_bytes, is_text, open_rows
 from common.sizes import size_index
+from tokens import fasta_reader
 
 
 DROPPED = b"-. \t\r\n" + bytes(range(0x80, 0xC0))  # of a letter beyond ASCII all but its first byte: it is one sign
 MEMBER, CROP = 1, 2  # what a random number is for, as the last part of its key
+LABELS = ("id", "name", "accession", "entry", "ur50_id")  # columns that say which protein a row is
+
+
+def open_proteins(
+    section: str, load_dataset_kwargs: dict, column: str, key: str = "sequence_column"
+) -> datasets.Dataset | datasets.IterableDataset:
+    """As `open_rows`, the column that `key` names and what says which protein it is; FASTA as people have it."""
+    fasta_reader.register()
+    record = ", each after a line that begins with >" if load_dataset_kwargs.get("path") == "fasta" else ""
+    return open_rows(section, load_dataset_kwargs, {key: column}, LABELS, record)
 
 
 class Alphabet:
