@@ -61,7 +61,9 @@ def references() -> dict[str, tuple[str, list[Path]]]:
 def reference(words: str, files: list[Path]) -> str:
     """The text of such a page."""
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
-    return f"# Python: {words}\nThe files of `{files[0].parent.relative_to(ROOT)}`.\n\n" + "".join(
+    # Guides come first in what a search finds.
+    meta = "---\nsearch:\n  boost: 0.05\n---\n"
+    return f"{meta}# Python: {words}\nThe files of `{files[0].parent.relative_to(ROOT)}`.\n\n" + "".join(
         f"::: {name}\n\n" for name in names
     )
 
