@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from common import RECIPE
 from common.command import command, writing
+from common.own_data import validated_on, weights_of
 from common.step_folder import damage, read_weights
 from convert_amplify import save
 from modeling_amplify import AmplifyConfig
@@ -34,6 +35,8 @@ A protein language model of the AMPLIFY architecture (Fournier et al. 2024), tra
 
 | | |
 |---|---|
+| weights | {weights} |
+| validation data | {validation_data} |
 | validation loss | {loss} |
 | validation perplexity | {perplexity} |
 | masked residues predicted rightly | {accuracy} |
@@ -90,6 +93,8 @@ def model_card(run: dict) -> str:
         start=f"`{shown['init_from']}`" if shown["init_from"] else "random weights",
         num_tokens=counts["num_tokens"],
         data=", ".join(Path(file).name for file in files),
+        weights=weights_of(run),
+        validation_data=validated_on(run),
         config=OmegaConf.to_yaml(OmegaConf.create(shown)),
         **{key: f"{validation[key]:.4f}" if key in validation else "-" for key in ("loss", "perplexity", "accuracy")},
     )

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from common import RECIPE
 from common.command import command, writing
+from common.own_data import validated_on, weights_of
 from common.step_folder import damage, read_weights
 from convert import hf_config, save_hf
 from modeling_esm2 import Esm2Config
@@ -35,6 +36,8 @@ A protein language model of the ESM-2 architecture (Lin et al. 2023), trained fr
 
 | | |
 |---|---|
+| weights | {weights} |
+| validation data | {validation_data} |
 | validation loss | {loss} |
 | validation perplexity | {perplexity} |
 | masked residues predicted rightly | {accuracy} |
@@ -93,6 +96,8 @@ def model_card(run: dict) -> str:
         start=f"`{shown['init_from']}`" if shown["init_from"] else "random weights",
         num_tokens=counts["num_tokens"],
         data=", ".join(Path(file).name for file in ([files] if isinstance(files, str) else files)),
+        weights=weights_of(run),
+        validation_data=validated_on(run),
         config=OmegaConf.to_yaml(OmegaConf.create(shown)),
         **{key: f"{validation[key]:.4f}" if key in validation else "-" for key in ("loss", "perplexity", "accuracy")},
     )

@@ -25,6 +25,7 @@ from common import RECIPE, quiet
 from common.command_line import as_written, check_launcher, for_hydra, typed_text
 from common.distributed import Distributed, end_of_process, process_group, stop_with
 from common.files import flat, names
+from common.own_data import take_own
 from common.redaction import redacted
 from common.type_hints import as_text, misfit
 
@@ -56,6 +57,7 @@ def check_config(
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise ValueError(f"{missing[0]} is not set; give it on the command line or in the config.")
         _as_meant(config, {"": top_level, **sections})
+        take_own(config, _typed())
         values = OmegaConf.to_container(config, resolve=True)
         check_section("", {key: value for key, value in values.items() if key not in sections}, top_level)
         for name, callable_ in sections.items():
@@ -70,7 +72,7 @@ def _as_meant(config: DictConfig, callables: Mapping[str, Callable]) -> None:
 
     Raises ValueError for an address where a folder is written, and for a number that no computer word holds.
     """
-    typed = typed_text(HydraConfig.get().overrides.task) if HydraConfig.initialized() else {}
+    typed = _typed()
     for key, value in flat(OmegaConf.to_container(config, resolve=True)).items():
         for one in value if isinstance(value, list) else [value]:
             if type(one) is int and abs(one) >= 2**63:
@@ -83,6 +85,10 @@ def _as_meant(config: DictConfig, callables: Mapping[str, Callable]) -> None:
             OmegaConf.update(config, key, [str(Path(x).expanduser()) if isinstance(x, str) else x for x in value])
         elif isinstance(value, int | float) and _is_text(key, callables) and as_written(typed.get(key, "")):
             OmegaConf.update(config, key, typed[key])
+
+
+def _typed() -> dict[str, str]:
+    return typed_text(HydraConfig.get().overrides.task) if HydraConfig.initialized() else {}
 
 
 def _is_text(key: str, callables: Mapping[str, Callable]) -> bool:

@@ -279,10 +279,10 @@ def test_a_checkpoint_under_another_number_is_set_aside(stopped, whole, capsys):
 
 def test_an_error_that_is_no_disks_fault_ends_the_run(tmp_path, monkeypatch):
     def interrupted(self, metadata, results):
-        raise KeyboardInterrupt
+        raise RuntimeError("a bug")
 
     monkeypatch.setattr(StepWriter, "finish", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="a bug"):
         run_here("train_ddp", tmp_path, *save_to(tmp_path))
 
 

@@ -5,8 +5,10 @@ import hashlib
 import io
 import json
 import platform
+import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from common.contract.ranks import call_on_ranks
 from common.contract.running import RECIPE, metrics, run_here
 from common.perf_logger import PerfLogger
 from common.precision import Precision
+from common.step_folder import lock
 
 
 TRAIN_KEYS = {
@@ -147,7 +150,7 @@ def test_a_resumed_run_counts_on(distributed, tmp_path):
         first.log_step(step, {"loss": 1.0}, 1.0, 0.1)
     first.log_validation(2, {"loss": 3.0})
     state = json.loads(json.dumps(first.state_dict()))
-    assert state == {"num_atoms": 20, "validation": {"step": 2, "loss": 3.0}}
+    assert state == {"run_id": state["run_id"], "num_atoms": 20, "validation": {"step": 2, "data": "-", "loss": 3.0}}
     second.load_state_dict(state)
     second.start(1, [])  # what the killed run wrote past it is dropped
     second.count([batch(5, 1, 5)], {"atoms": 5}, 1, 0.0)
@@ -155,7 +158,7 @@ def test_a_resumed_run_counts_on(distributed, tmp_path):
     assert [(line["step"], line["loss"], line["num_atoms"]) for line in read_lines(tmp_path)] == [
         (1, 1.0, 10), (2, 2.0, 25),
     ]  # fmt: skip
-    assert second.state_dict() == {"num_atoms": 25, "validation": {"step": 2, "loss": 3.0}}
+    assert second.state_dict() == state | {"num_atoms": 25}
 
 
 def test_what_is_no_number_is_null(distributed, tmp_path):
@@ -273,3 +276,33 @@ def test_wandb_offline(tmp_path, monkeypatch):
     content = written.read_bytes()
     for text in ("train/loss", "train/tokens_per_second", "validation/perplexity", "proteins", "mine", "adamw_kwargs"):
         assert text.encode() in content, text
+
+
+def test_a_folder_of_another_run_is_kept_whole(distributed, tmp_path):
+    """A run that goes on in a folder to which another one has written since sets that one's files aside."""
+    first, other, again = (make_logger(distributed, tmp_path, frequency=1) for _ in range(3))
+    first.start(0, [])
+    (tmp_path / "metrics.before_1.jsonl").touch()  # an earlier one's, which stays
+    other.start(0, [])
+    other.count([batch(10, 1, 10)], {"atoms": 10}, 0, 0.0)
+    other.log_step(1, {"loss": 1.0}, 1.0, 0.1)
+    again.load_state_dict(first.state_dict())
+    again.start(1, [])
+    assert read_lines(tmp_path) == []
+    assert (tmp_path / "metrics.before_1.jsonl").read_text() == ""
+    assert json.loads((tmp_path / "metrics.before_3.jsonl").read_text())["loss"] == 1.0
+    ids = [
+        json.loads((tmp_path / f"run{which}.json").read_text())["run_id"] for which in (".before_2", ".before_3", "")
+    ]
+    assert ids == [first.run["run_id"], other.run["run_id"], first.run["run_id"]]
+    assert all((tmp_path / f"config.before_{n}.yaml").exists() for n in (2, 3))
+
+
+def test_two_runs_do_not_share_a_folder(distributed, tmp_path, monkeypatch):
+    monkeypatch.setattr(perf_logger, "lock", partial(lock, seconds=0.3))
+    holder = "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], 0), 2); print(flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=r"logger\.log_dir=.*another run writes to it"):
+            make_logger(distributed, tmp_path)
+        other.kill()
