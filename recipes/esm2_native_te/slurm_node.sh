@@ -10,7 +10,7 @@ trap 'asked=1' TERM
 unheard() { trap '' USR1 TERM; exec "$@"; }  # in a process of its own
 
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"; [ -z "$meeting_place" ] || kill "$meeting_place"' EXIT
+trap 'rm -rf "$scratch"; [ -z "$meeting_place" ] || kill -KILL "$meeting_place"' EXIT
 export STOPPED_EARLY=$scratch/stopped_early  # the trainer makes this file when it leaves before its last step
 
 processes=${SLURM_GPUS_ON_NODE:-1}
