@@ -113,7 +113,15 @@ class TrainLoader(Loader):
                 stream = stream.select_columns([sequence_column]).cast(as_bytes)
                 stream, num_workers = share_of(section, stream, distributed, num_workers)
             prepare = partial(ALPHABET.streamed, max_seq_length, sequence_column)
-            data = StreamedMicroBatches(stream, prepare, grouping, window_rows, seed, distributed.data_rank)
+            data = StreamedMicroBatches(
+                stream,
+                prepare,
+                grouping,
+                window_rows,
+                seed,
+                distributed.data_rank,
+                source.fingerprint(np.arange(min(64, len(source)))),
+            )
         else:
             for source in sources:
                 source.build_index(distributed)

@@ -24,9 +24,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from build_model import facts, harmless_keys
 from common import safe_reading
+from common.changes import check_start, comparable
 from common.distributed import TIMEOUT, Distributed, SharedError, unwrapped
 from common.ema import EMA
-from common.files import flat, make_folder
+from common.files import make_folder
 from common.redaction import redacted
 from common.run_end import Outcome
 from common.safe_reading import read_metadata
@@ -176,7 +177,8 @@ class Checkpointer:
         return self.folder / f"step_{step}"
 
     def _compare(self, before: dict, allowed: bool) -> None:
-        before, now = flat(before), flat(self.config)
+        before, now = comparable(before), comparable(self.config)
+        check_start(before, now, self.folder)
         changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
         model = [k for k in changed if k.startswith("model_")]
         serious = [k for k in changed if not k.startswith(HARMLESS + harmless_keys(now))]
@@ -320,7 +322,7 @@ class Checkpointer:
             torch.set_rng_state(rng)
         if (rng := state.get(f"rng.cuda.{self.distributed.rank}")) is not None:
             torch.cuda.set_rng_state(rng)
-        ema.load_state_dict(self.saved.get("ema", {}), model)
+        self.notes += ema.load_state_dict(self.saved.get("ema", {}), model)
         return self.resume_step
 
     def stop(self, step: int) -> Outcome | None:

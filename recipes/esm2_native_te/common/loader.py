@@ -57,8 +57,9 @@ class StreamedMicroBatches(IterableDataset):
     """
 
     def __init__(self, stream: datasets.IterableDataset, prepare: Callable, grouping: Grouping, window_rows: int,
-                 seed: int, rank: int):  # fmt: skip
+                 seed: int, rank: int, identity: str | None = None):  # fmt: skip
         self.stream, self.prepare, self.grouping = stream, prepare, grouping
+        self.identity = identity  # a fingerprint of its first rows, which a resume compares
         self.window_rows, self.seed, self.rank = window_rows, seed, rank
         self.state = {"epoch": 0, "window": 0, "index": 0, "stream": None}
 
@@ -167,6 +168,7 @@ class Loader:
         if self.plan:
             self.sampler = RankSampler(self.plan, distributed.data_rank, distributed.num_data_ranks)
             data = PlannedMicroBatches(self.sampler)
+        self.identity = getattr(data, "identity", None)
         self.loader = StatefulDataLoader(
             data,
             batch_size=None,
@@ -193,7 +195,8 @@ class Loader:
             return {"position": list(position), "rules": self.plan.rules, "data": self.plan.source.identity}
         states = [None] * self.distributed.num_ranks
         torch.distributed.all_gather_object(states, self.loader.state_dict())
-        return {"layout": self._layout(), "ranks": states[:: self.distributed.group_size]}
+        states = {"layout": self._layout(), "ranks": states[:: self.distributed.group_size]}
+        return states | {"data": self.identity}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from a saved state. Raises ValueError for other data, or a stream that was saved on another layout."""
@@ -220,6 +223,11 @@ class Loader:
             rules = state.get("rules", self.plan.rules)
             self.sampler.position, note = self.plan.place_under(rules, tuple(state["position"]))
             self.notes += [note] if note else []
+        elif state.get("data", self.identity) != self.identity:
+            raise ValueError(
+                f"{kwargs}: the stream is not what the checkpoint was made with, its first rows differ; give the old "
+                "data, or start anew in another folder."
+            )
         elif state["layout"] != self._layout():
             raise ValueError(
                 f"A streamed data set resumes only on the layout it was saved on, {state['layout']}; this run has "

@@ -143,6 +143,10 @@ def finished(tmp_path_factory):
         (["model_tag=esm2_t6_8M_UR50D"], ["model_tag was esm2_t4_1M and is esm2_t6_8M_UR50D"]),
         ([REFERENCE], ["model_tag was esm2_t4_1M and is facebook/esm2_t6_8M_UR50D"]),
         (["seed=7"], ["seed was 42 and is 7", "checkpoint.allow_config_change=true"]),
+        (
+            ["init_from=other", "checkpoint.allow_config_change=true"],
+            ["init_from was null and is other", "another folder to start from other ones"],
+        ),
         (["num_train_steps=2"], ["num_train_steps=2", "at step 3", "more steps"]),
     ],
 )

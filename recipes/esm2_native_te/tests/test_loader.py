@@ -309,3 +309,19 @@ def test_a_long_folder_for_temporary_files_does_not_stop_workers(tmp_path, monke
     loader._keep_sockets_short()
     assert len(multiprocessing.util.get_temp_dir()) < 70
     assert tempfile.gettempdir() == str(tmp_path / ("long" * 25))
+
+
+def test_another_stream_is_refused(distributed, tmp_path):
+    first, second = (
+        make_loader(distributed, write(tmp_path, "parquet", rows, name) | {"streaming": True})
+        for name, rows in (("a", PROTEINS), ("b", PROTEINS[::-1]))
+    )
+    state = first.state_dict()
+    first.load_state_dict(state)
+    with pytest.raises(ValueError, match="the stream is not what the checkpoint was made with, its first rows differ"):
+        second.load_state_dict(state)
+
+
+def test_sizes_are_kept_where_the_data_is(distributed, tmp_path):
+    make_loader(distributed, write(tmp_path, "parquet") | {"cache_dir": str(tmp_path / "cache")})
+    assert len(list((tmp_path / "cache" / "row_sizes").iterdir())) == 1

@@ -14,7 +14,7 @@ import pyarrow as pa
 from common.distributed import Distributed
 from common.epoch_plan import uniform_below
 from common.open_data import Column, check_column, is_bytes, is_text, open_rows
-from common.sizes import size_index
+from common.sizes import cache_of, size_index
 from tokens import fasta_reader
 
 
@@ -118,7 +118,7 @@ class SequenceRows:
         if rows.cache_files:  # else they are held in memory
             rule = (rows._fingerprint, self.column.name, self.alphabet.to_token, DROPPED, *self._database_key())
             key = sha256(repr(rule).encode()).hexdigest()[:32]
-        self.index = size_index(distributed, self.section, key, len(self), self.measure)
+        self.index = size_index(distributed, self.section, key, len(self), self.measure, cache_of(rows))
 
     def _database_key(self) -> tuple:
         return ()
@@ -139,8 +139,11 @@ class SequenceRows:
     def identity(self) -> dict:
         """What tells this data from other data, wherever it lies: sizes of all rows, and what some of them hold."""
         some = np.unique(np.linspace(0, len(self) - 1, 64).astype(np.int64))
-        content = sha256(b"\n".join(self.sequences(some, epoch=0))).hexdigest()[:16]
-        return {"num_rows": len(self), "sizes": self.index.digest, "content": content}
+        return {"num_rows": len(self), "sizes": self.index.digest, "content": self.fingerprint(some)}
+
+    def fingerprint(self, rows: np.ndarray) -> str:
+        """Of what these rows hold."""
+        return sha256(b"\n".join(self.sequences(rows, epoch=0))).hexdigest()[:16]
 
     # ---- rows
 

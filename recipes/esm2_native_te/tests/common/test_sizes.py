@@ -172,7 +172,7 @@ def refusal(distributed) -> str:
         build(distributed)
     message = str(error.value)
     assert message.startswith("dataset: the cache ") and "\n" not in message
-    assert "set HF_DATASETS_CACHE to a folder that can" in message
+    assert "set HF_HOME or HF_DATASETS_CACHE to a folder that can" in message
     return message
 
 
