@@ -27,6 +27,19 @@ def recipes_with(name):
     return pytest.mark.parametrize("recipe", found, ids=lambda path: path.name)
 
 
+@recipes_with("slurm.sh")
+def test_slurm_scripts_differ_in_what_they_start_alone(recipe):
+    """So one is tried on a cluster by each change, the others weekly."""
+
+    def shared(folder):
+        own = r"# .*\bsbatch\b|#SBATCH --job-name=|\[ \$# -gt 0 \]"
+        return [line for line in (folder / "slurm.sh").read_text().splitlines() if not re.match(own, line)]
+
+    assert shared(recipe) == shared(ROOT / "recipes" / "esm2_native_te")
+    (config,) = re.findall(r"--config-name (\w+)$", (recipe / "slurm.sh").read_text(), re.MULTILINE)
+    assert config in config_names(recipe)
+
+
 @recipes_with("trainjob.yaml")
 def test_kubeflow_trainer(recipe):
     job = pytest.importorskip("kubeflow_trainer_api.models.trainer_v1alpha1_train_job").TrainerV1alpha1TrainJob
