@@ -10,7 +10,8 @@ bash ci/test.sh --only-repository         all but the tests of folders
 bash ci/test.sh -k plan                   options of pytest come last; with some, only lint, tables and tests run
 
 Folders whose pins differ are tested in environments of their own (ci/environments.py). PYTHON=python3.12 chooses the
-interpreter. A part that fails stops no other; the end says which did, and what failed in them.
+interpreter. Two parts run side by side, and show what they said when they end; a single folder is tested by two
+processes. A part that fails stops no other; the end says which did, and what failed in them.
 """
 
 import os
@@ -22,7 +23,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +61,7 @@ class Result(NamedTuple):
 def run(part: Part, at_once: bool = True) -> Result:
     """Run all commands; what they say is shown as it comes or, unless `at_once`, at the end."""
     started, code, output = time.monotonic(), 0, bytearray(f"\n--- {part.name}\n".encode())
-    show(output if at_once else b"")
+    show(output if at_once else f"--- {part.name} begins\n".encode())
     for command in part.commands:
         script = f"source ci/environment.sh {shlex.join(part.environment)} && " if part.environment else ""
         script += f"cd {shlex.quote(str(part.folder))} && {shlex.join(command)}"
@@ -74,6 +74,17 @@ def run(part: Part, at_once: bool = True) -> Result:
         code = code or process.returncode
     show(b"" if at_once else output)
     return Result(part.name, time.monotonic() - started, code, output.decode(errors="replace"))
+
+
+def run_side_by_side(parts: list[Part], results: list[Result]) -> None:
+    """Two at a time: most of a test's time is one core's, or waiting for ranks to start."""
+    two = ThreadPoolExecutor(2)
+    futures = [two.submit(run, part, at_once=False) for part in parts]
+    try:
+        for future in futures:
+            results.append(future.result())
+    finally:
+        two.shutdown(cancel_futures=True)
 
 
 def show(text: bytes) -> None:
@@ -91,10 +102,16 @@ def environments_of(parts: list[Part]) -> Part:
     return Part("environments", (), ROOT, commands)
 
 
-def tests(name: str, environment: str, folder: Path, options: list[str]) -> Part:
-    """A folder's tests, in two processes, because most of a test's time is waiting for ranks to start."""
-    pytest = ["python", "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile", *options]
-    return Part(name, ("--of", environment), folder, [pytest])
+def tests(name: str, environment: str, folder: Path, options: list[str], alone: bool = False) -> Part:
+    """A folder's tests; `alone` in two processes."""
+    processes = ["-n", "2", "--dist", "loadfile"] if alone else []
+    command = ["python", "-m", "pytest", "-p", "no:cacheprovider", *processes, *options]
+    return Part(name, ("--of", environment), folder, [command])
+
+
+def num_bytes_of_tests(folder: str) -> int:
+    """How much there is to test, roughly."""
+    return sum(path.stat().st_size for path in (ROOT / folder).glob("tests/**/*.py"))
 
 
 def copied(folder: str, scratch: Path) -> Path:
@@ -179,13 +196,20 @@ def main(arguments: list[str]) -> int:
     os.environ.pop("VIRTUAL_ENV", None)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        beside = [Part("lint", ("--of", OWN), ROOT, [["bash", "ci/lint.sh"]]), tables()] if whole else []
-        parts = [tests(folder, folder, copied(folder, scratch), options) for folder in folders]
+        beside, parts = [], []  # those that run two at a time, and those that take the whole machine
+        if whole:
+            beside += [Part("lint", ("--of", OWN), ROOT, [["bash", "ci/lint.sh"]])]
+        if len(folders) == 1 and not whole:
+            parts = [tests(folders[0], folders[0], copied(folders[0], scratch), options, alone=True)]
+        else:
+            for folder in sorted(folders, key=num_bytes_of_tests, reverse=True):  # so that the last ones are short
+                beside.append(tests(folder, folder, copied(folder, scratch), options))
         if whole:
             # These belong to the repository, and need all of it around them.
             repository.copy(ROOT, scratch / "repository")
             for part in ("ci/benchmarks", "ci/tests"):
-                parts.append(tests(part, OWN, scratch / "repository" / part, options))
+                beside.append(tests(part, OWN, scratch / "repository" / part, options))
+            beside.append(tables())
         if whole and not options:
             parts += [*commands_in_docs(), Part("Slurm", (), ROOT, [["bash", "slurm/test.sh"]])]
             beside += [
@@ -195,8 +219,7 @@ def main(arguments: list[str]) -> int:
         results, started = [], time.monotonic()
         try:
             results.append(run(environments_of([*beside, *parts])))
-            with ThreadPoolExecutor(2) as two:  # each of these computes on one core
-                results += two.map(partial(run, at_once=False), beside)
+            run_side_by_side(beside, results)
             for part in parts:
                 results.append(run(part))
         except KeyboardInterrupt:
