@@ -13,10 +13,11 @@ from transformers import EuroBertConfig
 import modeling_amplify
 from common.batch import Batch
 from common.distributed import Distributed
+from common.precision import agreed_precision
 from common.weights import copy_parameters, local_folder, open_weights
 from convert_amplify import eurobert_config, read_config, to_native
 from modeling_amplify import SIZES, AmplifyConfig, AmplifyForMaskedLM
-from tokens.backends import resolve_layer_backend, slower_backend_note
+from tokens.backends import agreed_layer_backend
 from tokens.context_parallel import ContextParallel
 from tokens.formats import FP4, FP8
 from tokens.low_precision import LowPrecision
@@ -55,17 +56,19 @@ def model_config(
     return AmplifyConfig(**{**config, **overrides})
 
 
-def build_precision(config: DictConfig, shape: AmplifyConfig, device: torch.device) -> LowPrecision:
-    """How the run computes, by the keys `precision`, `fp8_*`, `fp4_*` and `quant_stats_config`."""
+def build_precision(config: DictConfig, shape: AmplifyConfig, distributed: Distributed) -> LowPrecision:
+    """How the run computes, the same on all ranks, by the keys `precision`, `fp8_*`, `fp4_*`, `quant_stats_config`."""
     asked, head_dim = shape.layer_backend, shape.head_dim
-    backend = resolve_layer_backend(asked, head_dim)
-    note = slower_backend_note(asked, backend, device, head_dim)
+    backend, note = agreed_layer_backend(distributed, asked, head_dim)
+    shape.layer_backend = backend if asked == "auto" and backend == "torch" else asked
+    # On CPUs narrower models gain too little to give up FP32's exactness.
+    bits, bits_note = agreed_precision(distributed, config.precision, bf16_pays=shape.hidden_size >= 256)
     return LowPrecision(
-        device, config.precision, backend, shape.num_hidden_layers,
+        distributed.device, bits, backend, shape.num_hidden_layers,
         {"hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size},
-        shape.hidden_size >= 256,  # on CPUs narrower models gain too little to give up FP32's exactness
+        shape.hidden_size >= 256,
         FP8(**config.fp8_config), FP4(**config.fp4_config), config.fp8_layers, config.fp4_layers,
-        QuantStats(**config.quant_stats_config), [note] if note else [],
+        QuantStats(**config.quant_stats_config), filter(None, (note, bits_note)),
     )  # fmt: skip
 
 

@@ -14,10 +14,11 @@ from transformers import EsmConfig, EsmForMaskedLM
 import modeling_esm2
 from common.batch import Batch
 from common.distributed import Distributed
+from common.precision import agreed_precision
 from common.weights import copy_parameters, local_folder, named_tensors, named_type, open_weights
 from convert import DECODER, hf_config, hf_to_native, native_config, native_to_hf
 from modeling_esm2 import SIZES, Esm2Config, Esm2ForMaskedLM
-from tokens.backends import resolve_layer_backend, slower_backend_note
+from tokens.backends import agreed_layer_backend
 from tokens.context_parallel import ContextParallel
 from tokens.formats import FP4, FP8
 from tokens.layers import sequence_index
@@ -100,17 +101,21 @@ def reference_config(shape: Esm2Config) -> EsmConfig:
     return hf_config(shape)
 
 
-def build_precision(config: DictConfig, shape: Esm2Config, device: torch.device) -> LowPrecision:
-    """How the run computes, by the keys `precision`, `fp8_*`, `fp4_*` and `quant_stats_config`."""
+def build_precision(config: DictConfig, shape: Esm2Config, distributed: Distributed) -> LowPrecision:
+    """How the run computes, the same on all ranks, by the keys `precision`, `fp8_*`, `fp4_*`, `quant_stats_config`."""
     asked, head_dim = shape.layer_backend, shape.head_dim
-    backend = asked if asked == "transformers" else resolve_layer_backend(asked, head_dim)
-    note = slower_backend_note(asked, backend, device, head_dim)
+    backend, note = asked, None
+    if asked != "transformers":
+        backend, note = agreed_layer_backend(distributed, asked, head_dim)
+        shape.layer_backend = backend if asked == "auto" and backend == "torch" else asked
+    # On CPUs narrower models gain too little to give up FP32's exactness.
+    bits, bits_note = agreed_precision(distributed, config.precision, bf16_pays=shape.hidden_size >= 256)
     return LowPrecision(
-        device, config.precision, backend, shape.num_hidden_layers,
+        distributed.device, bits, backend, shape.num_hidden_layers,
         {"hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size},
-        shape.hidden_size >= 256,  # on CPUs narrower models gain too little to give up FP32's exactness
+        shape.hidden_size >= 256,
         FP8(**config.fp8_config), FP4(**config.fp4_config), config.fp8_layers, config.fp4_layers,
-        QuantStats(**config.quant_stats_config), [note] if note else [],
+        QuantStats(**config.quant_stats_config), filter(None, (note, bits_note)),
     )  # fmt: skip
 
 

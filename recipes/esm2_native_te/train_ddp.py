@@ -53,7 +53,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         passes = passes_per_step(config.micro_batches_per_step, distributed)
         config.micro_batches_per_step = passes * distributed.num_data_ranks  # where it was null: a resume must know
         shape = model_config(config.model_tag, config.layer_backend, **config.model_kwargs)
-        precision = build_precision(config, shape, distributed.device)
+        precision = build_precision(config, shape, distributed)
         layout = {"packed": config.use_sequence_packing, "pad_to_multiple_of": precision.multiple * config.cp_size}
         loader = TrainLoader(distributed, config.seed, **layout, **config.dataset)
         validator = open_validation(distributed, **layout, **config.validation)

@@ -46,6 +46,16 @@ def resolve_layer_backend(asked: str, head_dim: int) -> str:
     return asked
 
 
+def agreed_layer_backend(distributed, asked: str, head_dim: int) -> tuple[str, str | None]:
+    """As `resolve_layer_backend`, but PyTorch's layers on all ranks where one has no others; and the log's note."""
+    mine = resolve_layer_backend(asked, head_dim)
+    found = distributed.gather((mine, slower_backend_note(asked, mine, distributed.device, head_dim)))
+    if len({backend for backend, _ in found}) == 1:
+        return found[0]
+    rank, (_, note) = next(item for item in enumerate(found) if item[1][0] == "torch" or item[0] == len(found) - 1)
+    return "torch", f"layer_backend: auto is PyTorch's on all ranks, because of rank {rank}. {note or ''}".strip()
+
+
 def layer_class(backend: str) -> type[torch.nn.Module]:
     """The transformer layer of `te`, `cpp` or `torch`, all with the same parameters and arguments."""
     if backend == "te":

@@ -8,6 +8,8 @@ import sys
 import time
 from contextlib import redirect_stderr
 from dataclasses import replace
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import torch
 from common.batch import Batch
 from common.contract.ranks import call_on_ranks
 from common.contract.running import RECIPE, TINY, environment
-from common.distributed import Distributed, passes_per_step, process_group
+from common.distributed import Distributed, passes_per_step, process_group, shorten_waits
 
 
 def ranks(num_ranks: int, group_size: int = 1) -> Distributed:
@@ -185,3 +187,15 @@ def test_a_mistake_that_all_make_is_told_once(three_ranks):
     assert [result["block"] for result in three_ranks] == [
         [(None, ""), (2, "error: rank 0 is mistaken\n" if rank == 0 else "")] for rank in range(3)
     ]
+
+
+def test_gpus_wait_for_minutes_and_cpus_for_hours():
+    """NCCL is not here; what is asked of its group is."""
+    asked = []
+    group = SimpleNamespace(
+        _get_backend=lambda device: SimpleNamespace(_set_default_timeout=lambda t: asked.append((device.type, t)))
+    )
+    shorten_waits(group, torch.device("cpu"))
+    assert asked == []
+    shorten_waits(group, torch.device("cuda", 0))
+    assert asked == [("cuda", timedelta(minutes=20))]

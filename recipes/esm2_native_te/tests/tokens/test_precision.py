@@ -8,7 +8,9 @@ from omegaconf import OmegaConf
 
 from build_model import build_precision, model_config
 from collator import MaskedLMCollator
+from common.distributed import Distributed
 from modeling_esm2 import Esm2Config, Esm2ForMaskedLM
+from tokens import backends
 from tokens.formats import FP8, RECIPES, chosen_layers, ranges
 from tokens.layout import SELECTED_MULTIPLE
 from tokens.low_precision import LowPrecision
@@ -26,13 +28,13 @@ EMULATED = [name for name, needs in RECIPES.items() if needs.torchao]
         ("esm2_t33_650M_UR50D", False, None),
     ],
 )
-def test_auto_takes_what_is_faster_on_such_a_cpu(monkeypatch, size, avx512_bf16, dtype):
+def test_auto_takes_what_is_faster_on_such_a_cpu(distributed, monkeypatch, size, avx512_bf16, dtype):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     sections = {"fp8_config": {}, "fp4_config": {}, "quant_stats_config": {}, "fp8_layers": None, "fp4_layers": None}
     shape = model_config(size, "torch")
     for precision, expected in (("auto", dtype), ("bf16", torch.bfloat16), ("fp32", None)):
         config = OmegaConf.create({"precision": precision, **sections})
-        assert build_precision(config, shape, torch.device("cpu")).dtype == expected
+        assert build_precision(config, shape, distributed).dtype == expected
 
 
 @pytest.mark.parametrize(
@@ -130,3 +132,21 @@ def test_padding_for_a_format_changes_neither_loss_nor_gradients(multiple, backe
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     for plain, padded in zip(*results, strict=True):
         assert (plain - padded).abs().max() <= 1e-6 * plain.abs().max() + 1e-9
+
+
+def test_ranks_of_different_processors_take_what_all_have(distributed, monkeypatch):
+    """Rank 1 has no compiler and no fast BF16."""
+    other = {}
+    monkeypatch.setattr(Distributed, "gather", lambda self, mine: [mine, other.get(type(mine), mine)])
+    sections = {"fp8_config": {}, "fp4_config": {}, "quant_stats_config": {}, "fp8_layers": None, "fp4_layers": None}
+    config = OmegaConf.create({"precision": "auto", **sections})
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(backends, "cpp_available", lambda head_dim: (True, ""))
+    shape = model_config("esm2_t6_8M_UR50D", "auto")
+    found = build_precision(config, shape, distributed)
+    assert (found.backend, found.dtype, found.notes) == ("cpp", torch.bfloat16, [])
+    other |= {bool: False, tuple: ("torch", "The layers' kernels cannot be compiled (there is no C++ compiler).")}
+    found = build_precision(config, shape, distributed)
+    assert (found.backend, found.dtype, shape.layer_backend) == ("torch", None, "torch")
+    assert found.notes[0].startswith("layer_backend: auto is PyTorch's on all ranks, because of rank 1. The layers'")
+    assert found.notes[1] == "precision: auto is FP32 on all ranks, because BF16 is not faster on rank 1."
