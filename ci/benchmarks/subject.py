@@ -52,6 +52,18 @@ SUBJECTS = {
         usual="8M",
         on_gpus=("150M", "650M", "3B"),
     ),
+    "amplify_native_te": Subject(
+        "AMPLIFY",
+        {
+            "1M": Shape("AMPLIFY_1M", 0.8e6, 4, 128),
+            "10M": Shape("AMPLIFY_10M", 10.6e6, 6, 384),
+            "120M": Shape("AMPLIFY_120M", 118e6, 24, 640),
+            "350M": Shape("AMPLIFY_350M", 354e6, 32, 960),
+        },
+        quick="1M",
+        usual="10M",
+        on_gpus=("120M", "350M"),
+    ),
 }
 
 
