@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write `uniprot.parquet`, `oas.parquet`, `scop.parquet` and `validation.parquet`: synthetic proteins of three kinds.
+"""Write `train.parquet`, `oas.parquet`, `scop.parquet` and `validation.parquet`: synthetic proteins of three kinds.
 
 python data/make_mixture.py
 """
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from make_sample import CONSERVED, SEED, TOLERANT, describe, draw_member, draw_residues, make_domain, make_sample
 
 
-NUM_ROWS = {"uniprot": 1500, "oas": 300, "scop": 300}  # for training; a tenth of it for validation
+NUM_ROWS = {"train": 1500, "oas": 300, "scop": 300}  # for training; a tenth of it for validation
 # Of an antibody's chain: framework, loop, framework, ..., in residues (about those of human heavy and light chains).
 HEAVY = (25, 8, 17, 8, 38, 13, 11)
 LIGHT = (26, 6, 17, 3, 36, 9, 10)
@@ -34,7 +34,7 @@ def make_mixture(seed: int) -> dict[str, list[dict[str, str]]]:
     domains = [make_domain(rng) + [(r, TOLERANT) for r in draw_residues(rng, rng.randint(30, 120))] for _ in range(40)]
 
     def rows(kind: str, number: int, part: str) -> list[dict[str, str]]:
-        if kind == "uniprot":
+        if kind == "train":
             sequences = [row["sequence"] for row in proteins[part][:number]]
         elif kind == "oas":
             pairs = [(rng.choice(heavy), rng.choice(light)) for _ in range(number)]

@@ -92,7 +92,7 @@ def write_examples(folder: Path) -> None:
     """A user's own files, as commands in READMEs and docs name them."""
     import pyarrow.parquet as pq
 
-    for name, file in (("my", "uniprot"), ("antibodies", "oas")):
+    for name, file in (("my", "train"), ("antibodies", "oas")):
         proteins = pq.read_table(folder / "data" / f"{file}.parquet").column("sequence").to_pylist()[:200]
         (folder / f"{name}.fasta").write_text("".join(f">p{i}\n{s}\n" for i, s in enumerate(proteins)))
         (folder / f"{name}.csv").write_text("protein\n" + "\n".join(proteins) + "\n")
