@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""How many lines of each recipe's code are its own, and how many other recipes have too, to the byte; without tests.
+"""How many lines of each recipe's code are its own, and how many are in files that another has too, to the byte.
+
+Blank lines, tests and the files that start jobs are left out.
 
 python ci/own_lines.py                          # a table
 python ci/own_lines.py recipes/amplify_native_te   # the files of one, with their lines
@@ -14,7 +16,7 @@ from repository import NoGit, paths_of
 
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE, NOT_COUNTED = (".py", ".cpp", ".sh"), ("tests", "contract")
+CODE, NOT_COUNTED = (".py", ".cpp"), ("tests", "contract")
 
 
 def files(root: Path) -> dict[str, dict[str, bytes]]:
@@ -39,7 +41,9 @@ def count(root: Path = ROOT) -> dict[str, dict[str, dict[str, int]]]:
     for recipe, of in recipes.items():
         kinds = counted[recipe] = {"own": {}, "shared": {}}
         for name, content in of.items():
-            kinds["own" if holders[name, content] == 1 else "shared"][name] = content.count(b"\n")
+            kinds["own" if holders[name, content] == 1 else "shared"][name] = sum(
+                bool(line.strip()) for line in content.splitlines()
+            )
     return counted
 
 

@@ -13,8 +13,8 @@ from collator import VOCABULARY, MaskedLMCollator, Masking
 from common.distributed import Distributed
 from common.epoch_plan import EpochPlan
 from common.loader import Loader, StreamedMicroBatches, start_worker_server
-from common.mixture import Mixture
-from common.open_data import first_rows, plain, share_of
+from common.mixture import Mixture, sources_of_mix
+from common.open_data import first_rows, share_of
 from common.validation import Validator
 from tokens import protein_rows
 from tokens.layout import token_grouping
@@ -23,7 +23,6 @@ from tokens.protein_rows import Alphabet, open_proteins
 
 ALPHABET = Alphabet(VOCABULARY, "<bos>", "<eos>", unknown="<unk>", separator="|")
 VALIDATION_SEED = 0  # not the run's: the same residues are masked in every validation of every run
-OF_A_SOURCE = ("weight", "load_dataset_kwargs", "sequence_column")
 
 
 class SequenceRows(protein_rows.SequenceRows):
@@ -40,27 +39,6 @@ def check_limits(section: str, max_seq_length: int, mlm_probability: float, wind
         raise ValueError(f"{section}.mlm_probability={mlm_probability} must lie between 0 and 1.")
     if window_rows < 1:
         raise ValueError(f"{section}.window_rows={window_rows} must be at least 1.")
-
-
-def sources_of_mix(section: str, mix: dict, load_dataset_kwargs: dict, sequence_column: str) -> dict[str, dict]:
-    """What `mix` says of each source, filled up with what the section says of all. Raises ValueError for mistakes."""
-    mix, found = plain(mix), {}
-    if len(mix) < 2:
-        raise ValueError(
-            f"{section}={mix} must name two sources or more; for one, null and dataset.load_dataset_kwargs."
-        )
-    for name, given in mix.items():
-        if not isinstance(given, dict) or set(given) - set(OF_A_SOURCE):
-            raise ValueError(f"{section}.{name}={given} must be a section with some of {', '.join(OF_A_SOURCE)}.")
-        weight = given.get("weight")
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(f"{section}.{name}.weight={weight} must be a number above 0.")
-        kwargs = {**plain(load_dataset_kwargs), **(given.get("load_dataset_kwargs") or {})}
-        if kwargs.get("streaming"):
-            raise ValueError(f"{section} needs {section}.{name}.load_dataset_kwargs.streaming=false.")
-        column = given.get("sequence_column", sequence_column)
-        found[name] = {"weight": weight, "load_dataset_kwargs": kwargs, "sequence_column": column}
-    return found
 
 
 class TrainLoader(Loader):
@@ -84,12 +62,12 @@ class TrainLoader(Loader):
         num_workers: NonNegativeInt = 1,
         window_rows: int = 10_000,
     ):
-        section, self.mixture = "dataset", None
+        section = "dataset"
         check_limits(section, max_seq_length, mlm_probability, window_rows)
         grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
         asked = {section: {"load_dataset_kwargs": load_dataset_kwargs, "sequence_column": sequence_column}}
         if mix is not None:
-            parts = sources_of_mix(f"{section}.mix", mix, load_dataset_kwargs, sequence_column)
+            parts = sources_of_mix(f"{section}.mix", mix, asked[section])
             asked = {f"{section}.mix.{name}": part for name, part in parts.items()}
         if num_workers:
             start_worker_server()
@@ -128,7 +106,7 @@ class TrainLoader(Loader):
             (source, *others) = sources
             if others:
                 weights = {name: part["weight"] for name, part in parts.items()}
-                source = Mixture(dict(zip(parts, sources, strict=True)), weights, seed, f"{section}.mix")
+                source = Mixture(dict(zip(parts, sources, strict=True)), weights, seed)
                 notes.append(source.note())
             data = EpochPlan(source, grouping, seed, window_rows)
         collate = MaskedLMCollator.on(distributed, packed, seed, mlm_probability, pad_to_multiple_of)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.epoch_plan import EpochPlan, Grouping, RankSampler
-from common.mixture import Mixture
+from common.mixture import Mixture, sources_of_mix
 
 
 class Numbers:
@@ -35,7 +35,7 @@ class Numbers:
 def mixture(lengths, weights, seed=5):
     names = [f"s{i}" for i in range(len(lengths))]
     sources = {name: Numbers(name, length) for name, length in zip(names, lengths, strict=True)}
-    return Mixture(sources, dict(zip(names, weights, strict=True)), seed, "dataset.mix")
+    return Mixture(sources, dict(zip(names, weights, strict=True)), seed)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,37 @@ def test_the_plan_is_one_on_any_ranks():
     assert steps(1, sampler.position_after(last[:3]))[:60] == steps(1)[60:]
 
 
-@pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan")])
+OF_ALL = {"load_dataset_kwargs": {"path": "csv", "split": "train"}, "sequence_column": "sequence"}
+
+
+def test_what_is_said_of_each_source():
+    mix = {"a": {"weight": 3, "load_dataset_kwargs": {"data_files": "a.csv"}},
+           "b": {"weight": 0.5, "load_dataset_kwargs": {"path": "fasta"}, "sequence_column": "protein"}}  # fmt: skip
+    assert sources_of_mix("dataset.mix", mix, OF_ALL) == {
+        "a": {"weight": 3, "sequence_column": "sequence",
+              "load_dataset_kwargs": {"path": "csv", "split": "train", "data_files": "a.csv"}},
+        "b": {"weight": 0.5, "sequence_column": "protein", "load_dataset_kwargs": {"path": "fasta", "split": "train"}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan"), "many", None, True])
 def test_a_weight_that_is_none(weight):
-    with pytest.raises(ValueError, match=r"dataset.mix.s1.weight=.* must be a number above 0"):
-        mixture((5, 5), (1, weight))
+    with pytest.raises(ValueError, match=r"dataset.mix.b.weight=.* must be a number above 0"):
+        sources_of_mix("dataset.mix", {"a": {"weight": 1}, "b": {"weight": weight}}, OF_ALL)
+
+
+@pytest.mark.parametrize(
+    ("mix", "words"),
+    [
+        ({"a": {"weight": 1}}, "must name two sources or more"),
+        ({"a": {"weight": 1}, "b": {"weight": 1, "share": 2}}, "with some of weight, load_dataset_kwargs, sequence"),
+        ({"a": {"weight": 1}, "b": 3}, "dataset.mix.b=3 must be a section"),
+        ({"a": {"weight": 1}, "b": {"weight": 1, "load_dataset_kwargs": {"streaming": True}}}, "streaming=false"),
+    ],
+)
+def test_other_mistakes(mix, words):
+    with pytest.raises(ValueError, match=words):
+        sources_of_mix("dataset.mix", mix, OF_ALL)
 
 
 def test_it_says_what_an_epoch_has():
