@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines are counted once, as a recipe's own or as shared; and a recipe that was cast from another has few of its own."""
+"""Lines are counted once, as a recipe's own or as shared; a recipe that was cast from another has few of its own."""
 
 import sys
 from pathlib import Path
