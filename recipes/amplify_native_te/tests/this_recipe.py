@@ -29,13 +29,14 @@ BAD_INPUTS = [
     (["model_tag=AMPLIFY_120B"], ["model_tag=AMPLIFY_120B: no local folder and none of", "AMPLIFY_120M"]),
     (["model_kwargs.num_attention_heads=5"], ["hidden_size 48", "num_attention_heads 5", "a multiple of 10"]),
     (
-        ["dataset.mix=null", "+dataset.load_dataset_kwargs.data_files=none.parquet"],
+        ["dataset.mix=null", "dataset.load_dataset_kwargs.data_files=none.parquet"],
         ["dataset.load_dataset_kwargs.data_files=none.parquet: no such file"],
     ),
     (
         ["dataset.mix.oas.load_dataset_kwargs.data_files=none.parquet"],
         ["dataset.mix.oas.load_dataset_kwargs.data_files=none.parquet: no such file"],
     ),
+    (["dataset.load_dataset_kwargs.data_files=my.fasta"], ["data_files=my.fasta", "dataset.mix=null reads it alone"]),
     (["dataset.mix.oas.weight=-2"], ["dataset.mix.oas.weight=-2", "above 0"]),
     (["dataset.mix.oas.weight=many"], ["dataset.mix.oas.weight=many", "above 0"]),
     (["+dataset.mix.oas.heaviness=2"], ["dataset.mix.oas=", "weight, load_dataset_kwargs, sequence_column"]),
