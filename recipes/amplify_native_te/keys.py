@@ -69,12 +69,6 @@ def check_config(config: DictConfig) -> None:
 
 def check_pairs(config: DictConfig) -> None:
     """Raise ValueError for values that cannot be together, on any hardware."""
-    own, given = config.dataset.mix, config.dataset.load_dataset_kwargs.get("data_files")
-    if own and given and all((of or {}).get("load_dataset_kwargs", {}).get("data_files") for of in own.values()):
-        raise ValueError(
-            f"dataset.load_dataset_kwargs.data_files={given} would be read by none of the sources of dataset.mix, which "
-            "name files of their own; dataset.mix=null reads it alone."
-        )
     if config.cp_size > 1 and not config.use_sequence_packing:
         raise ValueError(f"cp_size={config.cp_size} needs use_sequence_packing=true.")
     for section in (FP8(**config.fp8_config), FP4(**config.fp4_config)):

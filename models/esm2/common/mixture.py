@@ -37,6 +37,12 @@ def sources_of_mix(key: str, mix: Mapping, of_all: Mapping) -> dict[str, dict]:
         if kwargs.get("streaming"):
             raise ValueError(f"{key} needs {key}.{name}.load_dataset_kwargs.streaming=false.")
         found[name] = {**of_all, **given, "load_dataset_kwargs": kwargs}
+    files = of_all["load_dataset_kwargs"].get("data_files")
+    if files and all(one["load_dataset_kwargs"]["data_files"] != files for one in found.values()):
+        raise ValueError(
+            f"{key.rpartition('.')[0]}.load_dataset_kwargs.data_files={files} is read by none of {', '.join(found)}, "
+            f"which name their own in {key}; {key}=null reads it alone."
+        )
     return found
 
 

@@ -99,6 +99,16 @@ def test_what_is_said_of_each_source():
     }  # fmt: skip
 
 
+def test_a_file_that_no_source_reads():
+    of_all = OF_ALL | {"load_dataset_kwargs": {"path": "csv", "data_files": "mine.csv"}}
+    named = {"weight": 1, "load_dataset_kwargs": {"data_files": "x.csv"}}
+    assert sources_of_mix("dataset.mix", {"a": named, "b": {"weight": 1}}, of_all)["b"]["load_dataset_kwargs"] == {
+        "path": "csv", "data_files": "mine.csv",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"dataset.load_dataset_kwargs.data_files=mine.csv is read by none of a, b"):
+        sources_of_mix("dataset.mix", {"a": named, "b": named}, of_all)
+
+
 @pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan"), "many", None, True])
 def test_a_weight_that_is_none(weight):
     with pytest.raises(ValueError, match=r"dataset.mix.b.weight=.* must be a number above 0"):
