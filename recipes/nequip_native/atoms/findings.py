@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a survey says of the data, in sentences that name file, frame, key and what to do; and which frames stay."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from atoms.checks import BAD, BITS, KINDS, check
+from atoms.structures import structures_of
+from atoms.survey import ODD, Survey, solve
+
+
+Policy = Literal["refuse", "leave_out", "keep"]
+NAMED = 5  # frames that a sentence names
+SLOPES = {  # a change of energy over the work of forces that goes with it, and what that means
+    23.06: "energies in kcal/mol", 96.49: "energies in kJ/mol", 1 / 27.21: "energies in hartree",
+    1 / 23.06: "forces in kcal/mol/A", 51.42: "forces in hartree/bohr", 1 / 0.5292: "lengths in bohr",
+    0.5292: "forces in eV/bohr", 1 / 13.606: "energies in Ry", 25.71: "forces in Ry/bohr",
+}  # fmt: skip
+STRESS_SLOPES = {1 / 160.2: "GPa", 1 / 1602: "kbar", 1 / 1.602e6: "bar", 1 / 1.602e11: "Pa"}
+
+
+@dataclass
+class Finding:
+    """One kind of thing that is wrong, and the rows where it is; none where it is the data as a whole."""
+
+    name: str
+    bad: bool
+    text: str
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def findings(survey: Survey) -> list[Finding]:
+    """All of them, the bad ones first."""
+    found = [*of_frames(survey), *of_units(survey), *of_labels(survey)]
+    return sorted(found, key=lambda finding: not finding.bad)
+
+
+def of_frames(survey: Survey) -> list[Finding]:
+    """Those of single frames."""
+    found = []
+    for name, kind in KINDS.items():
+        rows = np.flatnonzero(survey.flags & BITS[name])
+        if len(rows):
+            values = _values(survey, name, rows[:1])
+            which = frames(survey, rows)
+            text = f"{which} {kind.text.format(value=values[0])} [{kind.key}]; {kind.remedy}."
+            if name == "duplicate":
+                prints = survey.column("prints")
+                first = int(np.flatnonzero(prints == prints[rows[0]])[0])
+                text = text.replace(
+                    "a frame before it", f"frame {survey.rows[first]['key']} of {survey.rows[first]['source']}"
+                )
+            found.append(Finding(name, kind.bad, text, rows))
+    return found
+
+
+def _values(survey: Survey, name: str, rows: np.ndarray) -> np.ndarray:
+    if name == "energy_outlier":
+        return survey.energy_deviation[rows]
+    if name == "force_outlier":
+        return survey.max_force[rows]
+    if name == "duplicate":
+        return np.zeros(len(rows))
+    structures = structures_of(survey.rows.with_format("arrow")[rows])
+    return check(structures, survey.cutoffs, survey.max_neighbors).values[name]
+
+
+def frames(survey: Survey, rows: np.ndarray) -> str:
+    """As: lips.extxyz, frame 3 (and 4, 7; 12 in all)."""
+    some = survey.rows[rows[:NAMED]]
+    first = f"{some['source'][0]}, frame {some['key'][0]}"
+    if len(rows) == 1:
+        return first
+    others = [key if source == some["source"][0] else f"{source} {key}"
+              for source, key in zip(some["source"][1:], some["key"][1:], strict=True)]  # fmt: skip
+    return f"{first} (and {', '.join(others)}; {len(rows):,} of {len(survey.flags):,} in all)"
+
+
+def _slope(products: np.ndarray, fewest: int = 10) -> tuple[float, float] | None:
+    """Of a over b, through zero, and the square of how well it holds; None where there is too little."""
+    number, aa, ab, bb = products
+    return (ab / bb, ab * ab / (aa * bb)) if number >= fewest and aa > 0 and bb > 0 else None
+
+
+def _nearest(slope: float, known: dict[float, str]) -> str | None:
+    return next((text for factor, text in known.items() if abs(np.log(abs(slope) / factor)) < 0.15), None)
+
+
+def of_units(survey: Survey) -> list[Finding]:
+    """Units and signs, by what must hold between energies, forces, stress and distances."""
+    found = []
+
+    def add(name: str, bad: bool, text: str) -> None:
+        found.append(Finding(name, bad, text))
+
+    of_forces, of_stress = _slope(survey.total("force_work")), _slope(survey.total("stress_work"))
+    if of_forces and of_forces[1] > 0.8:
+        slope = of_forces[0]
+        if slope < 0:
+            add("force_sign", True, "Forces have the wrong sign: between frames that follow each other, the energy falls "
+                "where it should rise [forces]; they are gradients perhaps: dataset.units.forces=-eV/Ang.")  # fmt: skip
+        if abs(np.log(abs(slope))) > 0.25:
+            guess = _nearest(slope, SLOPES)
+            add("force_units", True, f"Energies change {abs(slope):.3g} times as much between frames as the forces say "
+                f"[energy, forces]; {f'as with {guess}; ' if guess else ''}set dataset.units.energy, .forces or .length.")  # fmt: skip
+    bonds = survey.bonds()
+    within = _within(bonds)
+    if within is not None and within > 0.3 and not any(f.name == "force_sign" for f in found):
+        add("force_sign", within > 0.5, "Forces seem to have the wrong sign: neighbours that are nearer than others pull each "
+            "other closer [forces]; they are gradients perhaps: dataset.units.forces=-eV/Ang.")  # fmt: skip
+    if of_stress and of_stress[1] > 0.8:
+        slope = of_stress[0]
+        if slope < 0:
+            add("stress_sign", True, "Stress has the wrong sign: the energy falls where it should rise [stress]; ASE's is "
+                "+dE/d(strain)/V, under tension positive: dataset.units.stress=-eV/Ang^3.")  # fmt: skip
+        if abs(np.log(abs(slope))) > 0.25:
+            guess = _nearest(slope, STRESS_SLOPES)
+            what = (
+                f"as with stress in {guess}: dataset.units.stress={'-' if slope < 0 else ''}{guess}"
+                if guess
+                else "set dataset.units.stress"
+            )
+            add(
+                "stress_units",
+                True,
+                f"Energies change {abs(slope):.3g} times as much between strained frames as the stress says [stress]; {what}.",
+            )
+    number, vv, vp, pp = survey.total("squeeze")
+    if number >= 20 and vp < -0.5 * np.sqrt(vv * pp) and not any(f.name == "stress_sign" for f in found):
+        add("stress_sign", vp < -0.7 * np.sqrt(vv * pp), "Stress seems to have the wrong sign: it falls as the cell grows "
+            "[stress]; ASE's is +dE/d(strain)/V, under tension positive: dataset.units.stress=-eV/Ang^3.")  # fmt: skip
+    stresses = float(survey.total("stresses"))
+    stress = np.sqrt(float(survey.total("stress_squares")) / max(9 * stresses, 1))
+    if stress > 0.3 and not any(f.name == "stress_units" for f in found):
+        guess = "GPa" if stress < 60 else "kbar"
+        add("stress_units", stress > 2, f"Stress of {stress:.3g} eV/A^3 (root mean square; {stress * 160.2:,.0f} GPa) is more than "
+            f"materials usually bear [stress]; if it is in {guess}: dataset.units.stress={guess}.")  # fmt: skip
+    forces = np.sqrt(survey.total("force_squares").sum() / max(3 * survey.total("force_atoms").sum(), 1))
+    if forces > 20 and not any(f.name == "force_units" for f in found):
+        add("force_units", False, f"Forces of {forces:.3g} eV/A (root mean square) are more than structures usually have "
+            "[forces]; if they are in kcal/mol/A: dataset.units.energy=kcal/mol.")  # fmt: skip
+    ratios = survey.total("ratios")
+    if ratios.sum() > 50:
+        median = float(np.searchsorted(np.cumsum(ratios), ratios.sum() / 2)) * 0.02
+        if median > 1.6:
+            add("length_units", False, f"Nearest neighbours are {median:.2f} times the sum of their covalent radii apart "
+                "[positions]; if lengths are in bohr: dataset.units.length=bohr.")  # fmt: skip
+    return found
+
+
+def _within(bonds: np.ndarray) -> float | None:
+    """How distance and push go together within each kind of pair, from -1 to 1."""
+    bonds = bonds[bonds[:, 0] > 20] if len(bonds) else bonds
+    if not len(bonds) or bonds[:, 0].sum() < 200:
+        return None
+    n, d, p, dd, dp, pp = bonds.T
+    together, spread = (dp - d * p / n).sum(), (dd - d * d / n).sum() * (pp - p * p / n).sum()
+    return together / np.sqrt(spread) if spread > 0 else None
+
+
+def of_labels(survey: Survey) -> list[Finding]:
+    """Energies that do not grow with the structure, and labels that some frames lack."""
+    found = []
+    normal, number = survey.total("normal"), float(survey.total("energies"))
+    if number > 20:
+        squares = float(survey.total("energy_squares"))
+        (whole, rank), (share, _) = (
+            solve(normal, survey.total("right")),
+            solve(survey.total("share_normal"), survey.total("share_right")),
+        )
+        rest = max(squares - float(whole @ survey.total("right")), 1e-12 * squares)
+        of_share = max(squares - float(share @ survey.total("share_right")), 1e-12 * squares)
+        if number > 2 * rank and of_share < 0.3 * rest and rest > 1e-9 * squares:
+            found.append(Finding("not_extensive", True, "Energies do not grow with the number of atoms: they fit "
+                f"{np.sqrt(rest / of_share):.1f} times better as energies an atom [energy]; give the total energy of each "
+                "structure."))  # fmt: skip
+    structures, lacking = int(survey.total("structures")), {}
+    lacking["energy"] = structures - int(number)
+    lacking["stress"] = structures - int(survey.total("stresses"))
+    for label, missing in lacking.items():
+        if 0 < missing < structures:
+            found.append(Finding(f"no_{label}", False, f"{missing:,} of {structures:,} frames have no {label} [{label}]; they "
+                                 "train on the rest of their labels."))  # fmt: skip
+    atoms, with_forces = survey.total("atoms").sum(), survey.total("force_atoms").sum()
+    if 0 < with_forces < atoms:
+        found.append(Finding("no_forces", False, f"{atoms - with_forces:,.0f} of {atoms:,.0f} atoms have no forces [forces]; their "
+                             "structures train on the rest of their labels."))  # fmt: skip
+    return found
+
+
+def judge(section: str, survey: Survey, bad_frames: Policy, odd_frames: Policy) -> tuple[np.ndarray, list[str]]:
+    """Which rows stay, and what is to be said. Raises ValueError, with all that is wrong, where a key says refuse."""
+    kept, notes, refused = np.ones(len(survey.flags), bool), [], []
+    for mask, policy, name in ((BAD, bad_frames, "bad"), (ODD, odd_frames, "odd")):
+        hit = (survey.flags & mask) > 0
+        if policy == "leave_out" and hit.any():
+            kept &= ~hit
+            notes.append(
+                f"{section}: {int(hit.sum()):,} of {len(hit):,} structures are left out ({section}.{name}_frames=leave_out)."
+            )
+    for finding in findings(survey):
+        policy = bad_frames if finding.bad else odd_frames
+        whole = len(finding.rows) == 0
+        if policy == "refuse" or (policy == "leave_out" and whole and finding.bad):
+            refused.append(finding)
+        else:
+            notes.append(f"{section}: {finding.text}")
+    if refused:
+        listed = " ".join(f"({i}) {finding.text}" for i, finding in enumerate(refused, 1))
+        keys = sorted({f"{section}.{'bad' if finding.bad else 'odd'}_frames" for finding in refused})
+        can = "leave_out" if all(len(finding.rows) for finding in refused) else "keep"
+        raise ValueError(
+            f"{section}: {listed} To {'leave such frames out' if can == 'leave_out' else 'train all the same'}: "
+            f"{' '.join(f'{key}={can}' for key in keys)}; python inspect_data.py shows all."
+        )
+    if not kept.any():
+        raise ValueError(f"{section}: no structure is left; python inspect_data.py says what is wrong with them.")
+    return kept, notes

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's mistake ends as one sentence and exit code 2, before a model is built and with nothing written."""
+
+import pytest
+
+from common.contract.running import THIS_RECIPE, TRAINERS, recipe_module, run_here
+
+
+EVERY_RECIPES = [
+    (["sed=1"], ["Unknown key sed: did you mean seed?"]),
+    (["checkpoint.ckpt_folder=x"], ["Unknown key checkpoint.ckpt_folder: did you mean checkpoint.ckpt_dir?"]),
+    (["num_train_steps=many"], ["num_train_steps=many must be a whole number above 0."]),
+    (["num_train_steps=???"], ["num_train_steps is not set; give it on the command line"]),
+    (["checkpoint.async_save=maybe"], ["checkpoint.async_save=maybe must be true or false."]),
+    (["checkpoint=null"], ["checkpoint=null must be a section"]),
+    (["~seed"], ["seed was taken out"]),
+    (["seed"], ["seed cannot be read", "key=value"]),
+    (["--config-name=none"], ["none: there is no such file; known are", "L0_sanity"]),
+    (["checkpoint.save_every_n_steps=2"], ["checkpoint.save_every_n_steps=2 needs checkpoint.ckpt_dir"]),
+]
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("overrides", "words"), EVERY_RECIPES + THIS_RECIPE.BAD_INPUTS, ids=lambda x: x[0])
+def test_it_is_refused(overrides, words, tmp_path, capfd, monkeypatch):
+    trainer = TRAINERS[0]
+
+    def built(*_):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(recipe_module(trainer), "materialize", built)
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run_here(trainer, "log", *overrides)
+    sentence = capfd.readouterr().err
+    assert stopped.value.code == 2
+    assert sentence.startswith("error: ") and sentence.count("\n") == 1, sentence
+    assert not [word for word in words if word not in sentence], sentence
+    assert files(tmp_path) == {}
+
+
+def test_there_are_enough_of_this_recipe():
+    assert len(THIS_RECIPE.BAD_INPUTS) >= 4

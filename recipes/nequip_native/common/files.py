@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small things about files and what is written to them, for trainers and for commands that need no torch."""
+
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def flat(config: dict, prefix: str = "", keep_empty: bool = True) -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`; an empty section is a value, or left out unless `keep_empty`."""
+    items = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and (value or not keep_empty):
+            items |= flat(value, f"{prefix}{key}.", keep_empty)
+        else:
+            items[f"{prefix}{key}"] = value
+    return items
+
+
+def finite(value: Any) -> Any:
+    """None for a NaN or an infinity, which JSON does not have, also inside dicts and lists; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append_line(path: Path, line: str) -> str | None:
+    """Add a line, all of it or nothing; what went wrong, if anything. A full disk is no reason to stop."""
+    try:
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a") as file:
+                file.write(line + "\n")
+        except OSError:
+            with suppress(OSError):  # the first error says what is wrong
+                os.truncate(path, size)
+            raise
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def make_folder(key: str, folder: Path, rank: int) -> None:
+    """Make a folder and write to it. Raises ValueError where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe_{rank}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{key}={folder} cannot be written: {error.strerror}; give another folder.") from error

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer and the learning-rate schedule; the defaults are those of ESM-2 (Lin et al. 2023, A.2.4)."""
+
+from collections.abc import Iterable
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class Schedule(LambdaLR):
+    """A schedule of which a checkpoint keeps the place alone: peak and shape are what the configuration says now."""
+
+    num_warmup_steps = 0
+
+    def note(self, last_step: int) -> str | None:
+        """A sentence for the log where the run ends before the warm-up does."""
+        if self.num_warmup_steps < last_step:
+            return None
+        return (
+            f"The warm-up of lr_scheduler_kwargs.num_warmup_steps={self.num_warmup_steps} steps does not end within "
+            f"num_train_steps={last_step}, so the learning rate stays below its peak; a tenth of the run is usual."
+        )
+
+    def state_dict(self) -> dict:
+        """How many steps were made."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on after so many steps."""
+        self.last_epoch = state["last_epoch"]
+        self._step_count = self.last_epoch + 1
+        fractions = [fraction(self.last_epoch) for fraction in self.lr_lambdas]
+        rates = [peak * fraction for peak, fraction in zip(self.base_lrs, fractions, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._last_lr = rates
+
+
+def adamw(
+    parameters: Iterable[Parameter],
+    *,
+    lr: PositiveFloat = 4e-4,
+    betas: list[float] = (0.9, 0.98),
+    eps: PositiveFloat = 1e-8,
+    weight_decay: NonNegativeFloat = 0.01,
+    fused: bool = True,
+) -> AdamW:
+    """AdamW over what is to be trained; its moments have the parameters' own precision, FP32.
+
+    Raises ValueError unless there are two betas of at least 0 and below 1.
+    """
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"adamw_kwargs.betas={betas} must be two numbers of at least 0 and below 1.")
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return AdamW(trained, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused)
+
+
+def linear_schedule(
+    optimizer: Optimizer,
+    *,
+    num_warmup_steps: NonNegativeInt = 2_000,
+    num_training_steps: PositiveInt = 500_000,
+    decay_fraction: PositiveFloat = 0.9,
+    min_lr_fraction: NonNegativeFloat = 0.1,
+) -> Schedule:
+    """Linear warm-up to the peak, linear decay to `min_lr_fraction` of it at `decay_fraction` of the run, then flat.
+
+    Raises ValueError if the warm-up does not end before the decay does.
+    """
+    decay_end = round(decay_fraction * num_training_steps)
+    if num_warmup_steps >= decay_end:
+        raise ValueError(
+            f"lr_scheduler_kwargs.num_warmup_steps={num_warmup_steps} must be less than {decay_end}, where the decay "
+            f"ends (decay_fraction={decay_fraction} of num_training_steps={num_training_steps})."
+        )
+
+    def fraction_of_peak(step: int) -> float:
+        if step < num_warmup_steps:
+            return (step + 1) / num_warmup_steps
+        done = min(1.0, (step - num_warmup_steps) / (decay_end - num_warmup_steps))
+        return 1.0 - done * (1.0 - min_lr_fraction)
+
+    schedule = Schedule(optimizer, fraction_of_peak)
+    schedule.num_warmup_steps = num_warmup_steps
+    return schedule

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structures to batches: what training and validation read."""
+
+import os
+from functools import cached_property
+from hashlib import sha256
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from pydantic import NonNegativeInt, PositiveInt
+
+from atoms.arrow_cache import open_structures
+from atoms.checks import composition
+from atoms.findings import Policy, judge
+from atoms.neighbours import Cutoffs, as_cutoffs
+from atoms.structures import NUMBERS, Structures, structures_of
+from atoms.survey import Survey, statistics, survey
+from collator import GraphCollator
+from common.distributed import Distributed
+from common.epoch_plan import EpochPlan, Grouping
+from common.loader import Loader, start_worker_server
+from common.sizes import SizeIndex
+from common.validation import Validator
+from metrics import Errors
+
+
+READ = ("numbers", "positions", "cell", "pbc", "energy", "forces", "stress", "charge", "spin")
+
+
+class StructureRows:
+    """A source whose rows are structures, measured in atoms or in edges; those not `kept` count as nothing."""
+
+    def __init__(self, rows: datasets.Dataset, index: SizeIndex, kept: np.ndarray, by_data_set: bool = False):
+        self.rows, self.index, self.kept = rows, index, None if kept.all() else kept
+        self.table = rows.with_format("arrow", columns=list(READ))
+        self.data_set, self.data_sets = data_sets_of(rows) if by_data_set else (None, [])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sizes(self, rows: np.ndarray, epoch: int) -> np.ndarray:
+        """Atoms, or edges, of each row, at least 1; 0 for one that is left out."""
+        sizes = np.maximum(self.index.sizes[rows], 1)
+        return sizes if self.kept is None else sizes * self.kept[rows]
+
+    def read(self, rows: np.ndarray, epoch: int) -> Structures:
+        """The structures laid end to end."""
+        found = structures_of(self.table[rows])
+        found.data_set = None if self.data_set is None else self.data_set[rows]
+        return found
+
+    def describe(self, rows: np.ndarray, epoch: int) -> list[str]:
+        """Composition, energy, file and frame of each."""
+        some = self.rows.with_format(None)[rows]
+        return [
+            f"{composition(np.array(numbers))}  {'no energy' if energy is None else f'{energy:.4f} eV'}  {source} frame {key}"
+            for numbers, energy, source, key in zip(
+                *(some[k] for k in ("numbers", "energy", "source", "key")), strict=True
+            )
+        ]
+
+    @cached_property
+    def identity(self) -> dict:
+        """What tells this data from other data, wherever it lies: sizes of all rows, and what some of them hold."""
+        some = structures_of(self.table[np.unique(np.linspace(0, len(self) - 1, 64).astype(np.int64))])
+        content = sha256(
+            b"".join(array.tobytes() for array in (some.numbers, some.positions, some.energy, some.forces))
+        )
+        kept = sha256(b"" if self.kept is None else self.kept.tobytes()).hexdigest()[:16]
+        return {"num_rows": len(self), "sizes": self.index.digest, "content": content.hexdigest()[:16], "kept": kept}
+
+
+def data_sets_of(rows: datasets.Dataset) -> tuple[np.ndarray, list[str]]:
+    """Of each row the number of its data set, and their names: a label's, or the file's."""
+    table = rows.with_format("arrow", columns=["data_set", "source"])[:]
+    names = pc.coalesce(table["data_set"], table["source"]).combine_chunks()
+    encoded = names.dictionary_encode()
+    encoded = encoded.combine_chunks() if hasattr(encoded, "combine_chunks") else encoded
+    return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
+
+
+def grouping_of(
+    section: str, micro_batch_size: int | None, atom_micro_batch_size: int | None, edge_micro_batch_size: int | None
+) -> tuple[Grouping, str]:
+    """How rows become micro-batches, and the column of sizes that goes by. Raises ValueError unless one key is set."""
+    given = {
+        "micro_batch_size": micro_batch_size, "atom_micro_batch_size": atom_micro_batch_size,
+        "edge_micro_batch_size": edge_micro_batch_size,
+    }  # fmt: skip
+    found = [key for key, value in given.items() if value is not None]
+    if len(found) != 1:
+        what = (
+            " and ".join(f"{section}.{key}={given[key]}" for key in found) + " are both set"
+            if found
+            else "none is set"
+        )
+        raise ValueError(f"{what}: give one of {', '.join(f'{section}.{key}' for key in given)}.")
+    if micro_batch_size:
+        return Grouping(num_rows=micro_batch_size), "sizes"
+    return Grouping(budget=given[found[0]]), "edges" if edge_micro_batch_size else "sizes"
+
+
+def open_source(distributed: Distributed, section: str, cutoffs: Cutoffs, load_dataset_kwargs: dict, label_keys: dict | None,
+                units: dict | None, max_neighbors: int | None, bad_frames: Policy, odd_frames: Policy,
+                max_rows: int | None = None) -> tuple[datasets.Dataset, Survey, np.ndarray, list[str]]:  # fmt: skip
+    """Rows, what a survey of them found, which stay, and what is to be said; all ranks call it."""
+    processes = max(1, (os.cpu_count() or 1) // distributed.num_local_ranks)
+    with distributed.main_first():
+        quiet = not distributed.is_main
+        rows = open_structures(section, load_dataset_kwargs, label_keys, units, processes, quiet)
+        if max_rows is not None and max_rows < len(rows):
+            fingerprint, rows = rows._fingerprint, rows.select(range(max_rows))
+            rows._fingerprint = sha256(f"{fingerprint} {max_rows}".encode()).hexdigest()[:32]
+    found = survey(distributed, section, rows, cutoffs, max_neighbors)
+    with distributed.shared_errors():
+        kept, notes = judge(section, found, bad_frames, odd_frames)
+    found.only(kept, distributed)
+    return rows, found, kept, notes
+
+
+def plan_of(section: str, source: StructureRows, grouping: Grouping, by: str, seed: int | None,
+            window_rows: int) -> tuple[EpochPlan, list[str]]:  # fmt: skip
+    """The plan, and a note where its first window is less than 99% full. Raises ValueError for too small a budget."""
+    plan = EpochPlan(source, grouping, seed, window_rows)
+    if grouping.budget is None:
+        return plan, []
+    sizes = source.sizes(np.arange(len(source)), 0)
+    unit, key = ("edges", "edge") if by == "edges" else ("atoms", "atom")
+    if (largest := int(sizes.max())) > grouping.budget:
+        place = source.rows[int(sizes.argmax())]
+        raise ValueError(
+            f"{section}.{key}_micro_batch_size={grouping.budget}: frame {place['key']} of {place['source']} alone has "
+            f"{largest} {unit}; give at least that."
+        )
+    batches = plan.window(0, 0)
+    full = sizes.sum() / grouping.budget if len(source) <= plan.window_rows else len(batches)
+    fill = sum(int(source.sizes(batch.rows, 0).sum()) for batch in batches) / (grouping.budget * max(len(batches), 1))
+    if fill >= 0.99 or full < 20:
+        return plan, []
+    middle = int(np.median(sizes[sizes > 0]))
+    better = max(grouping.budget // middle, 1) * middle
+    return plan, [
+        f"{section}: micro-batches are {fill:.0%} full, since structures are not cut; {section}.{key}_micro_batch_size="
+        f"{better} would suit structures of {middle} {unit}."
+    ]  # fmt: skip
+
+
+class TrainLoader(Loader):
+    """What training reads: the section `dataset`; `elements` are the model's types (None: those of the data)."""
+
+    def __init__(
+        self,
+        distributed: Distributed,
+        seed: int,
+        cutoffs: Cutoffs | float,
+        elements: list[str] | None,
+        *,
+        load_dataset_kwargs: dict,
+        label_keys: dict | None = None,
+        units: dict | None = None,
+        micro_batch_size: PositiveInt | None = None,
+        atom_micro_batch_size: PositiveInt | None = None,
+        edge_micro_batch_size: PositiveInt | None = None,
+        max_neighbors: PositiveInt | None = None,
+        bad_frames: Policy = "refuse",
+        odd_frames: Policy = "keep",
+        num_workers: NonNegativeInt = 1,
+        window_rows: PositiveInt = 10_000,
+    ):
+        section, cutoffs = "dataset", as_cutoffs(cutoffs)
+        grouping, by = grouping_of(section, micro_batch_size, atom_micro_batch_size, edge_micro_batch_size)
+        if num_workers:
+            start_worker_server()
+        rows, found, kept, notes = open_source(
+            distributed,
+            section,
+            cutoffs,
+            load_dataset_kwargs,
+            label_keys,
+            units,
+            max_neighbors,
+            bad_frames,
+            odd_frames,
+        )
+        self.elements = check_elements(section, found, elements)
+        self.statistics, told = statistics(found, self.elements)
+        self.survey = found
+        source = StructureRows(rows, found.size_index(by), kept)
+        plan, full = plan_of(section, source, grouping, by, seed, window_rows)
+        collate = GraphCollator(section, cutoffs, self.elements, max_neighbors)
+        super().__init__(distributed, section, plan, collate, num_workers)
+        self.notes += [*notes, *told, *full]
+
+
+def check_elements(section: str, found: Survey, elements: list[str] | None) -> list[str]:
+    """The model's elements, by default those of the data. Raises ValueError for one that the model would not know."""
+    present = found.elements()
+    if elements is None:
+        return present
+    if unknown := [symbol for symbol in elements if symbol not in NUMBERS]:
+        raise ValueError(f"{unknown[0]} is no symbol of an element.")
+    if missing := [symbol for symbol in present if symbol not in elements]:
+        raise ValueError(f"{section}: there is {missing[0]} in the data, and the model knows {', '.join(elements)}.")
+    return list(elements)
+
+
+def open_validation(
+    distributed: Distributed,
+    cutoffs: Cutoffs | float,
+    elements: list[str],
+    *,
+    load_dataset_kwargs: dict | None = None,
+    every_n_steps: PositiveInt | None = None,
+    max_rows: PositiveInt | None = None,
+    label_keys: dict | None = None,
+    units: dict | None = None,
+    micro_batch_size: PositiveInt | None = None,
+    atom_micro_batch_size: PositiveInt | None = None,
+    edge_micro_batch_size: PositiveInt | None = None,
+    max_neighbors: PositiveInt | None = None,
+    bad_frames: Policy = "refuse",
+    odd_frames: Policy = "keep",
+    window_rows: PositiveInt = 10_000,
+) -> Validator:
+    """What is validated on: the section `validation`; the rows of `load_dataset_kwargs` (null: none), in order."""
+    section, cutoffs = "validation", as_cutoffs(cutoffs)
+    if load_dataset_kwargs is None:
+        return Validator(distributed, None, None, Errors(elements, []), every_n_steps)
+    grouping, by = grouping_of(section, micro_batch_size, atom_micro_batch_size, edge_micro_batch_size)
+    rows, found, kept, _ = open_source(
+        distributed,
+        section,
+        cutoffs,
+        load_dataset_kwargs,
+        label_keys,
+        units,
+        max_neighbors,
+        bad_frames,
+        odd_frames,
+        max_rows,
+    )
+    check_elements(section, found, elements)
+    source = StructureRows(rows, found.size_index(by), kept, by_data_set=True)
+    plan, _ = plan_of(section, source, grouping, by, None, window_rows)
+    collate = GraphCollator(section, cutoffs, elements, max_neighbors, with_data_sets=True)
+    return Validator(distributed, plan, collate, Errors(elements, source.data_sets), every_n_steps)

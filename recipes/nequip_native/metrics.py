@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors of energies, forces and stress: of all structures, by element and by data set.
+
+Means are over all frames, atoms or components of the whole set, on any number of ranks, and never means of means.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.batch import Batch
+
+
+UNIT = "atoms"  # of `Batch.counts`, by which throughput and progress go
+LOSS_NAME = "Energy, force and stress loss"
+LEAST_FORCE = 1e-3  # eV/A: a smaller force has no direction to speak of
+UNITS = {"energy": "eV", "energy_per_atom": "eV", "forces": "eV/A", "stress": "eV/A^3"}
+
+
+class Errors:
+    """What validation adds up over a batch, and what the sums of all ranks mean; `elements` are the model's types."""
+
+    def __init__(self, elements: list[str], data_sets: list[str]):
+        self.elements, self.data_sets = elements, data_sets
+
+    def batch_sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Of one batch: number, absolute and squared errors and the largest, a vector by data set or element."""
+        inputs = dict(batch.inputs)
+        data_set = inputs.pop("data_set")
+        output = model(**inputs, counts=dict.fromkeys(batch.counts, 1))
+        structure = inputs["structure"]
+        num_atoms = torch.bincount(structure, minlength=len(inputs["energy"]))
+        energy = output.energies.detach().double() - inputs["energy"]
+        forces = output.forces.detach().double()
+        force_errors = forces - inputs["forces"]
+        of_atom = data_set[structure]
+        number, types = len(self.data_sets), len(self.elements)
+        found = {
+            **_sums("energy", energy[:, None], data_set, number),
+            **_sums("energy_per_atom", (energy / num_atoms)[:, None], data_set, number),
+            **_sums("forces", force_errors, of_atom, number),
+            **_sums("of_element", force_errors, inputs["types"], types),
+        }
+        if getattr(output, "stress", None) is not None:
+            errors = output.stress.detach().double() - inputs["stress"]
+            found |= _sums("stress", errors.reshape(-1, 9), data_set, number)
+        both = forces.norm(dim=-1) * inputs["forces"].norm(dim=-1)
+        clear = (inputs["forces"].norm(dim=-1) > LEAST_FORCE) & (both > 0)  # false for NaN
+        cosine = torch.where(clear, (forces * inputs["forces"]).sum(-1) / both, 0.0)
+        return found | {
+            "cosine": cosine.sum(),
+            "cosine_number": clear.sum(),
+            "structures": torch.ones_like(energy).sum(),
+        }
+
+    def summary(self, sums: dict[str, float | np.ndarray]) -> dict:
+        """`<label>_mae`, `_rmse` and `_max` in eV and A, forces also by element, all by data set if there are several."""
+        found: dict[str, float | int] = {}
+        labels = [label for label in UNITS if f"{label}_number" in sums]
+        for label in labels:
+            found |= _errors(label, *(_one(sums, label, part) for part in PARTS))
+        if sums["cosine_number"]:
+            found["forces_cosine"] = float(sums["cosine"] / sums["cosine_number"])
+        for i, element in enumerate(self.elements):
+            found |= {
+                f"{k}/{element}": v
+                for k, v in _errors("forces", *(sums[f"{n}"][i] for n in _names("of_element"))).items()
+            }
+        for i, name in enumerate(self.data_sets if len(self.data_sets) > 1 else []):
+            for label in labels:
+                found |= {f"{k}/{name}": v for k, v in _errors(label, *(sums[n][i] for n in _names(label))).items()}
+        return found | {"num_structures": int(sums["structures"])}
+
+
+PARTS = ("number", "absolute", "square", "max")
+
+
+def _names(label: str) -> list[str]:
+    return [f"max_{label}" if part == "max" else f"{label}_{part}" for part in PARTS]
+
+
+def _sums(label: str, errors: Tensor, group: Tensor, number: int) -> dict[str, Tensor]:
+    """Of errors [N, components] by group [N]; rows without a label are NaN and left out."""
+    labelled = torch.isfinite(errors).all(-1)
+    errors = torch.where(labelled[:, None], errors, 0.0)
+    zeros = errors.new_zeros(number)
+    largest = zeros.scatter_reduce(0, group, errors.abs().amax(-1), "amax")
+    values = (labelled * float(errors.shape[1]), errors.abs().sum(-1), errors.square().sum(-1))
+    return dict(
+        zip(_names(label), [*(zeros.index_add(0, group, v.to(zeros.dtype)) for v in values), largest], strict=True)
+    )
+
+
+def _one(sums: dict, label: str, part: str) -> float:
+    return float(np.max(sums[f"max_{label}"]) if part == "max" else np.sum(sums[f"{label}_{part}"]))
+
+
+def _errors(label: str, number: float, absolute: float, square: float, largest: float) -> dict[str, float]:
+    """Nothing where there is no label."""
+    if not number:
+        return {}
+    return {
+        f"{label}_mae": float(absolute / number),
+        f"{label}_rmse": math.sqrt(square / number),
+        f"{label}_max": float(largest),
+    }

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests import the recipe's files by name, ask no network, and leave no cache behind."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+
+RECIPE = Path(__file__).parents[1]
+sys.path.insert(0, str(RECIPE))
+sys.path.insert(0, str(Path(__file__).parent))
+from common.contract.fixtures import *  # noqa: E402, F403
+
+
+@pytest.fixture(scope="session")
+def real_structures():
+    """A file of real structures by its name, where this checkout has them."""
+    beside = [parent / "shared" / "data" for parent in RECIPE.parents]
+    folder = Path(os.environ.get("TEST_DATA") or next((path for path in beside if path.is_dir()), "shared/data"))
+
+    def find(name: str) -> str:
+        if not (folder / name).exists():
+            pytest.skip(f"no {name} in {folder}")
+        return str(folder / name)
+
+    return find
