@@ -185,7 +185,7 @@ class TrainLoader(Loader):
         )
         self.elements = check_elements(section, found, elements)
         self.statistics, told = statistics(found, self.elements)
-        self.survey = found
+
         source = StructureRows(rows, found.size_index(by), kept)
         plan, full = plan_of(section, source, grouping, by, seed, window_rows)
         collate = GraphCollator(section, cutoffs, self.elements, max_neighbors)

@@ -81,7 +81,7 @@ def found_files(section: str, kwargs: dict) -> list[str]:
     if (
         other := set(kwargs)
         - {"path", "data_files", "split"}
-        - {k for k, v in kwargs.items() if v is None or k == "streaming" and not v}
+        - {k for k, v in kwargs.items() if v is None or (k == "streaming" and not v)}
     ):
         raise ValueError(f"{name}.{min(other)}: path=structures takes data_files and split only.")
     patterns = kwargs.get("data_files")

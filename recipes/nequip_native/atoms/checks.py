@@ -18,7 +18,7 @@ from atoms.structures import NUM_ELEMENTS, SYMBOLS, Structures
 CLOSE = 0.5  # A
 DENSE = 1.0  # A^3 an atom; a proton and its share of a metal under pressure take more
 OVERLAP = 0.6  # of the sum of two covalent radii
-NET_FORCE = 0.05  # eV/A an atom; what a plane-wave code leaves is below
+NET_FORCE, NET_SHARE = 0.005, 0.1  # eV/A an atom, and of the length of all forces: what DFT leaves over is below
 RADII = np.nan_to_num(covalent_radii, nan=1.5)
 
 
@@ -143,8 +143,9 @@ def check(structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = 
     found("lonely_atom", findable & ~alone & (number > 0) & (num_atoms > 1), number)
 
     net = np.stack([np.bincount(owner, weights=structures.forces[:, k], minlength=size) for k in range(3)], 1)
-    net = np.linalg.norm(net, axis=1) / np.maximum(num_atoms, 1)
-    found("net_force", np.isfinite(net) & (net > NET_FORCE) & (num_atoms > 1), net)
+    net, every = np.linalg.norm(net, axis=1), np.sqrt(np.bincount(owner, (structures.forces**2).sum(-1), size))
+    per_atom = net / np.maximum(num_atoms, 1)
+    found("net_force", (net > NET_SHARE * every) & (per_atom > NET_FORCE) & (num_atoms > 1), per_atom)
     return Checked(edges, vectors, distances, num_edges, flags, values, volume)
 
 

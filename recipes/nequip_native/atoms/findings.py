@@ -45,7 +45,8 @@ def of_frames(survey: Survey) -> list[Finding]:
         if len(rows):
             values = _values(survey, name, rows[:1])
             which = frames(survey, rows)
-            text = f"{which} {kind.text.format(value=values[0])} [{kind.key}]; {kind.remedy}."
+            key = broken_keys(survey, rows[0]) if name == "not_finite" else kind.key
+            text = f"{which} {kind.text.format(value=values[0])} [{key}]; {kind.remedy}."
             if name == "duplicate":
                 prints = survey.column("prints")
                 first = int(np.flatnonzero(prints == prints[rows[0]])[0])
@@ -65,6 +66,14 @@ def _values(survey: Survey, name: str, rows: np.ndarray) -> np.ndarray:
         return np.zeros(len(rows))
     structures = structures_of(survey.rows.with_format("arrow")[rows])
     return check(structures, survey.cutoffs, survey.max_neighbors).values[name]
+
+
+def broken_keys(survey: Survey, row: int) -> str:
+    """Which of a structure's arrays have a number that is none."""
+    structure = structures_of(survey.rows.with_format("arrow")[[int(row)]])
+    arrays = {name: getattr(structure, name) for name in ("positions", "cell", "energy", "forces", "stress")}
+    return ", ".join(name for name, array in arrays.items() if not np.isfinite(array).all()
+                     and (name in ("positions", "cell") or np.isfinite(array).any() or np.isinf(array).any()))  # fmt: skip
 
 
 def frames(survey: Survey, rows: np.ndarray) -> str:
@@ -127,10 +136,13 @@ def of_units(survey: Survey) -> list[Finding]:
                 True,
                 f"Energies change {abs(slope):.3g} times as much between strained frames as the stress says [stress]; {what}.",
             )
-    number, vv, vp, pp = survey.total("squeeze")
-    if number >= 20 and vp < -0.5 * np.sqrt(vv * pp) and not any(f.name == "stress_sign" for f in found):
-        add("stress_sign", vp < -0.7 * np.sqrt(vv * pp), "Stress seems to have the wrong sign: it falls as the cell grows "
-            "[stress]; ASE's is +dE/d(strain)/V, under tension positive: dataset.units.stress=-eV/Ang^3.")  # fmt: skip
+    squeezed, heated = _together(survey.total("squeeze"), 20), _together(survey.total("heat"), 20)
+    known = any(f.name == "stress_sign" for f in found) or (of_stress and of_stress[1] > 0.8)
+    told = "[stress]; ASE's is +dE/d(strain)/V, under tension positive: dataset.units.stress=-eV/Ang^3."
+    if squeezed is not None and squeezed < -0.5 and not known:
+        add("stress_sign", squeezed < -0.7, f"Stress seems to have the wrong sign: it falls as the cell grows {told}")
+    elif heated is not None and heated > 0.5 and squeezed is None and not known:
+        add("stress_sign", False, f"Stress seems to have the wrong sign: it rises with the energy {told}")
     stresses = float(survey.total("stresses"))
     stress = np.sqrt(float(survey.total("stress_squares")) / max(9 * stresses, 1))
     if stress > 0.3 and not any(f.name == "stress_units" for f in found):
@@ -148,6 +160,12 @@ def of_units(survey: Survey) -> list[Finding]:
             add("length_units", False, f"Nearest neighbours are {median:.2f} times the sum of their covalent radii apart "
                 "[positions]; if lengths are in bohr: dataset.units.length=bohr.")  # fmt: skip
     return found
+
+
+def _together(products: np.ndarray, fewest: int) -> float | None:
+    """How two things change together, from -1 to 1."""
+    number, aa, ab, bb = products
+    return ab / np.sqrt(aa * bb) if number >= fewest and aa > 0 and bb > 0 else None
 
 
 def _within(bonds: np.ndarray) -> float | None:
@@ -172,10 +190,10 @@ def of_labels(survey: Survey) -> list[Finding]:
         )
         rest = max(squares - float(whole @ survey.total("right")), 1e-12 * squares)
         of_share = max(squares - float(share @ survey.total("share_right")), 1e-12 * squares)
-        if number > 2 * rank and of_share < 0.3 * rest and rest > 1e-9 * squares:
-            found.append(Finding("not_extensive", True, "Energies do not grow with the number of atoms: they fit "
-                f"{np.sqrt(rest / of_share):.1f} times better as energies an atom [energy]; give the total energy of each "
-                "structure."))  # fmt: skip
+        better = number > 2 * rank and of_share < 0.3 * rest and rest > 1e-9 * squares
+        if better or (of_share < rest and stays_flat(survey.total("growth"))):
+            text = "Energies do not grow with the number of atoms, as if they were energies an atom [energy]; "
+            found.append(Finding("not_extensive", True, text + "give the total energy of each structure."))
     structures, lacking = int(survey.total("structures")), {}
     lacking["energy"] = structures - int(number)
     lacking["stress"] = structures - int(survey.total("stresses"))
@@ -188,6 +206,17 @@ def of_labels(survey: Survey) -> list[Finding]:
         found.append(Finding("no_forces", False, f"{atoms - with_forces:,.0f} of {atoms:,.0f} atoms have no forces [forces]; their "
                              "structures train on the rest of their labels."))  # fmt: skip
     return found
+
+
+def stays_flat(sums: np.ndarray) -> bool:
+    """Whether the energy's size grows by less than the root of the number of atoms, and that beyond doubt."""
+    n, x, xx, y, xy, yy = sums
+    spread = xx - x * x / max(n, 1)
+    if n < 30 or spread < 0.01 * n:
+        return False
+    slope = (xy - x * y / n) / spread
+    error = np.sqrt(max(yy - y * y / n - slope**2 * spread, 0.0) / (n - 2) / spread)
+    return slope < 0.5 and slope + 3 * error < 1
 
 
 def judge(section: str, survey: Survey, bad_frames: Policy, odd_frames: Policy) -> tuple[np.ndarray, list[str]]:

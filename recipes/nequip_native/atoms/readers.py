@@ -15,7 +15,7 @@ import numpy as np
 from atoms.structures import row, unit_factors
 
 
-PART = 2000  # frames that are read at once by a process
+PART, PART_BYTES = 2000, 1 << 25  # frames that a process reads at once, at most, and of an extxyz bytes
 # Names that labels usually have, the first that is there counts.
 USUAL = {
     "energy": ("energy", "Energy", "REF_energy", "ref_energy", "dft_energy", "DFT_energy", "total_energy", "TotEnergy",
@@ -69,9 +69,9 @@ class Options:
                 found[label] = np.asarray(values[name], dtype=np.float64) * factor
         if "forces" not in found and (name := self.find("gradient", values)):
             found["forces"] = -np.asarray(values[name], dtype=np.float64) * factors["forces"]
-        if (wanted := "stress" not in found or "virial" in self.label_keys) and (name := self.find("virial", values)):
-            if wanted and volume > 0:
-                found["stress"] = -np.asarray(values[name], dtype=np.float64) * factors["energy"] / volume
+        name = self.find("virial", values) if "stress" not in found or "virial" in self.label_keys else None
+        if name and volume > 0:
+            found["stress"] = -np.asarray(values[name], dtype=np.float64) * factors["energy"] / volume
         for label in ("charge", "spin"):
             if name := self.find(label, values):
                 found[label] = values[name]
@@ -128,7 +128,7 @@ def parts_of(file: str) -> list[Part]:
 
 def extxyz_blocks(file: str) -> list[Part]:
     """Blocks of an extxyz, found by its counts of atoms. Raises ValueError at a frame that is cut short."""
-    blocks, frame, start = [], 0, 0
+    blocks, frame, first, start = [], 0, 0, 0
     with open(file, "rb") as lines:
         while line := lines.readline():
             if not line.strip():
@@ -145,19 +145,19 @@ def extxyz_blocks(file: str) -> list[Part]:
             got = sum(1 for _ in islice(lines, num_atoms + 1))
             if got < num_atoms + 1:
                 raise ValueError(
-                    f"{file}: frame {frame}, the last, is cut short: {max(got - 1, 0)} of its {num_atoms} atoms are there; "
-                    "take it out, or copy the file anew."
+                    f"{file}: frame {frame}, the last, is cut short: {max(got - 1, 0)} of its {num_atoms} atoms are "
+                    "there; take it out, or copy the file anew."
                 )
-            frame += 1
-            if frame % PART == 0:
-                blocks.append(Part(file, "extxyz", frame - PART, frame, (start, lines.tell() - start)))
-                start = lines.tell()
-        if frame % PART:
-            blocks.append(Part(file, "extxyz", frame - frame % PART, frame, (start, lines.tell() - start)))
+            frame, end = frame + 1, lines.tell()
+            if frame - first == PART or end - start > PART_BYTES:
+                blocks.append(Part(file, "extxyz", first, frame, (start, end - start)))
+                first, start = frame, end
+        if frame > first:
+            blocks.append(Part(file, "extxyz", first, frame, (start, end - start)))
     return blocks
 
 
-class sentence_for:  # noqa: N801
+class sentence_for:
     """What a reader raises in the block becomes a ValueError of one sentence that names the file and frame."""
 
     def __init__(self, file: str):

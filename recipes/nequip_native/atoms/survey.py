@@ -11,6 +11,7 @@ import shutil
 import uuid
 from functools import cached_property
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -28,7 +29,7 @@ VERSION = 1
 CHUNK = 5000  # rows that one process surveys, and saves, at once
 BLOCK = 250  # rows that are in memory at once
 OUTLIER, LEAST_OUTLIER = 12.0, 0.5  # median deviations of the energy an atom, and eV an atom
-FORCE_OUTLIER, LEAST_FORCE = 30.0, 10.0  # times the RMS of all forces, and eV/A
+FORCE_OUTLIER, LEAST_FORCE = 12.0, 10.0  # times the median of the frames' largest forces, and eV/A
 ODD = np.uint32(sum(int(bit) for bit in BITS.values())) & ~BAD
 
 
@@ -98,12 +99,19 @@ def sums_of(structures: Structures, checked, kept: np.ndarray) -> dict[str, np.n
         "energies": np.array(float(len(energy))), "energy_sum": np.array((energy / np.maximum(counts.sum(1), 1)).sum()),
         "energy_squares": np.array((energy**2).sum()),
         "normal": counts.T @ counts, "right": (counts * energy[:, None]).sum(0),  # whole numbers, so exact
+        "growth": growth(energy, counts.sum(1)),
         "share_normal": share.T @ share, "share_right": (share * energy[:, None]).sum(0),
         "stresses": np.array(float(len(stress))), "stress_squares": np.array((stress**2).sum()),
         "ratios": bond_ratios(structures, checked),
         "force_work": _products(fixed[:, 1], fixed[:, 2]), "stress_work": _products(rest, moved[:, 3]),
-        "squeeze": squeeze(structures, checked),
-    }  # fmt: skip
+    } | pressures(structures, checked)  # fmt: skip
+
+
+def growth(energy: np.ndarray, num_atoms: np.ndarray) -> np.ndarray:
+    """n, and sums of x, x x, y, x y, y y with x the logarithm of the atoms, y that of the energy's size."""
+    fine = np.abs(energy) > 1e-9
+    x, y = np.log(num_atoms[fine]), np.log(np.abs(energy[fine]))
+    return np.array([float(len(x)), x.sum(), (x * x).sum(), y.sum(), (x * y).sum(), (y * y).sum()])
 
 
 def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -111,18 +119,22 @@ def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.array([float(len(a)), (a * a).sum(), (a * b).sum(), (b * b).sum()])
 
 
-def squeeze(structures: Structures, checked) -> np.ndarray:
-    """n, and sums of dv dv, dv dp, dp dp between frames that follow each other with the same atoms.
+def pressures(structures: Structures, checked) -> dict[str, np.ndarray]:
+    """How stress goes with volume, and with energy at one volume, between structures of the same atoms.
 
-    v is the volume an atom, p the mean of the diagonal of the stress: what is stretched is under tension, so that p
-    rises with v where the stress has ASE's sign.
+    p is the mean of the diagonal of the stress. What is stretched is under tension: p rises with the volume where the
+    stress has ASE's sign. What is shaken pushes outwards: p falls as the energy rises.
     """
-    same = [np.array_equal(structures.numbers[structures.atoms_of(i)], structures.numbers[structures.atoms_of(i + 1)])
-            for i in range(len(structures) - 1)]  # fmt: skip
-    v, p = checked.volume / np.maximum(structures.num_atoms, 1), np.trace(structures.stress, axis1=1, axis2=2) / 3
-    dv, dp = np.diff(v), np.diff(p)
-    good = np.array(same, dtype=bool) & np.isfinite(dp) & (np.abs(dv) > 1e-3 * v[1:])
-    return _products(dv[good], dp[good])
+    counts = np.unique(element_counts(structures), axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.argsort(counts, kind="stable")
+    num_atoms = np.maximum(structures.num_atoms, 1)
+    v, e = (checked.volume / num_atoms)[order], (structures.energy / num_atoms)[order]
+    dv, de, dp = np.diff(v), np.diff(e), np.diff(np.trace(structures.stress, axis1=1, axis2=2)[order] / 3)
+    sound = (checked.flags[order] & BAD) == 0
+    good = (np.diff(counts[order]) == 0) & np.isfinite(dp) & sound[1:] & sound[:-1]
+    other = np.abs(dv) > 1e-3 * v[1:]
+    still = good & ~other & np.isfinite(de)
+    return {"squeeze": _products(dv[good & other], dp[good & other]), "heat": _products(de[still], dp[still])}
 
 
 def chunk_to_file(path: Path, *arguments) -> int:
@@ -172,8 +184,8 @@ class Survey:
         deviation = self.energy_deviation
         usual = 1.4826 * np.nanmedian(np.abs(deviation)) if np.isfinite(deviation).sum() > 10 else np.inf
         self.flags[np.abs(deviation) > max(OUTLIER * usual, LEAST_OUTLIER)] |= BITS["energy_outlier"]
-        rms = np.sqrt(self.total("force_squares").sum() / max(3 * self.total("force_atoms").sum(), 1))
-        self.flags[self.max_force > max(FORCE_OUTLIER * rms, LEAST_FORCE)] |= BITS["force_outlier"]
+        strongest = np.median(self.max_force[self.max_force > 0]) if (self.max_force > 0).any() else 0.0
+        self.flags[self.max_force > max(FORCE_OUTLIER * strongest, LEAST_FORCE)] |= BITS["force_outlier"]
 
     @cached_property
     def energy_deviation(self) -> np.ndarray:
@@ -200,7 +212,7 @@ class Survey:
         """Let the sums be those of the rows that are `kept`; all ranks call it. Chunks it changes are read again."""
         path = self.folder / f"sums_{sha256(kept.tobytes()).hexdigest()[:16]}.npz"
         starts = np.cumsum([0, *(len(chunk["sizes"]) for chunk in self.chunks)])
-        pieces = [kept[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        pieces = [kept[a:b] for a, b in pairwise(starts)]
         changed = [i for i, piece in enumerate(pieces) if (piece != self.chunks[i]["kept"]).any()]
         if not changed:
             return
@@ -291,7 +303,7 @@ def solve(normal: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, int]:
     if len(used) == 0:
         return found, 0
     scale = np.sqrt(np.diag(normal)[used])
-    values, vectors = np.linalg.eigh(normal[np.ix_(used, used)] / np.outer(scale, scale))
+    values = np.linalg.eigvalsh(normal[np.ix_(used, used)] / np.outer(scale, scale))
     fine = values > 1e-10 * values.max()
     # Scaled back first: least norm is to mean that of the energies themselves.
     inverse = np.linalg.pinv(normal[np.ix_(used, used)], rcond=1e-12, hermitian=True)

@@ -46,7 +46,7 @@ def test_as_ase_and_matscipy_find_them(name, pbc):
         ):
             assert as_set(edges, shifts) == as_set(np.stack([i, j]), found)
         distances = np.linalg.norm(vectors, axis=1)
-        assert len(distances) == 0 or (0 < distances.min() and distances.max() <= 4.5)
+        assert len(distances) == 0 or (distances.min() > 0 and distances.max() <= 4.5)
         order = list(map(tuple, np.column_stack([edges.T, shifts]).astype(int).tolist()))
         assert order == sorted(order)
 

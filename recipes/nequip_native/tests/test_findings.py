@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each kind of damage is found, named by file, frame and key, and told what to do; sound data is left in peace."""
+
+import numpy as np
+import pytest
+from ase.build import bulk, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+from structure_files import labelled, with_labels, write
+
+from atoms.arrow_cache import open_structures
+from atoms.findings import findings, judge
+from atoms.neighbours import Cutoffs
+from atoms.survey import survey
+
+
+def look(frames, tmp_path, distributed, cutoff=4.0, **options):
+    path = write(frames, tmp_path / "mine.extxyz")
+    rows = open_structures("dataset", {"path": "structures", "data_files": path}, **options)
+    return survey(distributed, "dataset", rows, Cutoffs(cutoff))
+
+
+def names(found):
+    return {finding.name: finding for finding in findings(found)}
+
+
+def relabel(atoms, **changes):
+    """The same atoms with other results; None takes one away."""
+    results = {k: v for k, v in {**atoms.calc.results, **changes}.items() if v is not None}
+    atoms = atoms.copy()
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
+
+
+def walk(number=24, seed=0, cells=False):
+    """Frames of one alloy that follow each other in short steps."""
+    random = np.random.default_rng(seed)
+    atoms = labelled(1, seed, (2, 2, 2))[0]
+    frames = []
+    for _ in range(number):
+        atoms = atoms.copy()
+        atoms.positions += random.normal(0, 0.02, atoms.positions.shape)
+        if cells:
+            atoms.set_cell(atoms.cell.array * (1 + random.normal(0, 0.004)), scale_atoms=True)
+        frames.append(with_labels(atoms))
+    return frames
+
+
+def test_sound_data(tmp_path, distributed):
+    assert not findings(look(labelled(40), tmp_path, distributed))
+    assert not findings(look(walk(), tmp_path, distributed))
+    assert not findings(look(walk(cells=True), tmp_path, distributed))
+
+
+@pytest.mark.parametrize("name", ["lips_150.extxyz", "oqmd_200.extxyz"])
+def test_real_data(name, real_structures, distributed):
+    options = {"label_keys": {"energy": "formation_energy_per_atom"}} if "oqmd" in name else {}
+    rows = open_structures("dataset", {"path": "structures", "data_files": real_structures(name)}, **options)
+    found = [finding.name for finding in findings(survey(distributed, "dataset", rows, Cutoffs(5.0)))]
+    assert found == (["not_extensive"] if "oqmd" in name else [])
+
+
+def close(atoms):
+    atoms.positions[1] = atoms.positions[0] + [0.3, 0, 0]
+
+
+def fractional(atoms):
+    atoms.positions = atoms.get_scaled_positions()
+
+
+def not_finite(atoms):
+    atoms.calc.results["forces"][2, 1] = np.nan
+
+
+def left_handed(atoms):
+    atoms.cell[:] = atoms.cell.array[[1, 0, 2]]
+
+
+def without_cell(atoms):
+    atoms.cell[2] = 0
+
+
+def not_periodic(atoms):
+    atoms.pbc = False
+
+
+def unbalanced(atoms):
+    atoms.calc.results["forces"][:10] = 0
+
+
+def dense(atoms):
+    atoms.set_cell(atoms.cell.array / 5)
+
+
+def outlier(atoms):
+    atoms.calc.results["energy"] += 60
+
+
+def strong(atoms):
+    atoms.calc.results["forces"][3] = [300, 0, 0]
+    atoms.calc.results["forces"][4] = [-300, 0, 0]
+
+
+def unlabelled(atoms):
+    atoms.calc = None
+
+
+DAMAGE = {
+    "close_atoms": (close, True, "positions"), "fractional": (fractional, True, "positions"),
+    "not_finite": (not_finite, True, "forces"), "left_handed": (left_handed, False, "cell"),
+    "pbc_without_cell": (without_cell, True, "pbc"), "cell_without_pbc": (not_periodic, False, "pbc"),
+    "net_force": (unbalanced, False, "forces"), "dense": (dense, True, "cell"),
+    "energy_outlier": (outlier, False, "energy"), "force_outlier": (strong, False, "forces"),
+    "no_labels": (unlabelled, True, "energy, forces"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_found_and_named(name, tmp_path, distributed):
+    damage, bad, key = DAMAGE[name]
+    frames = labelled(30)
+    damage(frames[7])
+    damage(frames[21])
+    found = look(frames, tmp_path, distributed)
+    finding = names(found)[name]
+    assert finding.bad == bad and finding.rows.tolist() == [7, 21]
+    assert "mine.extxyz, frame 7 (and 21; 2 of 30 in all)" in finding.text and f"[{key}]" in finding.text
+    policies = {"bad_frames": "keep", "odd_frames": "keep"}
+    which = "bad_frames" if bad else "odd_frames"
+    kept, _ = judge("dataset", found, **policies)
+    assert kept.all()
+    kept, notes = judge("dataset", found, **policies | {which: "leave_out"})
+    assert np.flatnonzero(~kept).tolist() == [7, 21]
+    assert any(f"2 of 30 structures are left out (dataset.{which}=leave_out)" in note for note in notes)
+    with pytest.raises(ValueError, match=f"frame 7 .*dataset.{which}=leave_out"):
+        judge("dataset", found, **policies | {which: "refuse"})
+
+
+def test_copies(tmp_path, distributed):
+    frames = labelled(12)
+    moved = with_labels(frames[4])
+    moved.positions += 1.0  # the same structure, from another origin
+    finding = names(look([*frames, moved], tmp_path, distributed))["duplicate"]
+    assert finding.rows.tolist() == [12] and "as frame 4 of mine.extxyz" in finding.text
+
+
+def test_no_neighbours(tmp_path, distributed):
+    far = molecule("H2")
+    far.positions *= 9
+    found = names(look([*labelled(3), with_labels(far, stress=False)], tmp_path, distributed))
+    assert found["no_neighbours"].rows.tolist() == [3] and "within the cutoff of 4 A" in found["no_neighbours"].text
+    lonely = labelled(1)[0]
+    lonely.pbc = False
+    lonely.positions[0] += 50
+    found = names(look([*labelled(3), relabel(lonely)], tmp_path, distributed))
+    assert found["lonely_atom"].rows.tolist() == [3]
+
+
+def test_energies_an_atom(tmp_path, distributed):
+    frames = [relabel(a, energy=a.calc.results["energy"] / len(a) - 3.0) for a in labelled(60)]
+    finding = names(look(frames, tmp_path, distributed))["not_extensive"]
+    assert finding.bad and "total energy" in finding.text
+
+
+@pytest.mark.parametrize("frames", [labelled(30), walk()], ids=["any", "walk"])
+def test_gradients_for_forces(frames, tmp_path, distributed):
+    frames = [relabel(a, forces=-a.calc.results["forces"]) for a in frames]
+    finding = names(look(frames, tmp_path, distributed))["force_sign"]
+    assert finding.bad and "dataset.units.forces=-eV/Ang" in finding.text
+    assert "force_sign" not in names(look(frames, tmp_path, distributed, units={"forces": "-eV/Ang"}))
+
+
+@pytest.mark.parametrize(("energy", "forces", "words"), [(23.06, 1, "kcal/mol"), (1, 1 / 51.42, "hartree/bohr")])
+def test_units_of_energies_and_forces(energy, forces, words, tmp_path, distributed):
+    frames = [
+        relabel(a, energy=energy * a.calc.results["energy"], forces=forces * a.calc.results["forces"]) for a in walk()
+    ]
+    finding = names(look(frames, tmp_path, distributed))["force_units"]
+    assert finding.bad and words in finding.text
+
+
+@pytest.mark.parametrize(("factor", "unit"), [(160.2177, "GPa"), (-1602.177, "-kbar"), (-1.0, "-eV/Ang^3")])
+def test_units_and_sign_of_stress(factor, unit, tmp_path, distributed):
+    frames = [relabel(a, stress=factor * a.calc.results["stress"]) for a in walk(cells=True)]
+    found = names(look(frames, tmp_path, distributed))
+    told = [found[name] for name in ("stress_sign", "stress_units") if name in found]
+    assert (
+        told and all(finding.bad for finding in told) and any(f"dataset.units.stress={unit}" in f.text for f in told)
+    )
+    assert not findings(look(frames, tmp_path, distributed, units={"stress": unit}))
+
+
+def test_sign_of_stress_without_steps(tmp_path, distributed):
+    random, frames = np.random.default_rng(0), []
+    for _ in range(40):
+        atoms = bulk("Cu", cubic=True) * (2, 2, 1)
+        atoms.set_cell(atoms.cell.array * (1 + random.normal(0, 0.03)), scale_atoms=True)
+        atoms.positions += random.normal(0, 0.2, atoms.positions.shape)
+        frames.append(with_labels(atoms))
+    assert "stress_sign" not in names(look(frames, tmp_path, distributed))
+    frames = [relabel(a, stress=-a.calc.results["stress"]) for a in frames]
+    assert names(look(frames, tmp_path, distributed))["stress_sign"].bad
+
+
+def test_frames_that_lack_a_label(tmp_path, distributed):
+    frames = labelled(20)
+    frames[3] = relabel(frames[3], stress=None)
+    frames[5] = relabel(frames[5], forces=None)
+    found = names(look(frames, tmp_path, distributed))
+    assert set(found) == {"no_stress", "no_forces"} and not found["no_stress"].bad
+    assert "1 of 20 frames have no stress" in found["no_stress"].text
