@@ -8,6 +8,7 @@ from hashlib import sha256
 import datasets
 import numpy as np
 import pyarrow.compute as pc
+from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 
 from atoms.arrow_cache import open_structures
@@ -52,13 +53,13 @@ class StructureRows:
 
     def describe(self, rows: np.ndarray, epoch: int) -> list[str]:
         """Composition, energy, file and frame of each."""
-        some = self.rows.with_format(None)[rows]
-        return [
-            f"{composition(np.array(numbers))}  {'no energy' if energy is None else f'{energy:.4f} eV'}  {source} frame {key}"
-            for numbers, energy, source, key in zip(
-                *(some[k] for k in ("numbers", "energy", "source", "key")), strict=True
-            )
-        ]
+        some, lines = self.rows.with_format(None)[rows], []
+        for numbers, energy, source, key in zip(
+            *(some[k] for k in ("numbers", "energy", "source", "key")), strict=True
+        ):
+            label = "no energy" if energy is None else f"{energy:.4f} eV"
+            lines.append(f"{composition(np.array(numbers))}  {label}  {source} frame {key}")
+        return lines
 
     @cached_property
     def identity(self) -> dict:
@@ -101,9 +102,10 @@ def grouping_of(
     return Grouping(budget=given[found[0]]), "edges" if edge_micro_batch_size else "sizes"
 
 
-def open_source(distributed: Distributed, section: str, cutoffs: Cutoffs, load_dataset_kwargs: dict, label_keys: dict | None,
-                units: dict | None, max_neighbors: int | None, bad_frames: Policy, odd_frames: Policy,
-                max_rows: int | None = None) -> tuple[datasets.Dataset, Survey, np.ndarray, list[str]]:  # fmt: skip
+def open_source(distributed: Distributed, section: str, cutoffs: Cutoffs, load_dataset_kwargs: dict,
+                label_keys: dict | None, units: dict | None, max_neighbors: int | None, bad_frames: Policy,
+                odd_frames: Policy, max_rows: int | None = None,
+                ) -> tuple[datasets.Dataset, Survey, np.ndarray, list[str]]:  # fmt: skip
     """Rows, what a survey of them found, which stay, and what is to be said; all ranks call it."""
     processes = max(1, (os.cpu_count() or 1) // distributed.num_local_ranks)
     with distributed.main_first():
@@ -141,8 +143,8 @@ def plan_of(section: str, source: StructureRows, grouping: Grouping, by: str, se
     middle = int(np.median(sizes[sizes > 0]))
     better = max(grouping.budget // middle, 1) * middle
     return plan, [
-        f"{section}: micro-batches are {fill:.0%} full, since structures are not cut; {section}.{key}_micro_batch_size="
-        f"{better} would suit structures of {middle} {unit}."
+        f"{section}: micro-batches are {fill:.0%} full, since structures are not cut; "
+        f"{section}.{key}_micro_batch_size={better} would suit structures of {middle} {unit}."
     ]  # fmt: skip
 
 
@@ -191,6 +193,13 @@ class TrainLoader(Loader):
         collate = GraphCollator(section, cutoffs, self.elements, max_neighbors)
         super().__init__(distributed, section, plan, collate, num_workers)
         self.notes += [*notes, *told, *full]
+
+
+def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:
+    """What a run with this configuration trains on, in its order; for commands that train nothing."""
+    from build_model import cutoffs_and_elements
+
+    return TrainLoader(distributed, config.seed, *cutoffs_and_elements(config), **config.dataset).plan
 
 
 def check_elements(section: str, found: Survey, elements: list[str] | None) -> list[str]:

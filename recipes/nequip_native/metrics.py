@@ -56,7 +56,7 @@ class Errors:
         }
 
     def summary(self, sums: dict[str, float | np.ndarray]) -> dict:
-        """`<label>_mae`, `_rmse` and `_max` in eV and A, forces also by element, all by data set if there are several."""
+        """`<label>_mae`, `_rmse`, `_max` in eV and A; forces also by element, all by data set if there are several."""
         found: dict[str, float | int] = {}
         labels = [label for label in UNITS if f"{label}_number" in sums]
         for label in labels:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What recipes on atoms share: structures from files, neighbour lists, checks and statistics, and parts of potentials."""
+"""What recipes on atoms share: structures from files, neighbours, checks, statistics, and parts of potentials."""

@@ -5,8 +5,6 @@ A part that is written is not read again, also after a kill; no process holds mo
 """
 
 import json
-import os
-import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -46,7 +44,8 @@ def open_structures(section: str, load_dataset_kwargs: dict, label_keys: dict | 
     )
     if kwargs.get("path") == "structures":
         sources = found_files(section, kwargs)
-        key = key_of([(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in sources], options)
+        stats = [(file, Path(file).stat()) for file in sources]
+        key = key_of([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats], options)
         parts = lambda: [part for file in sources for part in parts_of(file)]  # noqa: E731
     else:
         rows = open_rows(section, kwargs)
@@ -186,8 +185,3 @@ def in_processes(work: Callable, tasks: list[tuple], num_processes: int, note: s
                 raise ValueError(f"{note}: a process was killed, for want of memory perhaps; use fewer.") from error
             finally:
                 pool.shutdown(cancel_futures=True)
-
-
-def drop(folder: Path) -> None:
-    """Take a conversion out of the cache."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -39,7 +39,7 @@ KINDS = {
                        "take the frame out; its calculation failed"),
     "close_atoms": Kind(True, "positions", "has atoms {value:.2f} A apart",
                         "take the frame out, or set dataset.units.length if the file is not in A"),
-    "fractional": Kind(True, "positions", "has fractional coordinates where Cartesian ones in A belong: all lie between 0 and 1",
+    "fractional": Kind(True, "positions", "has fractional coordinates for Cartesian ones: all lie between 0 and 1",
                        "multiply them by the cell: atoms.set_scaled_positions(atoms.positions)"),
     "dense": Kind(True, "cell", "has {value:.2g} A^3 of its cell for each atom",
                   "give the cell in A, or set dataset.units.length"),
@@ -49,7 +49,7 @@ KINDS = {
                           "use a larger cutoff, or take the frame out"),
     "lonely_atom": Kind(False, "positions", "has {value:.0f} atoms without a neighbour within the cutoff",
                         "use a larger cutoff, unless they are meant to be alone"),
-    "cell_without_pbc": Kind(False, "pbc", "has a cell that its atoms fill ({value:.0f} A^3 an atom), and pbc says it is not periodic",
+    "cell_without_pbc": Kind(False, "pbc", "has a cell full of atoms ({value:.0f} A^3 each), and is not periodic",
                              "set pbc to T T T where it is a crystal or liquid"),
     "left_handed": Kind(False, "cell", "has a left-handed cell (determinant {value:.1f} A^3)",
                         "swap two lattice vectors; some codes then give stress with the wrong sign"),
@@ -59,7 +59,7 @@ KINDS = {
                     "look at it; this is a bond no material has"),
     "duplicate": Kind(False, "positions", "has the same atoms, cell and positions as a frame before it",
                       "take one of them out"),
-    "energy_outlier": Kind(False, "energy", "has an energy {value:+.2f} eV an atom from what its elements have in the other frames",
+    "energy_outlier": Kind(False, "energy", "has an energy {value:+.2f} eV an atom from what its elements have",
                            "look for another functional, an unfinished calculation, or another unit"),
     "force_outlier": Kind(False, "forces", "has a force of {value:.1f} eV/A",
                           "take it out, unless such forces are wanted"),
@@ -152,7 +152,7 @@ def check(structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = 
 def _edges(
     structures: Structures, findable: np.ndarray, cutoffs: Cutoffs, max_neighbors: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Neighbours of the structures that have a cell to find them in: edges, their vectors, and how many a structure."""
+    """Of the structures that have a cell to find them in: edges, their vectors, and how many each has."""
     some = np.flatnonzero(findable)
     num_edges = np.zeros(len(structures), np.int64)
     if len(some) == 0:
@@ -168,7 +168,7 @@ def _edges(
 
 
 def fingerprints(structures: Structures) -> np.ndarray:
-    """A number for each structure that only a copy shares: atoms, cell and positions to 1e-4 A, whatever the origin."""
+    """A number for each structure that only a copy shares: atoms, cell, positions to 1e-4 A from any origin."""
     first = structures.positions[np.minimum(structures.starts[:-1], max(len(structures.positions) - 1, 0))]
     moved = np.nan_to_num(structures.positions - first[structures.structure])
     places = np.column_stack([np.rint(moved * 1e4).astype(np.int64), structures.numbers.astype(np.int64)])

@@ -50,9 +50,10 @@ def of_frames(survey: Survey) -> list[Finding]:
             if name == "duplicate":
                 prints = survey.column("prints")
                 first = int(np.flatnonzero(prints == prints[rows[0]])[0])
-                text = text.replace(
-                    "a frame before it", f"frame {survey.rows[first]['key']} of {survey.rows[first]['source']}"
-                )
+                origin = survey.rows[first]
+                text = text.replace("a frame before it", f"frame {origin['key']} of {origin['source']}")
+            if name == "no_labels" and (others := survey.rows[int(rows[0])]["others"]):
+                text = f"{text[:-1]}; the file has {others}."
             found.append(Finding(name, kind.bad, text, rows))
     return found
 
@@ -72,8 +73,9 @@ def broken_keys(survey: Survey, row: int) -> str:
     """Which of a structure's arrays have a number that is none."""
     structure = structures_of(survey.rows.with_format("arrow")[[int(row)]])
     arrays = {name: getattr(structure, name) for name in ("positions", "cell", "energy", "forces", "stress")}
-    return ", ".join(name for name, array in arrays.items() if not np.isfinite(array).all()
-                     and (name in ("positions", "cell") or np.isfinite(array).any() or np.isinf(array).any()))  # fmt: skip
+    broken = {name: array for name, array in arrays.items() if not np.isfinite(array).all()}
+    absent = [name for name, array in broken.items() if name not in ("positions", "cell") and np.isnan(array).all()]
+    return ", ".join(name for name in broken if name not in absent)
 
 
 def frames(survey: Survey, rows: np.ndarray) -> str:
@@ -99,67 +101,79 @@ def _nearest(slope: float, known: dict[float, str]) -> str | None:
 
 def of_units(survey: Survey) -> list[Finding]:
     """Units and signs, by what must hold between energies, forces, stress and distances."""
-    found = []
+    return [*of_forces(survey), *of_stress(survey), *of_lengths(survey)]
 
-    def add(name: str, bad: bool, text: str) -> None:
-        found.append(Finding(name, bad, text))
 
-    of_forces, of_stress = _slope(survey.total("force_work")), _slope(survey.total("stress_work"))
-    if of_forces and of_forces[1] > 0.8:
-        slope = of_forces[0]
-        if slope < 0:
-            add("force_sign", True, "Forces have the wrong sign: between frames that follow each other, the energy falls "
-                "where it should rise [forces]; they are gradients perhaps: dataset.units.forces=-eV/Ang.")  # fmt: skip
-        if abs(np.log(abs(slope))) > 0.25:
-            guess = _nearest(slope, SLOPES)
-            add("force_units", True, f"Energies change {abs(slope):.3g} times as much between frames as the forces say "
-                f"[energy, forces]; {f'as with {guess}; ' if guess else ''}set dataset.units.energy, .forces or .length.")  # fmt: skip
-    bonds = survey.bonds()
-    within = _within(bonds)
-    if within is not None and within > 0.3 and not any(f.name == "force_sign" for f in found):
-        add("force_sign", within > 0.5, "Forces seem to have the wrong sign: neighbours that are nearer than others pull each "
-            "other closer [forces]; they are gradients perhaps: dataset.units.forces=-eV/Ang.")  # fmt: skip
-    if of_stress and of_stress[1] > 0.8:
-        slope = of_stress[0]
-        if slope < 0:
-            add("stress_sign", True, "Stress has the wrong sign: the energy falls where it should rise [stress]; ASE's is "
-                "+dE/d(strain)/V, under tension positive: dataset.units.stress=-eV/Ang^3.")  # fmt: skip
-        if abs(np.log(abs(slope))) > 0.25:
-            guess = _nearest(slope, STRESS_SLOPES)
-            what = (
-                f"as with stress in {guess}: dataset.units.stress={'-' if slope < 0 else ''}{guess}"
-                if guess
-                else "set dataset.units.stress"
+GRADIENTS = "[forces]; they are gradients perhaps: dataset.units.forces=-eV/Ang."
+
+
+def of_forces(survey: Survey) -> list[Finding]:
+    """Forces against energies, and against what bonds do."""
+    found, fit, within = [], _slope(survey.total("force_work")), _within(survey.bonds())
+    if fit and fit[1] > 0.8:
+        if fit[0] < 0:
+            text = (
+                "Forces have the wrong sign: between frames that follow each other the energy falls where it should "
             )
-            add(
-                "stress_units",
-                True,
-                f"Energies change {abs(slope):.3g} times as much between strained frames as the stress says [stress]; {what}.",
+            found.append(Finding("force_sign", True, text + "rise " + GRADIENTS))
+        if abs(np.log(abs(fit[0]))) > 0.25:
+            guess = _nearest(fit[0], SLOPES)
+            text = (
+                f"Energies change {abs(fit[0]):.3g} times as much between frames as the forces say [energy, forces]; "
             )
-    squeezed, heated = _together(survey.total("squeeze"), 20), _together(survey.total("heat"), 20)
-    known = any(f.name == "stress_sign" for f in found) or (of_stress and of_stress[1] > 0.8)
-    told = "[stress]; ASE's is +dE/d(strain)/V, under tension positive: dataset.units.stress=-eV/Ang^3."
-    if squeezed is not None and squeezed < -0.5 and not known:
-        add("stress_sign", squeezed < -0.7, f"Stress seems to have the wrong sign: it falls as the cell grows {told}")
-    elif heated is not None and heated > 0.5 and squeezed is None and not known:
-        add("stress_sign", False, f"Stress seems to have the wrong sign: it rises with the energy {told}")
-    stresses = float(survey.total("stresses"))
-    stress = np.sqrt(float(survey.total("stress_squares")) / max(9 * stresses, 1))
-    if stress > 0.3 and not any(f.name == "stress_units" for f in found):
-        guess = "GPa" if stress < 60 else "kbar"
-        add("stress_units", stress > 2, f"Stress of {stress:.3g} eV/A^3 (root mean square; {stress * 160.2:,.0f} GPa) is more than "
-            f"materials usually bear [stress]; if it is in {guess}: dataset.units.stress={guess}.")  # fmt: skip
-    forces = np.sqrt(survey.total("force_squares").sum() / max(3 * survey.total("force_atoms").sum(), 1))
-    if forces > 20 and not any(f.name == "force_units" for f in found):
-        add("force_units", False, f"Forces of {forces:.3g} eV/A (root mean square) are more than structures usually have "
-            "[forces]; if they are in kcal/mol/A: dataset.units.energy=kcal/mol.")  # fmt: skip
-    ratios = survey.total("ratios")
-    if ratios.sum() > 50:
-        median = float(np.searchsorted(np.cumsum(ratios), ratios.sum() / 2)) * 0.02
-        if median > 1.6:
-            add("length_units", False, f"Nearest neighbours are {median:.2f} times the sum of their covalent radii apart "
-                "[positions]; if lengths are in bohr: dataset.units.length=bohr.")  # fmt: skip
+            text += f"as with {guess}: " if guess else ""
+            found.append(Finding("force_units", True, text + "set dataset.units.energy, .forces or .length."))
+    elif within is not None and within > 0.3:
+        text = "Forces seem to have the wrong sign: neighbours nearer than others pull each other closer "
+        found.append(Finding("force_sign", within > 0.5, text + GRADIENTS))
+    rms = np.sqrt(survey.total("force_squares").sum() / max(3 * survey.total("force_atoms").sum(), 1))
+    if rms > 20 and not any(finding.name == "force_units" for finding in found):
+        text = f"Forces of {rms:.3g} eV/A (root mean square) are more than structures usually have [forces]; "
+        found.append(Finding("force_units", False, text + "if in kcal/mol/A: dataset.units.energy=kcal/mol."))
     return found
+
+
+def of_stress(survey: Survey) -> list[Finding]:
+    """Stress against the energy of strained frames, against volume and heat, and by its size."""
+    found, fit = [], _slope(survey.total("stress_work"))
+    told = "[stress]; ASE's is +dE/d(strain)/V, under tension positive: dataset.units.stress=-eV/Ang^3."
+    squeezed, heated = _together(survey.total("squeeze"), 20), _together(survey.total("heat"), 20)
+    if fit and fit[1] > 0.8:
+        if fit[0] < 0:
+            found.append(
+                Finding(
+                    "stress_sign", True, f"Stress has the wrong sign: the energy falls where it should rise {told}"
+                )
+            )
+        if abs(np.log(abs(fit[0]))) > 0.25:
+            unit = _nearest(fit[0], STRESS_SLOPES)
+            guess = f"as with stress in {unit}: dataset.units.stress={'-' if fit[0] < 0 else ''}{unit}."
+            text = f"Energies change {abs(fit[0]):.3g} times as much between strained frames as stress says [stress]; "
+            found.append(Finding("stress_units", True, text + (guess if unit else "set dataset.units.stress.")))
+        return found
+    if squeezed is not None and squeezed < -0.5:
+        text = f"Stress seems to have the wrong sign: it falls as the cell grows {told}"
+        found.append(Finding("stress_sign", squeezed < -0.7, text))
+    elif heated is not None and heated > 0.5 and squeezed is None:
+        text = f"Stress seems to have the wrong sign: it rises with the energy {told}"
+        found.append(Finding("stress_sign", False, text))
+    rms = np.sqrt(float(survey.total("stress_squares")) / max(9 * float(survey.total("stresses")), 1))
+    if rms > 0.3:
+        unit = "GPa" if rms < 60 else "kbar"
+        text = f"Stress of {rms:.3g} eV/A^3 (root mean square; {rms * 160.2:,.0f} GPa) is more than materials usually "
+        text += f"bear [stress]; if it is in {unit}: dataset.units.stress={unit}."
+        found.append(Finding("stress_units", rms > 2, text))
+    return found
+
+
+def of_lengths(survey: Survey) -> list[Finding]:
+    """Distances against covalent radii."""
+    ratios = survey.total("ratios")
+    median = float(np.searchsorted(np.cumsum(ratios), ratios.sum() / 2)) * 0.02
+    if ratios.sum() < 50 or median < 1.6:
+        return []
+    text = f"Nearest neighbours are {median:.2f} times the sum of their covalent radii apart [positions]; if lengths "
+    return [Finding("length_units", False, text + "are in bohr: dataset.units.length=bohr.")]
 
 
 def _together(products: np.ndarray, fewest: int) -> float | None:
@@ -184,10 +198,8 @@ def of_labels(survey: Survey) -> list[Finding]:
     normal, number = survey.total("normal"), float(survey.total("energies"))
     if number > 20:
         squares = float(survey.total("energy_squares"))
-        (whole, rank), (share, _) = (
-            solve(normal, survey.total("right")),
-            solve(survey.total("share_normal"), survey.total("share_right")),
-        )
+        whole, rank = solve(normal, survey.total("right"))
+        share, _ = solve(survey.total("share_normal"), survey.total("share_right"))
         rest = max(squares - float(whole @ survey.total("right")), 1e-12 * squares)
         of_share = max(squares - float(share @ survey.total("share_right")), 1e-12 * squares)
         better = number > 2 * rank and of_share < 0.3 * rest and rest > 1e-9 * squares
@@ -197,14 +209,15 @@ def of_labels(survey: Survey) -> list[Finding]:
     structures, lacking = int(survey.total("structures")), {}
     lacking["energy"] = structures - int(number)
     lacking["stress"] = structures - int(survey.total("stresses"))
+    others = "; they train on the rest of their labels."
     for label, missing in lacking.items():
         if 0 < missing < structures:
-            found.append(Finding(f"no_{label}", False, f"{missing:,} of {structures:,} frames have no {label} [{label}]; they "
-                                 "train on the rest of their labels."))  # fmt: skip
+            text = f"{missing:,} of {structures:,} frames have no {label} [{label}]{others}"
+            found.append(Finding(f"no_{label}", False, text))
     atoms, with_forces = survey.total("atoms").sum(), survey.total("force_atoms").sum()
     if 0 < with_forces < atoms:
-        found.append(Finding("no_forces", False, f"{atoms - with_forces:,.0f} of {atoms:,.0f} atoms have no forces [forces]; their "
-                             "structures train on the rest of their labels."))  # fmt: skip
+        text = f"{atoms - with_forces:,.0f} of {atoms:,.0f} atoms have no forces [forces]{others}"
+        found.append(Finding("no_forces", False, text))
     return found
 
 
@@ -226,9 +239,8 @@ def judge(section: str, survey: Survey, bad_frames: Policy, odd_frames: Policy) 
         hit = (survey.flags & mask) > 0
         if policy == "leave_out" and hit.any():
             kept &= ~hit
-            notes.append(
-                f"{section}: {int(hit.sum()):,} of {len(hit):,} structures are left out ({section}.{name}_frames=leave_out)."
-            )
+            number = f"{section}: {int(hit.sum()):,} of {len(hit):,} structures are left out"
+            notes.append(f"{number} ({section}.{name}_frames=leave_out).")
     for finding in findings(survey):
         policy = bad_frames if finding.bad else odd_frames
         whole = len(finding.rows) == 0

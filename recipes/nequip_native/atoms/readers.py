@@ -77,6 +77,8 @@ class Options:
                 found[label] = values[name]
         if (name := self.label_keys.get("data_set")) and name in values:
             found["data_set"] = str(values[name])
+        if "energy" not in found and "forces" not in found:
+            found["others"] = ", ".join(sorted(set(values) - {"numbers", "positions"})) or None
         return found
 
 
@@ -99,8 +101,8 @@ def kind_of(file: Path) -> str:
             f"{file}: files of this kind hold Python objects, which could run code as they are read; write the "
             "structures as extxyz, ASE-DB (.aselmdb) or Parquet."
         )
-    endings = {".npz": "npz", ".h5": "hdf5", ".hdf5": "hdf5", ".parquet": "parquet", ".extxyz": "extxyz", ".xyz": "extxyz",
-               ".traj": "traj"} | dict.fromkeys(DATABASES, "database")  # fmt: skip
+    endings = {".npz": "npz", ".h5": "hdf5", ".hdf5": "hdf5", ".parquet": "parquet", ".extxyz": "extxyz",
+               ".xyz": "extxyz", ".traj": "traj"} | dict.fromkeys(DATABASES, "database")  # fmt: skip
     return next((kind for ending, kind in endings.items() if name.endswith(ending)), "ase")
 
 
@@ -298,7 +300,7 @@ def _of_frame(values: dict, name: str | None, i: int, total: int, size: int):
 
 
 def read_npz(part: Part, options: Options) -> Iterator[tuple[int, dict]]:
-    """rMD17 (nuclear_charges, coords, energies, forces; kcal/mol), sGDML (z, R, E, F; its units stand in it), or alike."""
+    """RMD17 (nuclear_charges, coords, energies, forces; kcal/mol), sGDML (z, R, E, F; with its units), or alike."""
     with np.load(part.file, allow_pickle=False) as arrays:
         names = set(arrays.files)
         values = {name: arrays[name] for name in names if not name.startswith("old_") and arrays[name].dtype != object}
@@ -316,7 +318,7 @@ def _text(value) -> str | None:
 
 
 def read_hdf5(part: Part, options: Options) -> Iterator[tuple[int | str, dict]]:
-    """Groups at any depth that have numbers and positions, of one frame or of many, as ANI, SPICE and MACE write them."""
+    """Groups at any depth with numbers and positions, of one frame or many, as ANI, SPICE and MACE write them."""
     try:
         import h5py
     except ImportError as error:

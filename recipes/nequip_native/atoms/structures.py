@@ -2,7 +2,8 @@
 """Structures as Arrow rows, and many of them as arrays laid end to end.
 
 Lengths are in A, energies in eV, forces in eV/A, stress in eV/A^3 with ASE's sign, +dE/d(strain)/V. A label that a
-structure does not have is null in a row and NaN in an array. In shapes, S is structures and A all their atoms.
+structure does not have is null in a row and NaN in an array. `others` names what else a file has for a structure that
+has neither energy nor forces. In shapes, S is structures and A all their atoms.
 """
 
 import re
@@ -22,6 +23,7 @@ SCHEMA = pa.schema([
     ("numbers", pa.list_(pa.uint8())), ("positions", _VECTOR), ("cell", _VECTOR), ("pbc", pa.list_(pa.bool_())),
     ("energy", pa.float64()), ("forces", _VECTOR), ("stress", _VECTOR), ("charge", pa.float64()),
     ("spin", pa.float64()), ("data_set", pa.string()), ("source", pa.string()), ("key", pa.string()),
+    ("others", pa.string()),
 ])  # fmt: skip
 LABELS = ("energy", "forces", "stress")
 
@@ -29,8 +31,8 @@ LABELS = ("energy", "forces", "stress")
 # ---- units: factors to eV, A and eV/A^3 (CODATA 2018)
 
 ENERGY_UNITS = {
-    "ev": 1.0, "mev": 1e-3, "kcal/mol": 0.0433641042, "kj/mol": 0.0103642697, "hartree": 27.211386246, "ha": 27.211386246,
-    "ry": 13.605693123, "rydberg": 13.605693123, "k": 8.617333262e-5,
+    "ev": 1.0, "mev": 1e-3, "kcal/mol": 0.0433641042, "kj/mol": 0.0103642697, "hartree": 27.211386246,
+    "ha": 27.211386246, "ry": 13.605693123, "rydberg": 13.605693123, "k": 8.617333262e-5,
 }  # fmt: skip
 LENGTH_UNITS = {"ang": 1.0, "angstrom": 1.0, "a": 1.0, "bohr": 0.529177210903, "nm": 10.0, "pm": 0.01}
 STRESS_UNITS = {"gpa": 1 / 160.21766208, "kbar": 1 / 1602.1766208, "bar": 1 / 1602176.6208, "pa": 1 / 160.21766208e9}
@@ -55,13 +57,14 @@ def unit_factor(section: str, kind: str, unit: str) -> float:
         return sign * ENERGY_UNITS[energy] / LENGTH_UNITS[length] ** power
     examples = {
         "energy": "eV, kcal/mol, kJ/mol, hartree, Ry", "length": "Ang, bohr, nm",
-        "forces": "eV/Ang, hartree/bohr, -eV/Ang for gradients", "stress": "eV/Ang^3, GPa, kbar, -kbar for VASP's sign",
+        "forces": "eV/Ang, hartree/bohr, -eV/Ang for gradients",
+        "stress": "eV/Ang^3, GPa, kbar, -kbar for VASP's sign",
     }  # fmt: skip
     raise ValueError(f"{section}.units.{kind}={unit}: no such unit; there is {examples[kind]}.")
 
 
 def unit_factors(section: str, units: dict | None, **found: str | None) -> dict[str, float]:
-    """A factor for each of energy, length, forces and stress; what `units` leaves open is what the file has `found`."""
+    """A factor for energy, length, forces and stress; what `units` leaves open is what the file has `found`."""
     units = {k: v for k, v in (units or {}).items() if v is not None}
     if unknown := set(units) - set(UNIT_KEYS):
         raise ValueError(f"{section}.units.{min(unknown)}: there is no such key; there is {', '.join(UNIT_KEYS)}.")
@@ -83,7 +86,7 @@ def full_stress(stress: np.ndarray) -> np.ndarray:
 
 
 def row(numbers, positions, cell=None, pbc=None, energy=None, forces=None, stress=None, charge=None, spin=None,
-        data_set=None, source="", key="") -> dict:  # fmt: skip
+        data_set=None, source="", key="", others=None) -> dict:  # fmt: skip
     """A row of SCHEMA. Raises ValueError for shapes that do not go together."""
     numbers = np.asarray(numbers).astype(np.int64).ravel()
     positions = np.asarray(positions, dtype=np.float64)
@@ -101,7 +104,7 @@ def row(numbers, positions, cell=None, pbc=None, energy=None, forces=None, stres
         "pbc": np.broadcast_to(False if pbc is None else np.asarray(pbc, dtype=bool), 3),
         "energy": _number(energy), "forces": None if forces is None else np.asarray(forces, dtype=np.float64).ravel(),
         "stress": None if stress is None else full_stress(stress).ravel(), "charge": _number(charge),
-        "spin": _number(spin), "data_set": data_set, "source": source, "key": str(key),
+        "spin": _number(spin), "data_set": data_set, "source": source, "key": str(key), "others": others,
     }  # fmt: skip
 
 

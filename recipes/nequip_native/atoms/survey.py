@@ -20,7 +20,7 @@ import numpy as np
 from atoms.arrow_cache import in_processes
 from atoms.checks import BAD, BITS, bond_forces, bond_ratios, check, fingerprints, work
 from atoms.neighbours import Cutoffs
-from atoms.structures import NUM_ELEMENTS, SYMBOLS, Structures, structures_of
+from atoms.structures import NUM_ELEMENTS, NUMBERS, SYMBOLS, Structures, structures_of
 from common.distributed import Distributed
 from common.sizes import SizeIndex, read_chunk, save, writable
 
@@ -94,9 +94,11 @@ def sums_of(structures: Structures, checked, kept: np.ndarray) -> dict[str, np.n
     moved = moved[np.isfinite(moved[:, 3])]
     rest = moved[:, 1] - moved[:, 2]
     return {
-        "structures": np.array(float(kept.sum())), "atoms": by_element(), "neighbours": by_element(neighbours[of_atom]),
+        "structures": np.array(float(kept.sum())),
+        "atoms": by_element(), "neighbours": by_element(neighbours[of_atom]),
         "force_atoms": by_element(fine.astype(np.float64)), "force_squares": by_element(np.where(fine, squares, 0.0)),
-        "energies": np.array(float(len(energy))), "energy_sum": np.array((energy / np.maximum(counts.sum(1), 1)).sum()),
+        "energies": np.array(float(len(energy))),
+        "energy_sum": np.array((energy / np.maximum(counts.sum(1), 1)).sum()),
         "energy_squares": np.array((energy**2).sum()),
         "normal": counts.T @ counts, "right": (counts * energy[:, None]).sum(0),  # whole numbers, so exact
         "growth": growth(energy, counts.sum(1)),
@@ -313,7 +315,7 @@ def solve(normal: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, int]:
 
 def statistics(found: Survey, elements: list[str]) -> tuple[dict, list[str]]:
     """Exact over the rows that are kept, in the order of `elements`, and what is to be said of them."""
-    index = np.array([list(SYMBOLS).index(symbol) for symbol in elements])
+    index = np.array([NUMBERS[symbol] for symbol in elements], dtype=np.int64)
     atoms, neighbours, force_atoms, squares = (
         found.total(name) for name in ("atoms", "neighbours", "force_atoms", "force_squares")
     )
@@ -330,10 +332,12 @@ def statistics(found: Survey, elements: list[str]) -> tuple[dict, list[str]]:
         rms = np.nan_to_num(np.sqrt(squares / (3 * force_atoms)))
     numbers = {
         "num_structures": int(found.total("structures")), "num_atoms": int(atoms.sum()),
-        "num_neighbors_mean": float(neighbours.sum() / max(atoms.sum(), 1)), "num_neighbors_per_type": mean[index].tolist(),
+        "num_neighbors_mean": float(neighbours.sum() / max(atoms.sum(), 1)),
+        "num_neighbors_per_type": mean[index].tolist(),
         "per_element_energy": energies[index].tolist(), "per_element_energy_rank": rank,
         "energy_per_atom_mean": float(found.total("energy_sum") / max(found.total("energies"), 1)),
-        "forces_rms": float(np.sqrt(squares.sum() / max(3 * force_atoms.sum(), 1))), "forces_rms_per_type": rms[index].tolist(),
+        "forces_rms": float(np.sqrt(squares.sum() / max(3 * force_atoms.sum(), 1))),
+        "forces_rms_per_type": rms[index].tolist(),
         "stress_rms": float(np.sqrt(found.total("stress_squares") / max(9 * found.total("stresses"), 1))),
     }  # fmt: skip
     return numbers, notes

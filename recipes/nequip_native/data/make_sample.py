@@ -75,7 +75,8 @@ def describe(frames: list[Atoms]) -> str:
     stress = [atoms.calc.results["stress"] for atoms in frames if "stress" in atoms.calc.results]
     return (
         f"{len(frames)} structures, {sum(sizes)} atoms ({min(sizes)} to {max(sizes)} each), RMS force "
-        f"{np.sqrt((forces**2).mean()):.3f} eV/A, {len(stress)} with stress, RMS {np.sqrt(np.square(stress).mean()):.4f} eV/A^3"
+        f"{np.sqrt((forces**2).mean()):.3f} eV/A, {len(stress)} with stress, RMS "
+        f"{np.sqrt(np.square(stress).mean()):.4f} eV/A^3"
     )
 
 

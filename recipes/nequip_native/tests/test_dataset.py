@@ -28,8 +28,9 @@ def loader(frames, tmp_path, distributed):
     path = write(frames, tmp_path / "a.extxyz")
 
     def build(elements=None, **keys):
-        return TrainLoader(distributed, 7, 4.0, elements, load_dataset_kwargs={"path": "structures", "data_files": path},
-                           **{"num_workers": 0, **({} if any("micro" in key for key in keys) else {"micro_batch_size": 3}), **keys})  # fmt: skip
+        given = {"load_dataset_kwargs": {"path": "structures", "data_files": path}, "num_workers": 0}
+        given |= {} if any("micro" in key for key in keys) else {"micro_batch_size": 3}
+        return TrainLoader(distributed, 7, 4.0, elements, **given | keys)
 
     return build
 
@@ -66,7 +67,9 @@ def test_a_batch(frames, loader):
 
 @pytest.mark.parametrize("key", ["micro_batch_size", "atom_micro_batch_size", "edge_micro_batch_size"])
 def test_each_structure_once_an_epoch(key, loader):
-    plan = loader(**{key: {"micro_batch_size": 4, "atom_micro_batch_size": 90, "edge_micro_batch_size": 3500}[key]}).plan
+    plan = loader(
+        **{key: {"micro_batch_size": 4, "atom_micro_batch_size": 90, "edge_micro_batch_size": 3500}[key]}
+    ).plan
     for epoch in (0, 1):
         rows = Counter(int(row) for batch in plan.epoch(epoch) for row in batch.rows)
         assert rows == Counter(range(31))
@@ -80,7 +83,11 @@ def test_batches_are_full(by, tmp_path, distributed):
     frames = []
     for _ in range(400):
         number = int(random.integers(5, 40))
-        a = Atoms("Cu" * number, scaled_positions=random.permutation(64)[:number, None] // [[16, 4, 1]] % 4 / 4, cell=[10] * 3)
+        a = Atoms(
+            "Cu" * number,
+            scaled_positions=random.permutation(64)[:number, None] // [[16, 4, 1]] % 4 / 4,
+            cell=[10] * 3,
+        )
         a.info["REF_energy"], a.pbc = float(number), True
         frames.append(a)
     path = write(frames, tmp_path / "a.extxyz")
@@ -106,13 +113,17 @@ def test_workers_and_resuming_change_nothing(loader):
 def test_bad_frames(frames, tmp_path, distributed):
     broken = labelled(8)
     broken[2].positions[1] = broken[2].positions[0] + 0.1
-    keys = {"load_dataset_kwargs": {"path": "structures", "data_files": write(broken, tmp_path / "b.extxyz")}, "num_workers": 0,
-            "micro_batch_size": 2}  # fmt: skip
-    with pytest.raises(ValueError, match=r"b.extxyz, frame 2 has atoms 0.17 A apart \[positions\].*bad_frames=leave_out"):
+    path = write(broken, tmp_path / "b.extxyz")
+    keys = {"load_dataset_kwargs": {"path": "structures", "data_files": path}, "num_workers": 0, "micro_batch_size": 2}
+    with pytest.raises(
+        ValueError, match=r"b.extxyz, frame 2 has atoms 0.17 A apart \[positions\].*bad_frames=leave_out"
+    ):
         TrainLoader(distributed, 0, 4.0, None, **keys)
     loader = TrainLoader(distributed, 0, 4.0, None, **keys, bad_frames="leave_out")
     assert sorted(int(row) for batch in loader.plan.epoch(0) for row in batch.rows) == [0, 1, 3, 4, 5, 6, 7]
-    assert loader.statistics["num_structures"] == 7 and any("1 of 8 structures are left out" in note for note in loader.notes)
+    assert loader.statistics["num_structures"] == 7 and any(
+        "1 of 8 structures are left out" in note for note in loader.notes
+    )
     kept = TrainLoader(distributed, 0, 4.0, None, **keys, bad_frames="keep")
     assert kept.statistics["num_structures"] == 8 and loader.plan.source.identity != kept.plan.source.identity
 
@@ -139,8 +150,8 @@ class Off(torch.nn.Module):
         atoms = torch.bincount(structure)
         errors = 0.01 * (types[:, None] + 1) * torch.sin(positions)
         wrong = torch.where(torch.isfinite(forces), forces + errors, 1.0)
-        return SimpleNamespace(energies=torch.nan_to_num(energy) + 0.1 * atoms * torch.cos(cell[:, 0, 0] * 50), forces=wrong,
-                               stress=torch.nan_to_num(stress) + 1e-3 * cell / 10)  # fmt: skip
+        energies = torch.nan_to_num(energy) + 0.1 * atoms * torch.cos(cell[:, 0, 0] * 50)
+        return SimpleNamespace(energies=energies, forces=wrong, stress=torch.nan_to_num(stress) + 1e-3 * cell / 10)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
@@ -149,8 +160,8 @@ def test_metrics_are_those_of_the_whole_set(num_ranks, frames, tmp_path):
     elements = ["Cu", "Al", "Ni"]
 
     def work(rank):
-        validator = open_validation(rank, 4.0, elements, load_dataset_kwargs={"path": "structures", "data_files": paths},
-                                    atom_micro_batch_size=100)  # fmt: skip
+        kwargs = {"path": "structures", "data_files": paths}
+        validator = open_validation(rank, 4.0, elements, load_dataset_kwargs=kwargs, atom_micro_batch_size=100)
         return validator.run(Off(), nullcontext)
 
     for found in on_ranks(num_ranks, work):
@@ -170,7 +181,9 @@ def test_metrics_are_those_of_the_whole_set(num_ranks, frames, tmp_path):
         assert found["forces_rmse"] == pytest.approx(np.sqrt((both**2).mean()), rel=1e-5)
         assert found["forces_max"] == pytest.approx(np.abs(both).max(), rel=1e-5)
         assert found["energy_per_atom_mae"] == pytest.approx(np.abs(of_energy).mean(), rel=1e-4)
-        assert found["forces_mae/a.extxyz"] == pytest.approx(np.abs(np.concatenate(errors["a.extxyz"])).mean(), rel=1e-5)
+        assert found["forces_mae/a.extxyz"] == pytest.approx(
+            np.abs(np.concatenate(errors["a.extxyz"])).mean(), rel=1e-5
+        )
         for element, wrong in of_element.items():
             assert found[f"forces_mae/{element}"] == pytest.approx(np.abs(np.concatenate(wrong)).mean(), rel=1e-5)
             assert found[f"forces_max/{element}"] == pytest.approx(np.abs(np.concatenate(wrong)).max(), rel=1e-5)

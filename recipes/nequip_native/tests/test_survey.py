@@ -17,7 +17,9 @@ from atoms.survey import statistics, survey
 def rows(tmp_path):
     frames = labelled(23)
     del frames[2].calc.results["forces"], frames[4].calc.results["energy"]
-    return frames, open_structures("dataset", {"path": "structures", "data_files": write(frames, tmp_path / "a.extxyz")})
+    return frames, open_structures(
+        "dataset", {"path": "structures", "data_files": write(frames, tmp_path / "a.extxyz")}
+    )
 
 
 def by_hand(frames, cutoff):
@@ -31,7 +33,8 @@ def by_hand(frames, cutoff):
     counts = np.array([[np.sum(a.numbers == z) for z in (13, 28, 29)] for a in of_energy], dtype=float)
     energies = np.linalg.lstsq(counts, [a.calc.results["energy"] for a in of_energy], rcond=None)[0]
     return {
-        "num_neighbors_mean": neighbours.mean(), "per_element_energy": energies, "forces_rms": np.sqrt((forces**2).mean()),
+        "num_neighbors_mean": neighbours.mean(), "per_element_energy": energies,
+        "forces_rms": np.sqrt((forces**2).mean()),
         "num_neighbors_per_type": [neighbours[numbers == z].mean() for z in (13, 28, 29)],
         "forces_rms_per_type": [np.sqrt((forces[which == z] ** 2).mean()) for z in (13, 28, 29)],
         "energy_per_atom_mean": np.mean([a.calc.results["energy"] / len(a) for a in of_energy]),
@@ -47,7 +50,10 @@ def test_statistics_are_exact(rows, distributed):
         assert np.allclose(numbers[name], value, rtol=1e-9, atol=1e-12), name
     assert numbers["per_element_energy_rank"] == 3 and not notes
     turned, _ = statistics(survey(distributed, "dataset", found, Cutoffs(4.0)), ["Cu", "Au", "Al"])
-    assert turned["per_element_energy"][::2] == numbers["per_element_energy"][::-2] and turned["forces_rms_per_type"][1] == 0
+    assert (
+        turned["per_element_energy"][::2] == numbers["per_element_energy"][::-2]
+        and turned["forces_rms_per_type"][1] == 0
+    )
 
 
 @pytest.mark.parametrize("one_node", [True, False])
@@ -93,6 +99,7 @@ def test_what_is_left_out_counts_for_nothing(rows, monkeypatch, distributed, tmp
     kept[[1, 9, 22]] = False
     expected = by_hand([a for a, stays in zip(frames, kept, strict=True) if stays], 4.0)
     for number in (1, 2):
+
         def work(rank):
             one = survey(rank, "dataset", found, Cutoffs(4.0))
             one.only(kept, rank)
