@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What recipes on atoms share: structures and neighbours, and the parts of equivariant potentials."""
+"""What recipes on atoms share: structures from files, neighbours, checks, statistics, and parts of potentials."""

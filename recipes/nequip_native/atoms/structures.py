@@ -12,12 +12,13 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from ase.data import chemical_symbols
+
+from atoms import elements
 
 
-SYMBOLS = np.array(chemical_symbols)
-NUM_ELEMENTS = len(chemical_symbols)  # by atomic number; 0 is ASE's X, which is no element
-NUMBERS = {symbol: number for number, symbol in enumerate(chemical_symbols)}
+SYMBOLS = np.array(elements.SYMBOLS)
+NUM_ELEMENTS = len(SYMBOLS)  # by atomic number; 0 is X, which is no element
+NUMBERS = {symbol: number for number, symbol in enumerate(elements.SYMBOLS)}
 _VECTOR = pa.list_(pa.float64())
 SCHEMA = pa.schema([
     ("numbers", pa.list_(pa.uint8())), ("positions", _VECTOR), ("cell", _VECTOR), ("pbc", pa.list_(pa.bool_())),

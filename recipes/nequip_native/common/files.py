@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small things about files and what is written to them, for trainers and for commands that need no torch."""
 
+import errno
 import math
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+
+# What the system says of a folder that cannot be written, or of one without locks.
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST,
+              errno.ENOLCK, errno.ENOSYS)  # fmt: skip
 
 
 def flat(config: dict, prefix: str = "", keep_empty: bool = True) -> dict[str, Any]:

@@ -89,6 +89,10 @@ def damage(path: Path, share: int = 0, num_shares: int = 1) -> str | None:
     Raises ValueError for what may be whole but cannot be read.
     """
     try:
+        if not path.is_dir():
+            return "there is no such folder"
+        if not (path / ".metadata").exists() and (inside := complete_steps(path)):
+            return f"it holds step_{inside[-1]}, which is one"
         if not (path / ".metadata").exists():
             return "it has no .metadata: it was not written or copied to its end"
         sums = [line.split("  ", 1) for line in (path / SUMS).read_text().splitlines()]

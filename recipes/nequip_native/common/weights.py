@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights by name: read from a folder or the hub one at a time, and written into a model that may be sharded."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from common.files import UNWRITABLE
 from common.random_numbers import seed_from
 
 
@@ -71,14 +74,46 @@ def read(state_dict: Mapping[str, Tensor], name: str) -> Callable[[], Tensor]:
     return partial(state_dict.__getitem__, name)
 
 
+def reason(error: Exception) -> str:
+    """Why the hub does not give something, in one sentence."""
+    if isinstance(error, LocalEntryNotFoundError):
+        return "it is not in the cache, and the hub cannot be reached or is not asked (HF_HUB_OFFLINE)."
+    if isinstance(error, GatedRepoError):
+        return "its owner lets in whom he knows; ask on its page, and log in by HF_TOKEN."
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is nothing of that name, or it is private (HF_TOKEN)."
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return f"its cache cannot be written ({error.filename}: {error.strerror}); set HF_HOME to a folder that can."
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def local_folder(source: str) -> Path:
-    """`source` if it is a folder, or else what the hub has under that name."""
+    """`source` if it is a folder, or else what the hub has under that name. Raises ValueError if there is none."""
     if Path(source).is_dir():
         return Path(source)
-    folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-    if not any(folder.glob("*.safetensors")):
-        snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
+    if Path(source).exists():
+        raise ValueError(f"{source} is a file; give the folder of a model.")
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:  # no name that the hub could have
+        raise ValueError(
+            f"{source} is no local folder{', and addresses are not read' * ('://' in source)}; give the folder of a "
+            "model, or a name from the hub, OWNER/NAME."
+        )
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
+    except (OSError, ValueError) as error:  # the hub's errors are OSErrors, those of its names ValueErrors
+        raise ValueError(f"{source} is no local folder, and the hub does not give it: {reason(error)}") from error
     return folder
+
+
+def named_type(folder: Path) -> str | None:
+    """The kind of model that a folder's config.json names. Raises ValueError where there is none."""
+    try:
+        return json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        what = error.strerror if isinstance(error, OSError) else "it is no JSON of a model"
+        raise ValueError(f"{folder / 'config.json'}: {what}; give the folder of a model.") from error
 
 
 def open_weights(folder: Path) -> Mapping[str, Tensor]:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A user's mistake ends as one sentence and exit code 2, before a model is built and with nothing written."""
 
+import runpy
+
 import pytest
 
+from common import RECIPE
 from common.contract.running import THIS_RECIPE, TRAINERS, recipe_module, run_here
 
 
@@ -17,6 +20,15 @@ EVERY_RECIPES = [
     (["seed"], ["seed cannot be read", "key=value"]),
     (["--config-name=none"], ["none: there is no such file; known are", "L0_sanity"]),
     (["checkpoint.save_every_n_steps=2"], ["checkpoint.save_every_n_steps=2 needs checkpoint.ckpt_dir"]),
+]
+
+# Of the commands beside the trainers.
+COMMANDS = [
+    ("export.py nope", ["nope is no whole checkpoint: there is no such folder; give a step_<n> folder"]),
+    ("rows.py nope --step 1", ["nope has no config.yaml"]),
+    ("rows.py nope", ["--step --micro-batch is required"]),
+    ("compare_runs.py nope", ["none of these is a run"]),
+    ("plot_metrics.py nope", ["nope does not exist"]),
 ]
 
 
@@ -40,6 +52,24 @@ def test_it_is_refused(overrides, words, tmp_path, capfd, monkeypatch):
     assert stopped.value.code == 2
     assert sentence.startswith("error: ") and sentence.count("\n") == 1, sentence
     assert not [word for word in words if word not in sentence], sentence
+    assert files(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    COMMANDS + getattr(THIS_RECIPE, "BAD_COMMANDS", []),
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_commands_say_it_too(line, words, tmp_path, capfd, monkeypatch):
+    script, *arguments = line.split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(RECIPE / script), run_name="__main__")
+    said = capfd.readouterr().err
+    assert stopped.value.code == 2
+    assert "error: " in said.splitlines()[-1]
+    assert not [word for word in words if word not in said], said
     assert files(tmp_path) == {}
 
 

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parity plots: what a model predicts against what is true."""
+
+from pathlib import Path
+
+import numpy as np
+
+
+def parity_plot(path: Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], units: dict[str, str],
+                groups: dict[str, np.ndarray] | None = None, title: str = "") -> None:  # fmt: skip
+    """A panel for each label of `pairs` (true, predicted), with its errors, and their histogram below.
+
+    `groups` colours a label's points, e.g. forces by element. Values that are not finite are left out.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    labels = [label for label, (true, _) in pairs.items() if np.isfinite(true).any()]
+    if not labels:
+        raise ValueError("there is no label to compare with; the structures have none.")
+    figure, axes = plt.subplots(2, len(labels), figsize=(4.2 * len(labels), 5.6), squeeze=False,
+                                gridspec_kw={"height_ratios": (3, 1)})  # fmt: skip
+    for (top, bottom), label in zip(axes.T, labels, strict=True):
+        true, found = (np.asarray(values, dtype=np.float64).ravel() for values in pairs[label])
+        fine = np.isfinite(true) & np.isfinite(found)
+        group = np.asarray((groups or {}).get(label, np.full(len(true), "")))[fine]
+        true, found = true[fine], found[fine]
+        unit, errors = units[label], found - true
+        for name in np.unique(group):
+            here = group == name
+            some = np.flatnonzero(here)[:: max(1, here.sum() // 20_000)]
+            top.plot(true[some], found[some], ".", ms=2, alpha=0.5, label=str(name), rasterized=True)
+        ends = [min(true.min(), found.min()), max(true.max(), found.max())]
+        top.plot(ends, ends, color="0.3", lw=0.8)
+        top.set(xlabel=f"true {label}, {unit}", ylabel=f"predicted {label}, {unit}")
+        top.set_title(f"MAE {np.abs(errors).mean():.3g}  RMSE {np.sqrt((errors**2).mean()):.3g} {unit}", fontsize=9)
+        if len(np.unique(group)) > 1:
+            top.legend(markerscale=5, fontsize=8)
+        bottom.hist(errors, bins=80, color="0.5")
+        bottom.set(xlabel=f"error of {label}, {unit}", yscale="log")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pass over all structures, shared by all ranks and kept with the data: sizes, sums for statistics, and checks.
+
+The sums belong to stretches of rows, whichever rank made them, and are added up in the order of the rows: their
+result is the same to the bit on any number of ranks.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from functools import cached_property
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from atoms.arrow_cache import in_processes
+from atoms.checks import BAD, BITS, bond_forces, bond_ratios, check, fingerprints, work
+from atoms.neighbours import Cutoffs
+from atoms.structures import NUM_ELEMENTS, NUMBERS, SYMBOLS, Structures, structures_of
+from common.distributed import Distributed
+from common.sizes import SizeIndex, read_chunk, save, writable
+
+
+VERSION = 1
+CHUNK = 5000  # rows that one process surveys, and saves, at once
+BLOCK = 250  # rows that are in memory at once
+OUTLIER, LEAST_OUTLIER = 12.0, 0.5  # median deviations of the energy an atom, and eV an atom
+FORCE_OUTLIER, LEAST_FORCE = 12.0, 10.0  # times the median of the frames' largest forces, and eV/A
+ODD = np.uint32(sum(int(bit) for bit in BITS.values())) & ~BAD
+
+
+def survey_chunk(rows: datasets.Dataset, first: int, stop: int, cutoffs: Cutoffs, max_neighbors: int | None,
+                 kept: np.ndarray | None = None) -> dict[str, np.ndarray]:  # fmt: skip
+    """Arrays with an entry a row, and sums over the rows that are `kept` (None: those that are not bad)."""
+    found: dict[str, list] = {}
+    sums: dict[str, np.ndarray] = {}
+    bonds: dict[int, np.ndarray] = {}
+    table = rows.with_format("arrow")
+    for at in range(first, stop, BLOCK):
+        structures = structures_of(table[at : min(at + BLOCK, stop)])
+        checked = check(structures, cutoffs, max_neighbors)
+        here = (checked.flags & BAD) == 0 if kept is None else kept[at - first : at - first + len(structures)]
+        largest = np.zeros(len(structures))
+        np.fmax.at(largest, structures.structure, np.linalg.norm(structures.forces, axis=-1))
+        per_row = {
+            "sizes": structures.num_atoms.astype(np.int32), "edges": checked.num_edges.astype(np.int32),
+            "flags": checked.flags, "prints": fingerprints(structures), "energy": structures.energy,
+            "max_force": largest.astype(np.float32), "counts": element_counts(structures),
+            "kept": here,
+        }  # fmt: skip
+        for name, array in per_row.items():
+            found.setdefault(name, []).append(array)
+        for name, value in sums_of(structures, checked, here).items():
+            sums[name] = sums[name] + value if name in sums else value
+        for pair, value in bond_forces(structures, checked).items():
+            bonds[pair] = bonds[pair] + value if pair in bonds else value
+    arrays = {name: np.concatenate(parts) for name, parts in found.items()}
+    counts = arrays.pop("counts")
+    arrays["elements"] = np.flatnonzero(counts.any(0))
+    arrays["counts"] = counts[:, arrays["elements"]].astype(np.uint16)
+    arrays["bond_pairs"] = np.array(sorted(bonds), dtype=np.int64)
+    arrays["bond_sums"] = np.array([bonds[pair] for pair in sorted(bonds)]).reshape(-1, 6)
+    return arrays | {f"sum_{name}": value for name, value in sums.items()}
+
+
+def element_counts(structures: Structures) -> np.ndarray:
+    """[S, 119]: how many atoms of each element a structure has."""
+    flat = structures.structure * NUM_ELEMENTS + structures.numbers
+    return np.bincount(flat, minlength=len(structures) * NUM_ELEMENTS).reshape(-1, NUM_ELEMENTS)
+
+
+def sums_of(structures: Structures, checked, kept: np.ndarray) -> dict[str, np.ndarray]:
+    """What statistics and findings add up over the structures that are kept."""
+    of_atom = kept[structures.structure]
+    numbers = structures.numbers[of_atom]
+
+    def by_element(weights: np.ndarray | None = None) -> np.ndarray:
+        return np.bincount(numbers, weights, NUM_ELEMENTS).astype(np.float64)
+
+    neighbours = np.bincount(checked.edges[0], minlength=len(structures.numbers)).astype(np.float64)
+    squares = (structures.forces[of_atom] ** 2).sum(-1)
+    fine = np.isfinite(squares)
+    counts = element_counts(structures)[kept & np.isfinite(structures.energy)].astype(np.float64)
+    energy = structures.energy[kept & np.isfinite(structures.energy)]
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    stress = structures.stress[kept]
+    stress = stress[np.isfinite(stress).all((1, 2))]
+    steps = np.array(list(work(structures, checked))).reshape(-1, 4)
+    fixed, moved = steps[steps[:, 0] == 0], steps[steps[:, 0] == 1]
+    moved = moved[np.isfinite(moved[:, 3])]
+    rest = moved[:, 1] - moved[:, 2]
+    return {
+        "structures": np.array(float(kept.sum())),
+        "atoms": by_element(), "neighbours": by_element(neighbours[of_atom]),
+        "force_atoms": by_element(fine.astype(np.float64)), "force_squares": by_element(np.where(fine, squares, 0.0)),
+        "energies": np.array(float(len(energy))),
+        "energy_sum": np.array((energy / np.maximum(counts.sum(1), 1)).sum()),
+        "energy_squares": np.array((energy**2).sum()),
+        "normal": counts.T @ counts, "right": (counts * energy[:, None]).sum(0),  # whole numbers, so exact
+        "growth": growth(energy, counts.sum(1)),
+        "share_normal": share.T @ share, "share_right": (share * energy[:, None]).sum(0),
+        "stresses": np.array(float(len(stress))), "stress_squares": np.array((stress**2).sum()),
+        "ratios": bond_ratios(structures, checked),
+        "force_work": _products(fixed[:, 1], fixed[:, 2]), "stress_work": _products(rest, moved[:, 3]),
+    } | pressures(structures, checked)  # fmt: skip
+
+
+def growth(energy: np.ndarray, num_atoms: np.ndarray) -> np.ndarray:
+    """n, and sums of x, x x, y, x y, y y with x the logarithm of the atoms, y that of the energy's size."""
+    fine = np.abs(energy) > 1e-9
+    x, y = np.log(num_atoms[fine]), np.log(np.abs(energy[fine]))
+    return np.array([float(len(x)), x.sum(), (x * x).sum(), y.sum(), (x * y).sum(), (y * y).sum()])
+
+
+def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """n, a a, a b, b b: of these a slope and how well it holds."""
+    return np.array([float(len(a)), (a * a).sum(), (a * b).sum(), (b * b).sum()])
+
+
+def pressures(structures: Structures, checked) -> dict[str, np.ndarray]:
+    """How stress goes with volume, and with energy at one volume, between structures of the same atoms.
+
+    p is the mean of the diagonal of the stress. What is stretched is under tension: p rises with the volume where the
+    stress has ASE's sign. What is shaken pushes outwards: p falls as the energy rises.
+    """
+    counts = np.unique(element_counts(structures), axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.argsort(counts, kind="stable")
+    num_atoms = np.maximum(structures.num_atoms, 1)
+    v, e = (checked.volume / num_atoms)[order], (structures.energy / num_atoms)[order]
+    dv, de, dp = np.diff(v), np.diff(e), np.diff(np.trace(structures.stress, axis1=1, axis2=2)[order] / 3)
+    sound = (checked.flags[order] & BAD) == 0
+    good = (np.diff(counts[order]) == 0) & np.isfinite(dp) & sound[1:] & sound[:-1]
+    other = np.abs(dv) > 1e-3 * v[1:]
+    still = good & ~other & np.isfinite(de)
+    return {"squeeze": _products(dv[good & other], dp[good & other]), "heat": _products(de[still], dp[still])}
+
+
+def chunk_to_file(path: Path, *arguments) -> int:
+    """Survey a chunk and save it, whole or not at all."""
+    arrays = survey_chunk(*arguments)
+    save(path, lambda file: np.savez_compressed(file, **arrays))
+    return len(arrays["sizes"])
+
+
+class Survey:
+    """What the pass has found: arrays with an entry a row, and the sums of each chunk."""
+
+    def __init__(self, folder: Path, chunks: list[dict[str, np.ndarray]], rows: datasets.Dataset, cutoffs: Cutoffs,
+                 max_neighbors: int | None):  # fmt: skip
+        self.folder, self.chunks, self.rows = folder, chunks, rows
+        self.cutoffs, self.max_neighbors = cutoffs, max_neighbors
+        self.atoms, self.edges, self.energy, self.max_force = (
+            self.column(k) for k in ("sizes", "edges", "energy", "max_force")
+        )
+        self.flags = self.column("flags").copy()
+        self._mark_duplicates()
+        self._mark_outliers()
+
+    def column(self, name: str) -> np.ndarray:
+        """The entries of all rows."""
+        return np.concatenate([chunk[name] for chunk in self.chunks])
+
+    def total(self, name: str) -> np.ndarray:
+        """A sum over all rows that are kept."""
+        return np.sum([chunk[f"sum_{name}"] for chunk in self.chunks], axis=0)
+
+    def bonds(self) -> np.ndarray:
+        """[pairs, 6]: the sums of `bond_forces`."""
+        found: dict[int, np.ndarray] = {}
+        for chunk in self.chunks:
+            for pair, sums in zip(chunk["bond_pairs"].tolist(), chunk["bond_sums"], strict=True):
+                found[pair] = found.get(pair, 0.0) + sums
+        return np.array([found[pair] for pair in sorted(found)]).reshape(-1, 6)
+
+    def _mark_duplicates(self) -> None:
+        prints = self.column("prints")
+        first = np.zeros(len(prints), bool)
+        first[np.unique(prints, return_index=True)[1]] = True
+        self.flags[~first] |= BITS["duplicate"]
+
+    def _mark_outliers(self) -> None:
+        deviation = self.energy_deviation
+        usual = 1.4826 * np.nanmedian(np.abs(deviation)) if np.isfinite(deviation).sum() > 10 else np.inf
+        self.flags[np.abs(deviation) > max(OUTLIER * usual, LEAST_OUTLIER)] |= BITS["energy_outlier"]
+        strongest = np.median(self.max_force[self.max_force > 0]) if (self.max_force > 0).any() else 0.0
+        self.flags[self.max_force > max(FORCE_OUTLIER * strongest, LEAST_FORCE)] |= BITS["force_outlier"]
+
+    @cached_property
+    def energy_deviation(self) -> np.ndarray:
+        """Of each row's energy an atom from that of its elements, less the median; NaN without one."""
+        references = solve(self.total("normal"), self.total("right"))[0]
+        expected = np.concatenate(
+            [chunk["counts"].astype(np.float64) @ references[chunk["elements"]] for chunk in self.chunks]
+        )
+        with np.errstate(invalid="ignore", divide="ignore"):
+            deviation = (self.energy - expected) / self.atoms
+        deviation[~np.isfinite(deviation) | ((self.flags & BAD) > 0)] = np.nan
+        return deviation - (np.nanmedian(deviation) if np.isfinite(deviation).any() else 0.0)
+
+    def elements(self) -> list[str]:
+        """Symbols of all elements, by atomic number, of the rows that are kept."""
+        return SYMBOLS[np.flatnonzero(self.total("atoms"))].tolist()
+
+    def size_index(self, name: str) -> SizeIndex:
+        """`sizes` (atoms) or `edges` of each row, mapped into memory from a file that ranks and workers share."""
+        path = self.folder / f"{name}.npy"
+        return SizeIndex(files={"sizes": path}) if path.exists() else SizeIndex({"sizes": self.column(name)})
+
+    def only(self, kept: np.ndarray, distributed: Distributed | None) -> None:
+        """Let the sums be those of the rows that are `kept`; all ranks call it. Chunks it changes are read again."""
+        path = self.folder / f"sums_{sha256(kept.tobytes()).hexdigest()[:16]}.npz"
+        starts = np.cumsum([0, *(len(chunk["sizes"]) for chunk in self.chunks)])
+        pieces = [kept[a:b] for a, b in pairwise(starts)]
+        changed = [i for i, piece in enumerate(pieces) if (piece != self.chunks[i]["kept"]).any()]
+        if not changed:
+            return
+        if not all(distributed.gather(path.exists())) if distributed else not path.exists():
+            rank, num_ranks = (distributed.rank, distributed.num_ranks) if distributed else (0, 1)
+            mine = {}
+            for i in changed[rank::num_ranks]:
+                arguments = (self.rows, starts[i], starts[i + 1], self.cutoffs, self.max_neighbors, pieces[i])
+                mine[i] = {
+                    k: v for k, v in survey_chunk(*arguments).items() if k.startswith(("sum_", "bond_", "kept"))
+                }
+            for found in distributed.gather(mine) if distributed else [mine]:
+                for i, arrays in found.items():
+                    self.chunks[i] |= arrays
+            if distributed is None or distributed.local_rank == 0:
+                arrays = {f"{i}/{name}": self.chunks[i][name] for i in changed for name in self.chunks[i]
+                          if name.startswith(("sum_", "bond_", "kept"))}  # fmt: skip
+                if self.folder.is_dir():
+                    save(path, lambda file: np.savez_compressed(file, **arrays))
+            return
+        for name, array in read_chunk(path).items():
+            self.chunks[int(name.partition("/")[0])][name.partition("/")[2]] = array
+
+
+def survey(distributed: Distributed, section: str, rows: datasets.Dataset, cutoffs: Cutoffs,
+           max_neighbors: int | None = None, num_processes: int | None = None) -> Survey:  # fmt: skip
+    """Survey all rows, or find what an earlier run has found; all ranks call it. Raises ValueError on all of them."""
+    rule = (VERSION, rows._fingerprint, len(rows), cutoffs.identity, max_neighbors, CHUNK)
+    target = (
+        Path(datasets.config.HF_DATASETS_CACHE)
+        / "structures"
+        / f"survey_{sha256(repr(rule).encode()).hexdigest()[:32]}"
+    )
+    starts = range(0, len(rows), CHUNK)
+    if not all(distributed.gather((target / "done.json").exists())):
+        parts = target.with_name(f".{target.name}")
+        with distributed.shared_errors():
+            with writable(section, target):
+                parts.mkdir(parents=True, exist_ok=True)
+            if len(rows) > CHUNK:
+                distributed.say(f"{section}: {len(rows):,} structures are looked through once; what is found is kept.")
+            mine = list(range(distributed.rank, len(starts), distributed.num_ranks))
+            tasks = [(parts / f"{i}.npz", rows, starts[i], min(starts[i] + CHUNK, len(rows)), cutoffs, max_neighbors)
+                     for i in mine if not (parts / f"{i}.npz").exists()]  # fmt: skip
+            processes = num_processes or max(1, (os.cpu_count() or 1) // distributed.num_local_ranks)
+            processes = processes if len(tasks) > 4 else 1
+            note = f"{section}: neighbours, statistics, checks"
+            for _ in in_processes(chunk_to_file, tasks, processes, note, not distributed.is_main, len(mine)):
+                pass
+        chunks: dict[int, dict] = {}
+        for found in distributed.gather({i: read_chunk(parts / f"{i}.npz") for i in mine}):
+            chunks |= found
+        with distributed.shared_errors():
+            if distributed.local_rank == 0 and not target.is_dir():
+                with writable(section, target):
+                    keep(target, [chunks[i] for i in range(len(starts))])
+        if distributed.local_rank == 0:
+            shutil.rmtree(parts, ignore_errors=True)
+    number = json.loads((target / "done.json").read_text())["num_chunks"]
+    chunks = [read_chunk(target / f"{i}.npz") for i in range(number)]
+    return Survey(target, chunks, rows, cutoffs, max_neighbors)
+
+
+def keep(target: Path, chunks: list[dict[str, np.ndarray]]) -> None:
+    """Write a survey, whole or not at all; another run or node may do so at the same time."""
+    made = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    made.mkdir()
+    for i, chunk in enumerate(chunks):
+        np.savez_compressed(made / f"{i}.npz", **chunk)
+    for name in ("sizes", "edges"):
+        np.save(made / f"{name}.npy", np.concatenate([chunk[name] for chunk in chunks]))
+    (made / "done.json").write_text(json.dumps({"num_chunks": len(chunks)}))
+    try:
+        made.rename(target)
+    except OSError:
+        shutil.rmtree(made)
+        if not target.is_dir():
+            raise
+
+
+# ---- statistics
+
+
+def solve(normal: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, int]:
+    """Least squares by the normal equations, of least norm where they leave something open, and their rank."""
+    used = np.flatnonzero(np.diag(normal))
+    found = np.zeros(len(normal))
+    if len(used) == 0:
+        return found, 0
+    scale = np.sqrt(np.diag(normal)[used])
+    values = np.linalg.eigvalsh(normal[np.ix_(used, used)] / np.outer(scale, scale))
+    fine = values > 1e-10 * values.max()
+    # Scaled back first: least norm is to mean that of the energies themselves.
+    inverse = np.linalg.pinv(normal[np.ix_(used, used)], rcond=1e-12, hermitian=True)
+    found[used] = inverse @ right[used]
+    return found, int(fine.sum())
+
+
+def statistics(found: Survey, elements: list[str]) -> tuple[dict, list[str]]:
+    """Exact over the rows that are kept, in the order of `elements`, and what is to be said of them."""
+    index = np.array([NUMBERS[symbol] for symbol in elements], dtype=np.int64)
+    atoms, neighbours, force_atoms, squares = (
+        found.total(name) for name in ("atoms", "neighbours", "force_atoms", "force_squares")
+    )
+    energies, rank = solve(found.total("normal"), found.total("right"))
+    present = np.flatnonzero(np.diag(found.total("normal")))
+    notes = []
+    if found.total("energies") and rank < len(present):
+        notes.append(
+            f"Energies of single elements: only {rank} of {len(present)} can be told apart from these compositions; "
+            "those of least norm are taken, which fit the structures as well as any."
+        )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.nan_to_num(neighbours / atoms)
+        rms = np.nan_to_num(np.sqrt(squares / (3 * force_atoms)))
+    numbers = {
+        "num_structures": int(found.total("structures")), "num_atoms": int(atoms.sum()),
+        "num_neighbors_mean": float(neighbours.sum() / max(atoms.sum(), 1)),
+        "num_neighbors_per_type": mean[index].tolist(),
+        "per_element_energy": energies[index].tolist(), "per_element_energy_rank": rank,
+        "energy_per_atom_mean": float(found.total("energy_sum") / max(found.total("energies"), 1)),
+        "forces_rms": float(np.sqrt(squares.sum() / max(3 * force_atoms.sum(), 1))),
+        "forces_rms_per_type": rms[index].tolist(),
+        "stress_rms": float(np.sqrt(found.total("stress_squares") / max(9 * found.total("stresses"), 1))),
+    }  # fmt: skip
+    return numbers, notes

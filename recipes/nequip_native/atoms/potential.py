@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A conservative potential: energies of atoms, and forces and stress as their derivative by the edges' vectors.
+
+Signs and units are ASE's: eV, eV/A, stress = dE/dstrain / V in eV/A^3. Vectors, sums and labels are float64.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from atoms.elements import SYMBOLS
+from atoms.radial import ScalarMLP
+from atoms.tensor_product import sum_at_centre
+from atoms.zbl import zbl_energy
+from common.random_numbers import seed_from
+from common.weights import fill
+
+
+@dataclass(kw_only=True)
+class PotentialConfig:
+    """What every potential has: all of it is in `run.json` and in the final model's `config.json`.
+
+    `cutoff` in A; `pair_cutoffs` [centre][neighbour], at most that; `num_neighbors` their mean, of all atoms or each
+    element; an atom's energy is scale times what the network says plus shift, in eV, by element.
+    """
+
+    elements: list[str]
+    cutoff: float
+    pair_cutoffs: list[list[float]] | None = None
+    num_neighbors: float | list[float]
+    energy_scales: list[float]
+    energy_shifts: list[float]
+    train_scales: bool = False
+    train_shifts: bool = False
+    zbl: str | None = None
+    dtype: str = "float32"
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return {"model_type": type(self).model_type, **asdict(self)}
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "float64": torch.float64}[self.dtype]
+
+
+class Output(NamedTuple):
+    """eV, eV/A, eV/A^3; `loss` and its `parts` where there are labels and counts."""
+
+    loss: Tensor | None
+    parts: dict[str, Tensor] | None
+    energies: Tensor
+    forces: Tensor
+    stress: Tensor
+    atomic_energies: Tensor
+
+
+class Graph(NamedTuple):
+    """What layers see of a batch: unit vectors [E, 3] and distances over the cutoff [E], in float64; sorted edges."""
+
+    directions: Tensor
+    x: Tensor
+    types: Tensor
+    edges: Tensor
+
+
+class Potential(nn.Module):
+    """What NequIP and Allegro share; a subclass has `network(graph)`, a number for each atom [A]."""
+
+    def __init__(self, config: PotentialConfig):
+        super().__init__()
+        self.config, self.losses = config, None
+        number = len(config.elements)
+        for name in ("scales", "shifts"):
+            trained = getattr(config, f"train_{name}")
+            # What training adds to the configuration's number, so that all parameters have one type.
+            added = nn.Parameter(torch.zeros(number, dtype=config.torch_dtype)) if trained else None
+            self.register_parameter(f"added_{name}", added)
+
+    def network(self, graph: Graph) -> Tensor:
+        raise NotImplementedError
+
+    def constant(self, values: list, like: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Numbers of the configuration beside a tensor."""
+        return torch.tensor(values, dtype=dtype, device=like.device)
+
+    def neighbor_norm(self, types: Tensor) -> Tensor | float:
+        """1 / sqrt(mean number of neighbours), of all or of each atom [A, 1, 1]."""
+        number = self.config.num_neighbors
+        if not isinstance(number, list):
+            return 1 / sqrt(number)
+        return self.constant([1 / sqrt(n) for n in number], types, self.config.torch_dtype)[types].view(-1, 1, 1)
+
+    def atomic_energies(self, vectors: Tensor, edges: Tensor, types: Tensor) -> Tensor:
+        """Energy of each atom, by the vectors from centres to neighbours [E, 3]."""
+        config = self.config
+        distance = vectors.square().sum(1).sqrt()
+        centre, neighbor = types[edges[0]], types[edges[1]]
+        if config.pair_cutoffs is None:
+            x = distance * (1 / config.cutoff)
+        else:
+            reciprocal = self.constant(config.pair_cutoffs, vectors).reciprocal()
+            x = distance * reciprocal[centre, neighbor]
+        graph = Graph(vectors / distance.unsqueeze(1), x, types, edges)
+        scales, shifts = self.constant(config.energy_scales, vectors), self.constant(config.energy_shifts, vectors)
+        if self.added_scales is not None:
+            scales = scales + self.added_scales.double()
+        if self.added_shifts is not None:
+            shifts = shifts + self.added_shifts.double()
+        energies = self.network(graph).double() * scales[types] + shifts[types]
+        if config.zbl:
+            z = self.constant([float(SYMBOLS.index(element)) for element in config.elements], vectors)
+            pair = zbl_energy(distance, x, z[centre], z[neighbor], config.zbl)
+            energies = energies + sum_at_centre(pair, edges[0], len(types))
+        return energies
+
+    def forward(
+        self,
+        positions: Tensor,
+        types: Tensor,
+        cell: Tensor,
+        edges: Tensor,
+        shifts: Tensor,
+        structure: Tensor,
+        energy: Tensor | None = None,
+        forces: Tensor | None = None,
+        stress: Tensor | None = None,
+        counts: Mapping[str, int] | None = None,
+        **weights: float,
+    ) -> Output:
+        """Of structures laid end to end.
+
+        `positions` [A, 3] and `cell` [S, 3, 3] in float64, `types` [A] as indices into the elements, `edges` [2, E]
+        with centres in order first, `shifts` [E, 3] whole cells that the neighbour is away, `structure` [A]. Labels
+        are NaN where there are none. `counts` are the labels of the whole step; `weights` as `losses` takes them.
+        """
+        num_structures = cell.shape[0]
+        of_edge = structure[edges[0]]
+        vectors = positions[edges[1]] - positions[edges[0]] + torch.bmm(shifts.unsqueeze(1), cell[of_edge]).squeeze(1)
+        with torch.enable_grad():
+            vectors = vectors.detach().requires_grad_()
+            atomic = self.atomic_energies(vectors, edges, types)
+            (gradient,) = torch.autograd.grad(atomic.sum(), vectors, create_graph=self.training)
+        if not self.training:
+            atomic = atomic.detach()
+        energies = sum_at_centre(atomic, structure, num_structures)
+        on_atoms = sum_at_centre(gradient, edges[0], len(types)) - sum_at_centre(gradient, edges[1], len(types))
+        virial = sum_at_centre(vectors.detach().unsqueeze(2) * gradient.unsqueeze(1), of_edge, num_structures)
+        volume = torch.linalg.det(cell).abs().view(-1, 1, 1)
+        virial = 0.5 * (virial + virial.transpose(1, 2))
+        found_stress = torch.where(volume > 0, virial / torch.where(volume > 0, volume, 1.0), 0.0)
+        loss = parts = None
+        if counts is not None and self.losses is not None:
+            found = {"energy": energies, "forces": on_atoms, "stress": found_stress}
+            labels = {"energy": energy, "forces": forces, "stress": stress}
+            sizes = torch.bincount(structure, minlength=num_structures)
+            parts = self.losses(found, labels, types, sizes, counts, weights)
+            loss = sum(parts.values())
+        return Output(loss, parts, energies, on_atoms, found_stress, atomic)
+
+
+def init_parameters(model: Potential, seed: int) -> None:
+    """First weights by name and seed alone, also where each rank has a part only: of variance 1, as published."""
+    tensors, bounds = dict(model.named_parameters()), {}
+    for name, module in model.named_modules():
+        if isinstance(module, ScalarMLP):
+            bounds |= {f"{name}.weights.{i}": sqrt(3) for i in range(len(module.weights))}
+        elif hasattr(module, "bound"):
+            bounds[f"{name}.weight"] = module.bound
+
+    def first_value(name: str) -> Tensor:
+        value = torch.zeros(tensors[name].shape, dtype=torch.float64, device="cpu")
+        if name.rpartition(".")[2] in ("added_scales", "added_shifts", "moved"):
+            return value
+        generator = torch.Generator("cpu").manual_seed(seed_from(seed, name))
+        if (bound := bounds.get(name)) is not None:
+            return value.uniform_(-bound, bound, generator=generator)
+        return value.normal_(generator=generator)
+
+    fill(tensors, first_value)
