@@ -11,7 +11,7 @@ from hashlib import blake2b
 import numpy as np
 from ase.data import covalent_radii
 
-from atoms.neighbours import Cutoffs, all_neighbours
+from atoms.neighbours import Cutoffs, find
 from atoms.structures import NUM_ELEMENTS, SYMBOLS, Structures
 
 
@@ -123,8 +123,7 @@ def check(structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = 
     found("cell_without_pbc", filled & (num_atoms > 1), per_atom)
 
     findable = sound & ~without & ~dense & (num_atoms > 0)
-    edges, vectors, num_edges = _edges(structures, findable, cutoffs, max_neighbors)
-    distances = np.linalg.norm(vectors, axis=-1)
+    edges, vectors, distances, num_edges = _edges(structures, findable, cutoffs, max_neighbors)
     nearest, closest = np.full(size, np.inf), np.full(size, np.inf)
     if len(distances):
         of_edge = owner[edges[0]]
@@ -151,20 +150,23 @@ def check(structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = 
 
 def _edges(
     structures: Structures, findable: np.ndarray, cutoffs: Cutoffs, max_neighbors: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the structures that have a cell to find them in: edges, their vectors, and how many each has."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of the structures that have a cell to find them in: edges, vectors, distances, and how many each has."""
     some = np.flatnonzero(findable)
     num_edges = np.zeros(len(structures), np.int64)
     if len(some) == 0:
-        return np.zeros((2, 0), np.int64), np.zeros((0, 3)), num_edges
-    chosen = structures if len(some) == len(structures) else structures.take(some)
-    edges, shifts, num_edges[some] = all_neighbours(chosen, cutoffs, max_neighbors)
-    cells = chosen.cell[chosen.structure[edges[0]]]
-    vectors = chosen.positions[edges[1]] - chosen.positions[edges[0]] + np.einsum("ei,eij->ej", shifts, cells)
-    if chosen is not structures:
-        atoms = np.concatenate([np.arange(structures.starts[i], structures.starts[i + 1]) for i in some])
-        edges = atoms[edges]
-    return edges, vectors, num_edges
+        return np.zeros((2, 0), np.int64), np.zeros((0, 3)), np.zeros(0), num_edges
+    found = []
+    for i in some:
+        atoms = structures.atoms_of(i)
+        centres, others, distances, vectors = find(
+            structures.numbers[atoms], structures.positions[atoms], structures.cell[i], structures.pbc[i], cutoffs,
+            max_neighbors, "ijdD",
+        )  # fmt: skip
+        num_edges[i] = len(centres)
+        found.append((centres + atoms.start, others + atoms.start, distances, vectors))
+    centres, others, distances, vectors = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    return np.stack([centres, others]), vectors, distances, num_edges
 
 
 def fingerprints(structures: Structures) -> np.ndarray:
@@ -191,8 +193,12 @@ def bond_forces(structures: Structures, checked: Checked) -> dict[int, np.ndarra
     """
     if not len(checked.distances):
         return {}
-    order = np.lexsort((checked.distances, checked.edges[0]))
-    first = order[np.flatnonzero(np.diff(checked.edges[0][order], prepend=-1))]
+    nearest = np.full(len(structures.numbers), np.inf)
+    np.minimum.at(nearest, checked.edges[0], checked.distances)
+    ties = np.flatnonzero(checked.distances == nearest[checked.edges[0]])
+    # Of several that are as near the one in the direction of the largest x, y, z: not the first, which nobody rules.
+    ties = ties[np.lexsort((*checked.vectors[ties].T, checked.edges[0][ties]))]
+    first = ties[np.flatnonzero(np.diff(checked.edges[0][ties], append=-1))]
     centre, other = checked.edges[:, first]
     d = checked.distances[first]
     apart = structures.forces[centre] - structures.forces[other]

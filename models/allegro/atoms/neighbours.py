@@ -66,22 +66,32 @@ def neighbours(
     keeps the nearest, and with the last of them all that are within 0.01 A as near: a choice among equals would
     depend on the order of atoms and on rotations. A pair can lose one of its directions so.
     """
+    centres, others, shifts, *_ = find(numbers, positions, cell, pbc, cutoffs, max_neighbors, "ijSd")
+    # One number for each edge sorts faster than four.
+    reach = int(np.abs(shifts).max(initial=0))
+    key = centres * len(numbers) + others
+    for axis in range(3):
+        key = key * (2 * reach + 1) + shifts[:, axis] + reach
+    order = np.argsort(key)
+    return np.stack([centres[order], others[order]]), shifts[order]
+
+
+def find(numbers: np.ndarray, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoffs: Cutoffs,
+         max_neighbors: int | None, quantities: str) -> list[np.ndarray]:  # fmt: skip
+    """Edges in no order: centre, neighbour, and what else of vesin's `quantities` is asked for, d among it."""
     pbc = np.asarray(pbc, dtype=bool)
     finder = NeighborList(cutoff=cutoffs.largest, full_list=True, n_threads=1)
-    centres, others, shifts, distances = finder.compute(
-        points=np.ascontiguousarray(positions, dtype=np.float64), box=np.ascontiguousarray(cell, dtype=np.float64),
-        periodic=pbc if pbc.any() and not pbc.all() else bool(pbc.all()), quantities="ijSd",
-    )  # fmt: skip
-    centres, others = centres.astype(np.int64), others.astype(np.int64)
-    keep = None
+    periodic = pbc if pbc.any() and not pbc.all() else bool(pbc.all())
+    points, box = (np.ascontiguousarray(array, dtype=np.float64) for array in (positions, cell))
+    found = list(finder.compute(points=points, box=box, periodic=periodic, quantities=quantities))
+    found[:2] = (array.astype(np.int64) for array in found[:2])
     if cutoffs.pairs:
-        keep = distances <= cutoffs.by_number[numbers[centres], numbers[others]]
-        centres, others, shifts, distances = centres[keep], others[keep], shifts[keep], distances[keep]
-    if max_neighbors is not None and len(centres):
-        keep = nearest(centres, distances, max_neighbors, len(numbers))
-        centres, others, shifts = centres[keep], others[keep], shifts[keep]
-    order = np.lexsort((shifts[:, 2], shifts[:, 1], shifts[:, 0], others, centres))
-    return np.stack([centres[order], others[order]]), shifts[order]
+        keep = found[quantities.index("d")] <= cutoffs.by_number[numbers[found[0]], numbers[found[1]]]
+        found = [array[keep] for array in found]
+    if max_neighbors is not None and len(found[0]):
+        keep = nearest(found[0], found[quantities.index("d")], max_neighbors, len(numbers))
+        found = [array[keep] for array in found]
+    return found
 
 
 def nearest(centres: np.ndarray, distances: np.ndarray, max_neighbors: int, num_atoms: int) -> np.ndarray:

@@ -26,7 +26,7 @@ def make_exact(model: MegatronFSDP, optimizer: torch.optim.Optimizer) -> None:
         torch.autograd.Variable._execution_engine.queue_callback(model.post_backward)
 
     def after_forward(module, args, output):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and output.loss.requires_grad:
             output.loss.register_hook(start_backward)
         else:  # no backward pass follows that would bring the sharded parameters back
             model.synchronize_param_gather()

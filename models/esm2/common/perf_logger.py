@@ -79,7 +79,7 @@ class PerfLogger:
             "loss_name": metrics.LOSS_NAME, "strategy": Path(script).stem.removeprefix("train_"),
             "num_ranks": distributed.num_ranks, "ranks_per_micro_batch": distributed.group_size,
             "device": device_name(distributed.device), "threads_per_rank": torch.get_num_threads(),
-            "layer_backend": precision.backend, "precision": "bf16" if precision.dtype else "fp32",
+            "layer_backend": precision.backend, "precision": precision.name,
             "low_precision": precision.layers, "peak_tflops_per_rank": self.peak, "peak_source": source,
             "code_sha256": code_hash(), "git": git_commit(), "versions": versions(),
             "command": redacted_command(sys.argv),

@@ -41,6 +41,7 @@ class Precision:
         self.device = device
         takes_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_faster(device, bf16_pays))
         self.dtype = torch.bfloat16 if takes_bf16 else None
+        self.name = "bf16" if takes_bf16 else "fp32"
         self.reduce_dtype = torch.float32 if takes_bf16 else None  # of gradients that are summed; None: as they are
         self.multiple = 1
         self.notes: list[str] = []

@@ -12,11 +12,15 @@ from common.epoch_plan import EpochPlan
 from common.loader import read
 
 
+MAXIMUM = "max_"
+
+
 class Validator:
     """Runs a model over the rows of `plan` (None: never), at the end and every `every_n_steps`.
 
-    `metrics` is the recipe's metrics.py: `batch_sums(model, batch)` gives what one batch adds up, as scalars on the
-    device, and `summary(sums)` what the sums of all rows mean.
+    `metrics` is the recipe's metrics.py, or an object: `batch_sums(model, batch)` gives what one batch adds up, as
+    tensors on the device, of the same shapes in all batches, and `summary(sums)` what the sums of all rows mean, as
+    numbers or arrays. Of what is named `max_...` the largest is taken, which is 0 at least.
     """
 
     def __init__(
@@ -48,7 +52,17 @@ class Validator:
                 sums = self.metrics.batch_sums(model, batch.to(self.distributed.device))
             for name, value in sums.items():
                 value = value.detach().double()
-                totals[name] = totals.get(name, 0.0) + (value if rank < len(group) else torch.zeros_like(value))
+                value = value if rank < len(group) else torch.zeros_like(value)
+                so_far = totals.get(name, torch.zeros_like(value))
+                totals[name] = torch.maximum(so_far, value) if name.startswith(MAXIMUM) else so_far + value
         model.train()
-        values = torch.stack(list(totals.values())).cpu().numpy()  # the one wait for the device
-        return self.metrics.summary(dict(zip(totals, self.distributed.sum(*values), strict=True)))
+        values = torch.cat([value.reshape(-1) for value in totals.values()]).cpu()  # the one wait for the device
+        sums = torch.tensor(self.distributed.sum(*values.numpy()), dtype=torch.float64)
+        if any(name.startswith(MAXIMUM) for name in totals):
+            largest = torch.stack(self.distributed.gather(values)).amax(0)
+        found, at = {}, 0
+        for name, value in totals.items():
+            of_all = (largest if name.startswith(MAXIMUM) else sums)[at : at + value.numel()].numpy()
+            found[name] = of_all.reshape(value.shape) if value.dim() else float(of_all[0])
+            at += value.numel()
+        return self.metrics.summary(found)

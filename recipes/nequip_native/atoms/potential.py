@@ -13,11 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from atoms.elements import SYMBOLS
-from atoms.radial import ScalarMLP
 from atoms.tensor_product import sum_at_centre
 from atoms.zbl import zbl_energy
-from common.random_numbers import seed_from
-from common.weights import fill
 
 
 @dataclass(kw_only=True)
@@ -161,24 +158,3 @@ class Potential(nn.Module):
             parts = self.losses(found, labels, types, sizes, counts, weights)
             loss = sum(parts.values())
         return Output(loss, parts, energies, on_atoms, found_stress, atomic)
-
-
-def init_parameters(model: Potential, seed: int) -> None:
-    """First weights by name and seed alone, also where each rank has a part only: of variance 1, as published."""
-    tensors, bounds = dict(model.named_parameters()), {}
-    for name, module in model.named_modules():
-        if isinstance(module, ScalarMLP):
-            bounds |= {f"{name}.weights.{i}": sqrt(3) for i in range(len(module.weights))}
-        elif hasattr(module, "bound"):
-            bounds[f"{name}.weight"] = module.bound
-
-    def first_value(name: str) -> Tensor:
-        value = torch.zeros(tensors[name].shape, dtype=torch.float64, device="cpu")
-        if name.rpartition(".")[2] in ("added_scales", "added_shifts", "moved"):
-            return value
-        generator = torch.Generator("cpu").manual_seed(seed_from(seed, name))
-        if (bound := bounds.get(name)) is not None:
-            return value.uniform_(-bound, bound, generator=generator)
-        return value.normal_(generator=generator)
-
-    fill(tensors, first_value)

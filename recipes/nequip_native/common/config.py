@@ -6,24 +6,32 @@ given and what type they have. Which sections a recipe has, and which values can
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any, get_type_hints
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from common import RECIPE
-from common.distributed import end_of_process, stop_with
+from common import RECIPE, quiet
+from common.command_line import as_written, check_launcher, for_hydra, typed_text
+from common.distributed import Distributed, end_of_process, process_group, stop_with
+from common.files import flat, names
+from common.own_data import take_own
+from common.redaction import redacted
 from common.type_hints import as_text, misfit
 
 
 FOLDER = RECIPE / "hydra_config"
+FOLDER_KEY = re.compile(r"(?<!data)_dir$|\.dir$")  # of a folder that is written to
 
 
 def check_config(
@@ -48,6 +56,8 @@ def check_config(
                 )
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise ValueError(f"{missing[0]} is not set; give it on the command line or in the config.")
+        _as_meant(config, {"": top_level, **sections})
+        take_own(config, _typed())
         values = OmegaConf.to_container(config, resolve=True)
         check_section("", {key: value for key, value in values.items() if key not in sections}, top_level)
         for name, callable_ in sections.items():
@@ -55,6 +65,73 @@ def check_config(
         check_pairs(config)
     except (ValueError, OmegaConfBaseException) as error:
         stop_with(str(error))
+
+
+def _as_meant(config: DictConfig, callables: Mapping[str, Callable]) -> None:
+    """Texts that look like numbers become texts where no number can be meant, and ~ the home folder.
+
+    Raises ValueError for an address where a folder is written, and for a number that no computer word holds.
+    """
+    typed = _typed()
+    for key, value in flat(OmegaConf.to_container(config, resolve=True)).items():
+        for one in value if isinstance(value, list) else [value]:
+            if type(one) is int and abs(one) >= 2**63:
+                raise ValueError(f"{key}={one} must be less than 2^63, 9223372036854775808.")
+        if isinstance(value, str) and "://" in value and FOLDER_KEY.search(key):
+            raise ValueError(f"{key}={redacted(value)}: nothing is written to an address; give a folder.")
+        if isinstance(value, str) and value.startswith("~"):
+            OmegaConf.update(config, key, str(Path(value).expanduser()))
+        elif isinstance(value, list) and any(isinstance(one, str) and one.startswith("~/") for one in value):
+            OmegaConf.update(config, key, [str(Path(x).expanduser()) if isinstance(x, str) else x for x in value])
+        elif isinstance(value, int | float) and _is_text(key, callables) and as_written(typed.get(key, "")):
+            OmegaConf.update(config, key, typed[key])
+
+
+def _typed() -> dict[str, str]:
+    return typed_text(HydraConfig.get().overrides.task) if HydraConfig.initialized() else {}
+
+
+def _is_text(key: str, callables: Mapping[str, Callable]) -> bool:
+    """Whether a key takes text, and no number or switch."""
+    section, _, name = key.rpartition(".")
+    if section.endswith("load_dataset_kwargs"):
+        return name in ("path", "name", "data_dir", "data_files", "split", "cache_dir", "revision")
+    if section not in callables:
+        return False
+    callable_ = callables[section]
+    hint = get_type_hints(callable_.__init__ if isinstance(callable_, type) else callable_).get(name)
+    return misfit(key, "text", hint) is None and misfit(key, 1, hint) is not None if hint else False
+
+
+@contextmanager
+def joined(config: DictConfig):
+    """Join the ranks of a run, which then have one configuration. Stops them where they cannot have."""
+    with process_group(config.seed, config.deterministic) as distributed:
+        with distributed.fail_together():
+            agree(config, distributed)
+        yield distributed
+
+
+def agree(config: DictConfig, distributed: Distributed) -> None:
+    """Let all ranks take rank 0's folders, as where one is named by the time. Raises ValueError for other differences.
+
+    Files of one name in different folders are no difference: nodes may have copies.
+    """
+    found = distributed.gather(flat(OmegaConf.to_container(config, resolve=True)))
+    for key in sorted({key for values in found for key in values}):
+        values = [redacted(values.get(key), key.rpartition(".")[2]) for values in found]
+        others = [(rank, value) for rank, value in enumerate(values) if repr(value) != repr(values[0])]
+        if not others:
+            continue
+        if key.startswith(("checkpoint.", "logger.", "wandb_init_args.")):
+            OmegaConf.update(config, key, found[0].get(key))
+            distributed.say(f"{key} is not the same on all ranks; all take rank 0's, {as_text(values[0])}.")
+        elif len({repr(names(value)) for value in values}) > 1:
+            rank, value = others[0]
+            raise ValueError(
+                f"{key} is not the same on all ranks: {as_text(values[0])} on rank 0 and {as_text(value)} on rank "
+                f"{rank}; give one value, and the ranks share out the work by themselves."
+            )
 
 
 def keyword_only(callable_: Callable) -> dict[str, Parameter]:
@@ -121,9 +198,23 @@ def launch(main: Callable[[DictConfig], None]) -> None:
         return
     register_resolvers()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints and exits by itself
-    with end_of_process() if main.__module__ == "__main__" else nullcontext():
+    is_script = main.__module__ == "__main__"
+    if is_script:
+        quiet.keep_streams()
+    with end_of_process() if is_script else nullcontext():
+        try:
+            check_launcher(Path(sys.argv[0]).name)
+        except ValueError as error:  # said by each process: none knows of the others
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        try:
+            sys.argv[1:] = for_hydra(sys.argv[1:], FOLDER, _known_keys())
+        except ValueError as error:
+            stop_with(str(error))
         try:
             main()
+        except KeyboardInterrupt:  # later ones are StopSignal's
+            stop_with("interrupted before the first step; nothing was changed.", 130)
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             stop_with(_one_sentence(error))
 
@@ -150,4 +241,8 @@ def _one_sentence(error: Exception) -> str:
         return f"--config-name {error.missing_cfg_file}: there is no such file; known are {', '.join(known)}."
     if isinstance(error, OverrideParseException):
         return f"{error.override} cannot be read: write key=value, as in seed=1, and quote commas and brackets."
+    if str(error).startswith("Ambiguous value"):
+        word = str(error).splitlines()[0].split("'", 1)[1].rstrip("'")
+        key, _, value = word.partition("=")
+        return f"{word} can mean several things: a list is {key}=[{value}], a text \"{key}='{value}'\"."
     return str(error) if isinstance(error, YAMLError) else str(error).splitlines()[0]

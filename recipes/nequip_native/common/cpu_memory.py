@@ -30,7 +30,7 @@ def keep_freed_memory() -> None:
 def keep_fewer_products() -> None:
     """For a process that has not multiplied yet: how many of its compiled matrix products oneDNN keeps.
 
-    There is one for each shape, so 12 for each new number of tokens and 15 for each of selected ones (rounded);
+    There is one for each shape, so 12 for each new number of rows and 15 for each of selected ones (rounded);
     each takes half a MiB. PyTorch and oneDNN would keep 1,024 each; 256 are those of some fifteen batches. What the
     environment says is left alone.
     """

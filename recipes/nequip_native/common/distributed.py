@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NoReturn
@@ -22,7 +22,7 @@ from common.cpu_memory import keep_fewer_products, keep_freed_memory
 
 def stop_with(sentence: str, code: int = 2) -> NoReturn:
     """End this process with one sentence, said by rank 0; exit code 2 stands for a user's mistake."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         print(f"error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
     elif not dist.is_initialized():
         # torchrun ends all ranks of a node as soon as one leaves: not before rank 0 has spoken.
@@ -258,7 +258,7 @@ def passes_per_step(micro_batches_per_step: int | None, distributed: Distributed
     return micro_batches_per_step // num_ranks
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def ignore_signals() -> None:
@@ -280,20 +280,33 @@ def signals_ignored():
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGUSR1 (Slurm's warning), so that the run can save and leave after its step."""
+    """Remembers SIGTERM, SIGUSR1 (Slurm's warning) or Ctrl-C, so that the run can save and leave after its step.
+
+    A second Ctrl-C ends it at once. A closed terminal does not end it, unless torchrun ends with that.
+    """
 
     def __init__(self):
-        self.heard, self.parent = False, os.getppid()
+        self.heard_at, self.parent = None, os.getppid()
+        self.by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
+        signal.signal(signal.SIGHUP, self._remember if self.by_torchrun else signal.SIG_IGN)
 
     def _remember(self, number, frame):
-        self.heard = True
+        now = time.monotonic()
+        if self.heard_at is None:
+            self.heard_at = now
+            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                with suppress(OSError):  # not by Python's streams, which may be in the middle of a line
+                    os.write(2, b"\nStopping after this step; Ctrl-C again ends at once.\n")
+        elif number == signal.SIGINT and (not self.by_torchrun or now - self.heard_at > 2):
+            # What the terminal sends to all, torchrun sends once more.
+            os._exit(130)
 
     @property
     def requested(self) -> bool:
         """Also when torchrun has died: the ranks it leaves behind would go on for ever."""
-        return self.heard or ("TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent)
+        return self.heard_at is not None or (self.by_torchrun and os.getppid() != self.parent)
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:

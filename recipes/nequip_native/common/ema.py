@@ -77,14 +77,20 @@ class EMA:
         return {"num_updates": self.num_updates, "decay": self.decay} if self.enabled else {}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict, model: nn.Module) -> None:
-        """Go on from there; where the checkpoint has no average, begin it at the weights that `model` has now."""
+    def load_state_dict(self, state: dict, model: nn.Module) -> list[str]:
+        """Go on from there; where the checkpoint has no average, begin it at the weights that `model` has now.
+
+        Returns what a reader of the log has to know.
+        """
         if not self.enabled:
-            return
+            return [
+                "The averaged weights are dropped (ema_decay=null): the last ones are validated and exported."
+            ] * bool(state)
         self.num_updates = state.get("num_updates", 0)
         if not state:
             for average, weight in self._pairs(model):
                 average.copy_(weight)
+        return ["The weights' average begins here (ema_decay): the checkpoint has none."] * (not state)
 
     def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """This rank's part of each average and of its parameter."""

@@ -2,7 +2,7 @@
 """The order in which a run reads its data: a function of (seed, epoch, data) that no rank or worker can move.
 
 A keyed permutation orders the rows of an epoch without holding it. The order is read in windows, and the rows of a
-window are packed into micro-batches. A micro-batch is known by (epoch, window, index), and that name seeds its masks.
+window are packed into micro-batches. A micro-batch is known by (epoch, window, index), and that name seeds its noise.
 """
 
 from bisect import bisect_left, insort

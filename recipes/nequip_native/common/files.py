@@ -25,6 +25,16 @@ def flat(config: dict, prefix: str = "", keep_empty: bool = True) -> dict[str, A
     return items
 
 
+def names(value: Any) -> Any:
+    """Of a file or folder, or of each in a list, the name without what is above it; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return [names(item) for item in value]
+    if isinstance(value, dict):
+        return {key: names(item) for key, item in value.items()}
+    is_path = isinstance(value, str) and value.startswith(("/", ".", "~")) and "://" not in value
+    return Path(value).name if is_path else value
+
+
 def finite(value: Any) -> Any:
     """None for a NaN or an infinity, which JSON does not have, also inside dicts and lists; anything else as it is."""
     if isinstance(value, dict):

@@ -6,8 +6,10 @@ collator takes of each row, `describe(rows)`, a line a row for a person, and `id
 """
 
 import atexit
+import multiprocessing.util
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,8 +57,9 @@ class StreamedMicroBatches(IterableDataset):
     """
 
     def __init__(self, stream: datasets.IterableDataset, prepare: Callable, grouping: Grouping, window_rows: int,
-                 seed: int, rank: int):  # fmt: skip
+                 seed: int, rank: int, identity: str | None = None):  # fmt: skip
         self.stream, self.prepare, self.grouping = stream, prepare, grouping
+        self.identity = identity  # a fingerprint of its first rows, which a resume compares
         self.window_rows, self.seed, self.rank = window_rows, seed, rank
         self.state = {"epoch": 0, "window": 0, "index": 0, "stream": None}
 
@@ -93,12 +96,31 @@ def start_worker_server() -> None:
     """Start the process that workers are forked from; it imports what they need while this one opens the data."""
     atexit.register(end_workers)
     set_forkserver_preload(["datasets", "torch.distributed.tensor", "torchdata.stateful_dataloader"])
+    _keep_sockets_short()
     os.environ["PYTHONSAFEPATH"] = "1"  # not a `datasets` that lies in the working folder
     # torchrun and Slurm signal whole process groups; that the rank is to save and leave is no news for its workers.
     # They inherit what is ignored when the server starts.
     with signals_ignored():
         forkserver.ensure_running()
     del os.environ["PYTHONSAFEPATH"]  # the scripts that this process starts do import from their folder
+
+
+def _keep_sockets_short() -> None:
+    """Let `multiprocessing` have its sockets elsewhere where TMPDIR is too long for them: 107 bytes in all.
+
+    Raises ValueError where there is no other place.
+    """
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) <= 70:  # it adds 36
+        return
+    place = next((path for path in ("/tmp", "/var/tmp", "/dev/shm") if os.access(path, os.W_OK | os.X_OK)), None)
+    if place is None:
+        raise ValueError(f"dataset.num_workers: TMPDIR={usual} is too long for sockets; set a shorter one.")
+    try:
+        tempfile.tempdir = place
+        multiprocessing.util.get_temp_dir()  # made once, and kept
+    finally:
+        tempfile.tempdir = usual
 
 
 @contextmanager
@@ -146,6 +168,7 @@ class Loader:
         if self.plan:
             self.sampler = RankSampler(self.plan, distributed.data_rank, distributed.num_data_ranks)
             data = PlannedMicroBatches(self.sampler)
+        self.identity = getattr(data, "identity", None)
         self.loader = StatefulDataLoader(
             data,
             batch_size=None,
@@ -172,7 +195,8 @@ class Loader:
             return {"position": list(position), "rules": self.plan.rules, "data": self.plan.source.identity}
         states = [None] * self.distributed.num_ranks
         torch.distributed.all_gather_object(states, self.loader.state_dict())
-        return {"layout": self._layout(), "ranks": states[:: self.distributed.group_size]}
+        states = {"layout": self._layout(), "ranks": states[:: self.distributed.group_size]}
+        return states | {"data": self.identity}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from a saved state. Raises ValueError for other data, or a stream that was saved on another layout."""
@@ -199,6 +223,11 @@ class Loader:
             rules = state.get("rules", self.plan.rules)
             self.sampler.position, note = self.plan.place_under(rules, tuple(state["position"]))
             self.notes += [note] if note else []
+        elif state.get("data", self.identity) != self.identity:
+            raise ValueError(
+                f"{kwargs}: the stream is not what the checkpoint was made with, its first rows differ; give the old "
+                "data, or start anew in another folder."
+            )
         elif state["layout"] != self._layout():
             raise ValueError(
                 f"A streamed data set resumes only on the layout it was saved on, {state['layout']}; this run has "

@@ -1,51 +1,193 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows by `datasets.load_dataset`, where a user's mistake is one sentence."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from glob import glob
+import gzip
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from glob import escape, glob, has_magic
 from itertools import islice
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
+from datasets.data_files import FILES_TO_IGNORE, DataFilesDict, DataFilesList, get_data_patterns, sanitize_patterns
 from datasets.distributed import split_dataset_by_node
+from datasets.packaged_modules import (
+    _ALL_ALLOWED_EXTENSIONS,
+    _MODULE_TO_EXTENSIONS,
+    _PACKAGED_DATASETS_MODULES,
+)
 from datasets.table import InMemoryTable
 from omegaconf import OmegaConf
 
+from common import readers
 from common.distributed import Distributed
+from common.readers.narrow import NoColumn
 from common.redaction import redacted
 
 
-def open_rows(section: str, load_dataset_kwargs: dict) -> datasets.Dataset | datasets.IterableDataset:
-    """`datasets.load_dataset`; a user's mistake is a ValueError of one sentence that names `section`."""
+FILE_FORMATS = set(_PACKAGED_DATASETS_MODULES) - {"sql", "cache", "iceberg"}
+
+
+def open_rows(
+    section: str,
+    load_dataset_kwargs: dict,
+    columns: dict[str, str] | None = None,
+    labels: tuple[str, ...] = (),
+    looks_like: str = "",
+) -> datasets.Dataset | datasets.IterableDataset:
+    """`datasets.load_dataset`; a user's mistake is a ValueError of one sentence that names `section`.
+
+    Of tables in files only these columns are read: `columns`, the one that is needed by the key that names it (None:
+    all); and `labels`, as text, which say what a row is, where there are any. `looks_like` follows where a file has no
+    rows: what they look like in this kind of file.
+    """
     load_dataset_kwargs = plain(load_dataset_kwargs)
     # Else the hub is asked to count each local file: seconds, where none answers.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    readers.register()
     name, path = f"{section}.load_dataset_kwargs", load_dataset_kwargs.get("path")
-    files = load_dataset_kwargs.get("data_files")
-    if path in ("parquet", "arrow", "csv", "json", "text", "fasta") and "data_dir" not in load_dataset_kwargs:
-        if not files:  # datasets would read whatever lies in the working folder
-            raise ValueError(f"{name}.data_files is not set; path={path} needs a file, a pattern or a list of them.")
-        for pattern in _patterns(files):
-            found = [] if "://" in pattern else [Path(match) for match in glob(pattern, recursive=True)]
-            if not found and "://" not in pattern:
-                raise ValueError(
-                    f"{name}.data_files={pattern}: no such file; give a full path or one from {Path.cwd()}."
-                )
-            if empty := [str(file) for file in found if file.stat().st_size == 0]:
-                raise ValueError(f"{name}.data_files={empty[0]}: the file is empty; give one with rows in it.")
-    if path == "parquet":  # by default a row group at once, and an error where a file among others has no rows
-        load_dataset_kwargs = {"batch_size": 10_000, **load_dataset_kwargs}
-    with one_sentence(section, load_dataset_kwargs):
-        rows = datasets.load_dataset(**load_dataset_kwargs)
+    kwargs = load_dataset_kwargs.copy()
+    for column in (columns or {}).values():
+        others = load_dataset_kwargs.get("columns") or labels
+        kwargs["columns"] = [column, *(other for other in others if other != column)]
+    with one_sentence(section, load_dataset_kwargs, columns, looks_like):
+        if path in FILE_FORMATS:
+            kwargs = resolved(name, kwargs)
+            if path == "parquet":  # by default a row group at once, and an error where a file among others has no rows
+                kwargs = {"batch_size": 10_000, **kwargs}
+        elif path is not None and (folder := Path(path).expanduser()).is_dir():
+            kwargs["path"] = str(folder)
+            if not saved_to_disk(folder) and not kwargs.get("data_files") and has_magic(str(folder.absolute())):
+                inside = folder.absolute() / (kwargs.pop("data_dir", None) or "")
+                kwargs["data_files"] = files_in(inside)
+        if path is not None and saved_to_disk(Path(kwargs["path"])):
+            rows = from_disk(kwargs)
+        else:
+            try:
+                rows = datasets.load_dataset(**kwargs)
+            except (TypeError, ValueError) as error:
+                if isinstance(error, NoColumn) or "column" not in str(error) or "columns" in load_dataset_kwargs:
+                    raise
+                wanted = kwargs.pop("columns")  # this format reads all
+                rows = datasets.load_dataset(**kwargs)
+                if not isinstance(rows, dict):
+                    rows = rows.select_columns(
+                        [name for name in wanted if name in rows.column_names] or rows.column_names
+                    )
         if isinstance(rows, dict):
             raise ValueError(f"{name}.split is not set; this data set has the splits {', '.join(rows)}.")
         # A stream opens its files only when it is asked for a row; as Arrow, because text need not decode.
         if next(iter(rows.with_format("arrow")), None) is None:
             raise NoRows
+    for key, column in (columns or {}).items():
+        if rows.column_names is not None:
+            check_column(section, key, column, rows.column_names)
     return rows
+
+
+# ---- files
+
+
+def resolved(name: str, kwargs: dict) -> dict:
+    """The same with all files by their full names: `datasets` takes signs of folders above them for patterns.
+
+    Raises ValueError for a name or pattern without a file, and for files that are empty.
+    """
+    path, files = kwargs["path"], kwargs.get("data_files")
+    root = Path(kwargs.get("data_dir") or "").expanduser().absolute()
+    if not files and kwargs.get("data_dir"):  # datasets sees by their names which split they are
+        return {k: v for k, v in kwargs.items() if k != "data_dir"} | {"data_files": files_in(root)}
+    if not files:  # datasets would read whatever lies in the working folder
+        raise ValueError(f"{name}.data_files is not set; path={path} needs a file, a pattern or a list of them.")
+    splits = sanitize_patterns(files)
+    if any("://" in pattern for patterns in splits.values() for pattern in patterns):
+        return kwargs
+    found, empty = {}, []
+    for split, patterns in splits.items():
+        matches = [file for pattern in patterns for file in matching(name, path, root, pattern)]
+        if wrong := [str(file) for file in matches if "::" in str(file) or "\\" in str(file)]:
+            raise ValueError(
+                f"{name}.data_files={wrong[0]}: datasets cannot read a name with :: or \\ in it; rename it."
+            )
+        empty += [str(file) for file in matches if is_empty(file)]
+        found[split] = DataFilesList(list(map(str, matches)), [(str(file.stat().st_mtime_ns),) for file in matches])
+    if len(empty) == 1:
+        raise ValueError(f"{name}.data_files={empty[0]}: the file is empty; give one with rows in it.")
+    if empty:
+        shown = ", ".join(empty[:20]) + (f" and {len(empty) - 20} more" if len(empty) > 20 else "")
+        raise ValueError(f"{name}.data_files: {len(empty)} files are empty: {shown}; leave them out, or delete them.")
+    return {k: v for k, v in kwargs.items() if k != "data_dir"} | {"data_files": found}
+
+
+def matching(name: str, path: str, root: Path, pattern: str) -> list[Path]:
+    """The files that a name, a folder or a pattern stands for, sorted. Raises ValueError where there is none."""
+    # Links as they are: the hub's cache has the ending in their names.
+    place = Path(os.path.abspath(root / Path(pattern).expanduser()))  # noqa: PTH100
+    if place.is_file():
+        return [place]
+    base = Path(place.anchor)  # as far as there is a folder of that very name; what is left is a pattern
+    parts = list(place.parts[1:])
+    while parts and (base / parts[0]).is_dir():
+        base = base / parts.pop(0)
+    if parts:
+        found = sorted(base / match for match in glob("/".join(parts), root_dir=base, recursive=True))
+        found = [file for file in found if file.is_file() and file.name not in FILES_TO_IGNORE]
+        if not found:
+            raise ValueError(f"{name}.data_files={pattern}: no such file; give a full path or one from {root}.")
+        return found
+    inside = sorted(file for file in base.rglob("*") if file.is_file())
+    visible = [file for file in inside if not any(part[0] in "._" for part in file.relative_to(base).parts)]
+    endings = [ending for ending in _MODULE_TO_EXTENSIONS.get(path, ()) if ending != ".zip"]
+    found = [file for file in visible if {suffix.lower() for suffix in file.suffixes} & set(endings)]
+    found = [file for file in found if file.name not in FILES_TO_IGNORE]
+    if not found:
+        there = f"it has {', '.join(file.name for file in visible[:5])}" if visible else "it is empty"
+        raise ValueError(
+            f"{name}.data_files={pattern}: a folder without a file that ends in {', '.join(endings)}; {there}. Give "
+            f"the files or a pattern, and {name}.path as they are."
+        )
+    return found
+
+
+def files_in(folder: Path) -> dict[str, DataFilesList]:
+    """The files of a folder, by the splits that `datasets` sees in their names."""
+    base = escape(str(folder))
+    return DataFilesDict.from_patterns(get_data_patterns(base), base, _ALL_ALLOWED_EXTENSIONS)
+
+
+def is_empty(file: Path) -> bool:
+    """Whether there is nothing in it, packed or not."""
+    size = file.stat().st_size
+    if size and file.suffix == ".gz" and size < 200:  # no more than a header with a name
+        with suppress(OSError, EOFError), gzip.open(file) as opened:
+            return not opened.read(1)
+    return size == 0
+
+
+def saved_to_disk(folder: Path) -> bool:
+    """Whether this is a folder that `save_to_disk` of `datasets` has written."""
+    return any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
+
+
+def from_disk(kwargs: dict) -> datasets.Dataset | datasets.IterableDataset | dict:
+    """What `save_to_disk` has written, with `split` as in `load_dataset`."""
+    data = datasets.load_from_disk(kwargs["path"], storage_options=kwargs.get("storage_options"))
+    if not isinstance(data, dict):
+        data = {str(data.split or "train"): data}
+    if (split := kwargs.get("split")) is None:
+        return data
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({key: len(rows) for key, rows in data.items()})
+    taken = [data[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    rows = taken[0] if len(taken) == 1 else datasets.concatenate_datasets(taken)
+    if "columns" in kwargs and kwargs["columns"][0] not in rows.column_names:
+        raise NoColumn(kwargs["path"], rows.column_names)
+    rows = rows.select_columns(
+        [name for name in kwargs.get("columns", rows.column_names) if name in rows.column_names]
+    )
+    return rows.to_iterable_dataset(max(1, len(rows.cache_files))) if kwargs.get("streaming") else rows
 
 
 def plain(kwargs: Mapping) -> dict:
@@ -67,7 +209,9 @@ class NoRows(Exception):
 
 
 @contextmanager
-def one_sentence(section: str, load_dataset_kwargs: dict) -> Iterator[None]:
+def one_sentence(
+    section: str, load_dataset_kwargs: dict, columns: dict[str, str] | None = None, looks_like: str = ""
+) -> Iterator[None]:
     """Whatever `datasets` raises in the block becomes a ValueError of one sentence that names `section`."""
     load_dataset_kwargs = plain(load_dataset_kwargs)
     name, path = f"{section}.load_dataset_kwargs", load_dataset_kwargs.get("path")
@@ -79,12 +223,14 @@ def one_sentence(section: str, load_dataset_kwargs: dict) -> Iterator[None]:
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         if reason.startswith(name):
             raise
-        if isinstance(error, NoRows) or "corresponds to no data" in reason:
-            way_out = "give one with some"
+        if isinstance(cause, NoColumn):
+            ((key, column),) = columns.items()
+            sentence = f"{section}.{key}={column}: the data has no such column; it has {', '.join(cause.names)}"
+            sentence += f" ({cause.file})."
+        elif isinstance(error, NoRows) or "corresponds to no data" in reason:
+            way_out = f"give one with some{looks_like}"
             if section == "validation":
                 way_out = f"give more rows, or set {name}=null"
-            elif path == "fasta":
-                way_out += ", each after a line that begins with >"
             sentence = f"{name}: split={load_dataset_kwargs.get('split')} of {files or path} has no rows; {way_out}."
         elif isinstance(cause, UnicodeDecodeError):
             sentence = f"{name}.data_files={files}: no UTF-8 text ({reason}); convert it"
@@ -94,15 +240,6 @@ def one_sentence(section: str, load_dataset_kwargs: dict) -> Iterator[None]:
         else:
             sentence = f"{name}: datasets cannot load {redacted(load_dataset_kwargs)}: {reason}"
         raise ValueError(sentence) from error
-
-
-def _patterns(files: str | Iterable[str] | Mapping) -> list[str]:
-    """`data_files` is a pattern, a list of them, or either by split."""
-    if isinstance(files, str):
-        return [files]
-    if isinstance(files, Mapping):
-        return [pattern for some in files.values() for pattern in _patterns(some)]
-    return list(files)
 
 
 def check_column(section: str, key: str, column: str, names: list[str]) -> None:

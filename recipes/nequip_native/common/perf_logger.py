@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from itertools import count
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from common.batch import Batch
 from common.distributed import Distributed
 from common.files import append_line, finite, make_folder
+from common.own_data import data_names, no_validation
 from common.precision import Precision
 from common.redaction import redacted, redacted_command
 from common.run_facts import (
@@ -28,6 +30,12 @@ from common.run_facts import (
     start_wandb,
     versions,
 )
+from common.step_folder import lock
+
+
+def before(file: Path, number: int) -> Path:
+    """Where the file of an earlier run is kept."""
+    return file.with_name(f"{file.stem}.before_{number}{file.suffix}")
 
 
 class PerfLogger:
@@ -56,16 +64,22 @@ class PerfLogger:
         self.distributed, self.flops, self.frequency, self.unit = distributed, flops, frequency, metrics.UNIT
         self.folder = Path(log_dir) if log_dir else None
         self.num_steps, self.num_units, self.validation = config.num_train_steps, 0, {}
+        # What figures of a validation are of, for whoever reads them elsewhere.
+        kwargs = OmegaConf.to_container(config, resolve=True).get("validation", {}).get("load_dataset_kwargs")
+        self.validated_on, self.weights = data_names(kwargs), "averaged" if config.get("ema_decay") else None
         self.wandb = self.bar = None
-        self.is_full = False
-        self.notes, self.stats = precision.notes, precision.stats
-        self.peak, source = peak_of(distributed.device, precision.dtype or torch.float32, peak_tflops)
+        self.is_full, self.going_on_from = False, None
+        self.notes, self.stats = [*precision.notes, no_validation(config)], precision.stats
+        self.peak, source = peak_of(
+            distributed.device, precision.dtype or torch.float32, precision.product, peak_tflops
+        )
         self.run = {
+            "run_id": uuid.uuid4().hex[:12],  # kept when the run goes on: whose lines metrics.jsonl has
             "model_tag": config.model_tag, "num_parameters": num_parameters, "unit": metrics.UNIT,
             "loss_name": metrics.LOSS_NAME, "strategy": Path(script).stem.removeprefix("train_"),
-            "num_ranks": distributed.num_ranks, "cp_size": distributed.group_size,
+            "num_ranks": distributed.num_ranks, "ranks_per_micro_batch": distributed.group_size,
             "device": device_name(distributed.device), "threads_per_rank": torch.get_num_threads(),
-            "layer_backend": precision.backend, "precision": "bf16" if precision.dtype else "fp32",
+            "layer_backend": precision.backend, "precision": precision.name,
             "low_precision": precision.layers, "peak_tflops_per_rank": self.peak, "peak_source": source,
             "code_sha256": code_hash(), "git": git_commit(), "versions": versions(),
             "command": redacted_command(sys.argv),
@@ -74,17 +88,20 @@ class PerfLogger:
             return
         if self.folder:
             make_folder("logger.log_dir", self.folder, distributed.rank)
+            lock(self.folder.resolve(), key="logger.log_dir")
         self.config = redacted(OmegaConf.to_container(config, resolve=True))
         arguments = OmegaConf.to_container(config.wandb_init_args, resolve=True)
         self.wandb = start_wandb(self.run | {"config": self.config}, **arguments)
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps of the counts."""
-        return {f"num_{self.unit}": self.num_units, "validation": self.validation}
+        return {"run_id": self.run["run_id"], f"num_{self.unit}": self.num_units, "validation": self.validation}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on counting from there."""
         self.num_units, self.validation = state.get(f"num_{self.unit}", 0), state.get("validation", {})
+        self.run["run_id"] = state.get("run_id", self.run["run_id"])
+        self.going_on_from = state.get("run_id")
 
     def start(self, step: int, notes: list[str | None]) -> None:
         """Begin after `step`: what a killed run wrote past it is dropped, an earlier run's file is kept."""
@@ -114,11 +131,13 @@ class PerfLogger:
         path, kept = self.folder / "metrics.jsonl", []
         # torchrun has started this run again, before its first checkpoint: what is there is no earlier run's.
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if path.exists() and step == 0 and not restarted:
-            number = next(n for n in count(1) if not (self.folder / f"metrics.before_{n}.jsonl").exists())
-            path.rename(self.folder / f"metrics.before_{number}.jsonl")
-            if (anomalies := self.folder / "anomalies.jsonl").exists():
-                anomalies.rename(self.folder / f"anomalies.before_{number}.jsonl")
+        is_anothers = self.going_on_from is not None and self._written_by() not in (None, self.going_on_from)
+        if path.exists() and ((step == 0 and not restarted) or is_anothers):
+            files = [self.folder / name for name in ("metrics.jsonl", "anomalies.jsonl", "run.json", "config.yaml")]
+            number = next(n for n in count(1) if not any(before(file, n).exists() for file in files))
+            for file in files:
+                if file.exists():
+                    file.rename(before(file, number))
         elif path.exists():
             for line in path.read_text().splitlines():
                 try:
@@ -129,6 +148,13 @@ class PerfLogger:
         new = path.with_name(".metrics.jsonl")
         new.write_text("".join(kept))
         new.replace(path)  # killed here, the old lines are still there
+
+    def _written_by(self) -> str | None:
+        """Which run wrote to the folder before."""
+        try:
+            return json.loads((self.folder / "run.json").read_text()).get("run_id")
+        except (OSError, ValueError):
+            return None
 
     def _reset_window(self) -> None:
         self.start_time = time.perf_counter()
@@ -193,10 +219,11 @@ class PerfLogger:
 
     def log_validation(self, step: int, result: dict) -> None:
         """Report a validation."""
-        self.validation = {"step": step, **result}
-        self._write({"kind": "validation", "step": step, **result})
+        self.validation = {"step": step, "data": self.validated_on, **result}
+        whose = {"weights": self.weights} if self.weights else {}
+        self._write({"kind": "validation", "step": step, **whose, **result})
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.items() if isinstance(value, float))
-        self.distributed.say(f"step {step}  validation {numbers}")
+        self.distributed.say(f"step {step}  validation{' of the averaged weights' if whose else ''} {numbers}")
 
     def _write(self, line: dict) -> None:
         line = finite(line)

@@ -22,19 +22,21 @@ class Precision:
     `precision` is auto, bf16 or fp32; auto takes BF16 where it is faster. `notes` are sentences for the reader of the
     log, `backend` is whose implementation of the layers computes, where there are several. For subclasses with fewer
     bits: `multiple` is what the number of rows of a rank's matrices must divide by, `layers` are those of each format,
-    as text, and `stats` measures what rounding does.
+    as text, `stats` measures what rounding does, and `product` is the layers' x [rows, in] by weight [out, in].
     """
 
     def __init__(self, device: torch.device, precision: str, bf16_pays: bool):
         self.device = device
         takes_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_faster(device, bf16_pays))
         self.dtype = torch.bfloat16 if takes_bf16 else None
+        self.name = "bf16" if takes_bf16 else "fp32"
         self.reduce_dtype = torch.float32 if takes_bf16 else None  # of gradients that are summed; None: as they are
         self.multiple = 1
         self.notes: list[str] = []
         self.backend: str | None = None
         self.layers: dict[str, str] = {}
         self.stats = None
+        self.product = torch.nn.functional.linear
 
     def prepare(self, layers: Sequence[torch.nn.Module]) -> None:
         """Change how a new model's layers compute; FP32 and BF16 need nothing."""

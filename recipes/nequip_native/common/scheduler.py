@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer and the learning-rate schedule; the defaults are those of ESM-2 (Lin et al. 2023, A.2.4)."""
+"""The optimizer and the learning-rate schedule; what a model was published with, its configuration says."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.nn import Parameter
@@ -41,10 +42,10 @@ class Schedule(LambdaLR):
 def adamw(
     parameters: Iterable[Parameter],
     *,
-    lr: PositiveFloat = 4e-4,
-    betas: list[float] = (0.9, 0.98),
-    eps: PositiveFloat = 1e-8,
-    weight_decay: NonNegativeFloat = 0.01,
+    lr: PositiveFloat,
+    betas: list[float],
+    eps: PositiveFloat,
+    weight_decay: NonNegativeFloat,
     fused: bool = True,
 ) -> AdamW:
     """AdamW over what is to be trained; its moments have the parameters' own precision, FP32.
@@ -57,24 +58,30 @@ def adamw(
     return AdamW(trained, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused)
 
 
-def linear_schedule(
-    optimizer: Optimizer,
-    *,
-    num_warmup_steps: NonNegativeInt = 2_000,
-    num_training_steps: PositiveInt = 500_000,
-    decay_fraction: PositiveFloat = 0.9,
-    min_lr_fraction: NonNegativeFloat = 0.1,
-) -> Schedule:
-    """Linear warm-up to the peak, linear decay to `min_lr_fraction` of it at `decay_fraction` of the run, then flat.
-
-    Raises ValueError if the warm-up does not end before the decay does.
-    """
+def end_of_decay(num_warmup_steps: int, num_training_steps: int, decay_fraction: float) -> int:
+    """The step at which it ends. Raises ValueError if the warm-up does not end before."""
     decay_end = round(decay_fraction * num_training_steps)
     if num_warmup_steps >= decay_end:
         raise ValueError(
             f"lr_scheduler_kwargs.num_warmup_steps={num_warmup_steps} must be less than {decay_end}, where the decay "
             f"ends (decay_fraction={decay_fraction} of num_training_steps={num_training_steps})."
         )
+    return decay_end
+
+
+def linear_schedule(
+    optimizer: Optimizer,
+    *,
+    num_warmup_steps: NonNegativeInt,
+    num_training_steps: PositiveInt,
+    decay_fraction: PositiveFloat,
+    min_lr_fraction: NonNegativeFloat,
+) -> Schedule:
+    """Linear warm-up to the peak, linear decay to `min_lr_fraction` of it at `decay_fraction` of the run, then flat.
+
+    Raises ValueError if the warm-up does not end before the decay does.
+    """
+    decay_end = end_of_decay(num_warmup_steps, num_training_steps, decay_fraction)
 
     def fraction_of_peak(step: int) -> float:
         if step < num_warmup_steps:
@@ -82,6 +89,35 @@ def linear_schedule(
         done = min(1.0, (step - num_warmup_steps) / (decay_end - num_warmup_steps))
         return 1.0 - done * (1.0 - min_lr_fraction)
 
+    return scheduled(optimizer, fraction_of_peak, num_warmup_steps)
+
+
+def damped_cosine_schedule(
+    optimizer: Optimizer,
+    *,
+    num_warmup_steps: NonNegativeInt,
+    num_training_steps: PositiveInt,
+    decay_fraction: PositiveFloat,
+    min_lr_fraction: NonNegativeFloat,
+) -> Schedule:
+    """As `linear_schedule`, but the warm-up begins at 0, and the decay is the line times half a cosine wave.
+
+    Raises ValueError if the warm-up does not end before the decay does.
+    """
+    decay_end = end_of_decay(num_warmup_steps, num_training_steps, decay_fraction)
+
+    def fraction_of_peak(step: int) -> float:
+        if step < num_warmup_steps:
+            return step / num_warmup_steps
+        done = min(1.0, (step - num_warmup_steps) / (decay_end - num_warmup_steps))
+        line = 1.0 - done * (1.0 - min_lr_fraction)
+        return min_lr_fraction + (1.0 - min_lr_fraction) * line * (1.0 + math.cos(math.pi * done)) / 2
+
+    return scheduled(optimizer, fraction_of_peak, num_warmup_steps)
+
+
+def scheduled(optimizer: Optimizer, fraction_of_peak: Callable[[int], float], num_warmup_steps: int) -> Schedule:
+    """The schedule of these fractions, by steps made."""
     schedule = Schedule(optimizer, fraction_of_peak)
     schedule.num_warmup_steps = num_warmup_steps
     return schedule

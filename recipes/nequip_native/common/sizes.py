@@ -71,17 +71,19 @@ def measured(sizes: list[np.ndarray], members: list[np.ndarray | None]) -> dict[
     return arrays
 
 
-def size_index(distributed: Distributed, section: str, key: str | None, num_rows: int, measure: Measure) -> SizeIndex:
+def size_index(distributed: Distributed, section: str, key: str | None, num_rows: int, measure: Measure,
+               cache: Path | None = None) -> SizeIndex:  # fmt: skip
     """The index of a data set that `key` tells from all others; all ranks call it.
 
     `measure(rows)` gives the sizes of these rows' members, and how many members each row has (None: one). The ranks
     of a node share out what is not in the cache yet; a run that is killed meanwhile goes on where it was. Without a
-    `key`, as for rows that are held in memory, nothing is kept. Raises ValueError as `measure` does.
+    `key`, as for rows that are held in memory, nothing is kept. `cache` is where `datasets` keeps this data, if not
+    in its usual place. Raises ValueError as `measure` does.
     """
     chunks = [np.arange(first, min(first + CHUNK, num_rows)) for first in range(0, num_rows, CHUNK)]
     if key is None:
         return SizeIndex(measured(*map(list, zip(*map(measure, chunks), strict=True))))
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "row_sizes"
+    folder = (cache or Path(datasets.config.HF_DATASETS_CACHE)) / "row_sizes"
     target, parts = folder / key, folder / f".{key}.by_{CHUNK}"
     if all(distributed.gather(target.is_dir())):
         return open_index(target)
@@ -113,6 +115,15 @@ def size_index(distributed: Distributed, section: str, key: str | None, num_rows
     if distributed.local_rank == 0:  # now that no node needs them any more
         shutil.rmtree(parts, ignore_errors=True)
     return open_index(target)
+
+
+def cache_of(rows: datasets.Dataset) -> Path | None:
+    """The folder in which `datasets` keeps what it has converted, as its `cache_dir` says; None if it is the usual."""
+    for file in rows.cache_files[:1]:  # below it: data set, configuration, version, fingerprint
+        above = Path(file["filename"]).absolute().parents
+        if len(above) > 4 and above[1].name == str(rows.info.version):
+            return above[4]
+    return None
 
 
 def save(path: Path, write: Callable) -> None:
@@ -168,6 +179,6 @@ def writable(section: str, target: Path):
         if isinstance(error, FileNotFoundError) and target.is_dir():
             return
         raise ValueError(
-            f"{section}: the cache {target.parent} cannot be written ({error.strerror}); set HF_DATASETS_CACHE to a "
-            "folder that can."
+            f"{section}: the cache {target.parent} cannot be written ({error.strerror}); set HF_HOME or "
+            "HF_DATASETS_CACHE to a folder that can."
         ) from error

@@ -43,7 +43,7 @@ def complete_steps(folder: Path) -> list[int]:
     return [step for step in numbered(folder) if (folder / f"step_{step}" / ".metadata").exists()]
 
 
-def lock(folder: Path, seconds: float = 60) -> None:
+def lock(folder: Path, seconds: float = 60, key: str = "checkpoint.ckpt_dir") -> None:
     """Hold a folder for this process's life. Raises ValueError if another still has it after some time.
 
     The lock is on the folder itself, so it leaves no file; where a file system has none there is none.
@@ -57,7 +57,7 @@ def lock(folder: Path, seconds: float = 60) -> None:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"checkpoint.ckpt_dir={folder}: another run writes to it; stop that one, or take another folder."
+                    f"{key}={folder}: another run writes to it; stop that one, or take another folder."
                 ) from None
             time.sleep(0.2)
         except OSError:

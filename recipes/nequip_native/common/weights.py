@@ -53,6 +53,12 @@ def random_normal(shape: torch.Size, std: float, *key: int | str) -> Tensor:
     return torch.empty(shape, device="cpu").normal_(std=std, generator=generator)
 
 
+def random_uniform(shape: torch.Size, limit: float, *key: int | str) -> Tensor:
+    """Likewise, between -limit and limit."""
+    generator = torch.Generator("cpu").manual_seed(seed_from(*key))
+    return torch.empty(shape, device="cpu").uniform_(-limit, limit, generator=generator)
+
+
 class LazyTensors(Mapping):
     """A state dict that makes a tensor when it is read, so that one at a time takes memory."""
 

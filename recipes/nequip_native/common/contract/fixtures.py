@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from functools import partial
 
 
 from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
@@ -20,10 +21,10 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = os.environ["HF_HUB_OFFLINE"] =
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which the next import does
 # Read once, at a process's first matrix product on a GPU: a deterministic run may come after others.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-from common.contract.running import THIS_RECIPE  # noqa: E402
+from common.contract.running import THIS_RECIPE, straight_run  # noqa: E402
 
 
-__all__ = ["distributed", "no_group_of_an_earlier_test", "pytest_collection_modifyitems"]
+__all__ = ["distributed", "no_group_of_an_earlier_test", "pytest_collection_modifyitems", "straight"]
 # Ranks and workers are forked from a server that has imported these once.
 multiprocessing.set_forkserver_preload(
     ["torch.distributed.tensor", "torchdata.stateful_dataloader", "hydra", "megatron_fsdp", *THIS_RECIPE.PRELOAD]
@@ -53,6 +54,13 @@ def no_group_of_an_earlier_test():
     running = sys.modules["common.contract.running"]
     if running.has_groups():
         running.forget_groups()
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory):
+    """A function from a trainer to the folder of a run that was never stopped; pytest's processes share it."""
+    base = tmp_path_factory.getbasetemp()
+    return partial(straight_run, base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
 @pytest.fixture

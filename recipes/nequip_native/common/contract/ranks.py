@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests share: start ranks, compare batches, judge a distribution."""
+"""What tests share: call a function on ranks, compare batches, judge a distribution."""
 
 import os
 import pickle
@@ -15,7 +15,7 @@ from common.contract.running import meeting
 from common.distributed import process_group
 
 
-def run_ranks(folder: Path, function: Callable, num_ranks: int, *arguments) -> list:
+def call_on_ranks(folder: Path, function: Callable, num_ranks: int, *arguments) -> list:
     """`function(distributed, *arguments)` on so many gloo ranks; what each returns, by rank."""
     folder.mkdir(parents=True, exist_ok=True)
     # Not fork, because the parent has run threads; the server that conftest.py prepares is quicker than spawn.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start trainers the way users do, at a size that takes a second."""
 
+import fcntl
 import functools
 import gc
 import importlib
@@ -8,6 +9,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,13 +21,14 @@ from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from torch.distributed.tensor import _redistribute, debug
 
 from common import RECIPE
 from common.config import launch, register_resolvers
-from common.step_folder import unlock
+from common.step_folder import read_weights, unlock
 
 
 def _this_recipe() -> ModuleType:
@@ -39,6 +42,10 @@ def _this_recipe() -> ModuleType:
 THIS_RECIPE = _this_recipe()
 TINY = THIS_RECIPE.TINY
 TRAINERS = getattr(THIS_RECIPE, "TRAINERS", ("train_ddp", "train_fsdp2", "train_mfsdp"))
+
+# Of the run that is never stopped: checkpoints and validations, which no stop adds to, and a hop for each trainer.
+EVERY = 3
+LAST = EVERY * max(2, len(TRAINERS))
 
 
 def recipe_module(name: str) -> ModuleType:
@@ -60,6 +67,7 @@ def run_here(trainer: str, log_dir: Path, *overrides: str, apart: bool | None = 
         with patch.object(sys, "argv", arguments):
             launch(recipe_module(trainer).main)
     finally:  # as the end of a process does
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         unlock()
         forget_groups()
     return log_dir
@@ -182,6 +190,29 @@ def metrics(log_dir: Path, kind: str, key: str) -> list[float]:
     """One column of `metrics.jsonl`."""
     lines = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
     return [line[key] for line in lines if line["kind"] == kind]
+
+
+def straight_run(shared: Path, trainer: str) -> Path:
+    """`LAST` steps on one rank, with checkpoints and the final model; the process that asks first makes it for all."""
+    folder = shared / f"straight_{trainer}"
+    with open(shared / f".{folder.name}", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if not (folder / "final_model").exists():
+            run_here(trainer, folder, *saving_to(folder, LAST), "checkpoint.save_final_model=true")
+    return folder
+
+
+def saving_to(folder: Path, last: int) -> tuple[str, ...]:
+    """The overrides of a run of so many steps with checkpoints there."""
+    return f"num_train_steps={last}", f"checkpoint.ckpt_dir={folder}", f"checkpoint.save_every_n_steps={EVERY}"
+
+
+def assert_same_weights(ours: Path, theirs: Path, **tolerance: float) -> None:
+    """Of two step folders; to the bit unless there are tolerances."""
+    ours, theirs = read_weights(ours), read_weights(theirs)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], msg=name, **(tolerance or {"rtol": 0, "atol": 0}))
 
 
 def curve(log_dir: Path) -> list[float]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import RECIPE
-from common.contract.running import THIS_RECIPE, TRAINERS, run_here
+from common.contract.running import LAST, THIS_RECIPE, TRAINERS
 
 
 # In a process that cannot import the recipe: python -I does not look into the folder that it runs in.
@@ -23,10 +23,9 @@ torch.save(opened, result)
 """
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run")
-    return run_here(TRAINERS[-1], path, f"checkpoint.ckpt_dir={path}", "checkpoint.save_final_model=true")
+@pytest.fixture
+def run(straight):
+    return straight(TRAINERS[-1])
 
 
 def opened(folder, scratch):
@@ -37,12 +36,12 @@ def opened(folder, scratch):
 
 
 def test_it_gives_what_the_trained_model_gives(run, tmp_path):
-    ours = THIS_RECIPE.open_checkpoint(run / "step_6")
+    ours = THIS_RECIPE.open_checkpoint(run / f"step_{LAST}")
     torch.testing.assert_close(opened(run / "final_model", tmp_path), ours, rtol=1e-5, atol=1e-5)
 
 
 def test_a_checkpoint_is_exported_by_itself_too(run, tmp_path):
-    command = [sys.executable, "export.py", str(run / "step_6"), str(tmp_path / "exported")]
+    command = [sys.executable, "export.py", str(run / f"step_{LAST}"), str(tmp_path / "exported")]
     subprocess.run(command, cwd=RECIPE, check=True, timeout=120)
     for name in (p.relative_to(run / "final_model") for p in (run / "final_model").rglob("*") if p.is_file()):
         assert (tmp_path / "exported" / name).read_bytes() == (run / "final_model" / name).read_bytes(), name

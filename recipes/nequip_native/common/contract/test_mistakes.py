@@ -18,6 +18,15 @@ EVERY_RECIPES = [
     (["checkpoint=null"], ["checkpoint=null must be a section"]),
     (["~seed"], ["seed was taken out"]),
     (["seed"], ["seed cannot be read", "key=value"]),
+    (["--num_train_steps", "6"], ["--num_train_steps 6 cannot be read", "num_train_steps=6"]),
+    (["seed=1,2"], ["seed=1,2 can mean several things: a list is seed=[1,2]"]),
+    (["seed=18446744073709551616"], ["seed=18446744073709551616 must be less than 2^63"]),
+    (
+        ["checkpoint.ckpt_dir=s3://b/r"],
+        ["checkpoint.ckpt_dir=s3://b/r: nothing is written to an address; give a folder"],
+    ),
+    (["logger.log_dir=gs://b/r"], ["logger.log_dir=gs://b/r: nothing is written to an address"]),
+    (["+wandb_init_args.dir=s3://b/r"], ["wandb_init_args.dir=s3://b/r: nothing is written to an address"]),
     (["--config-name=none"], ["none: there is no such file; known are", "L0_sanity"]),
     (["checkpoint.save_every_n_steps=2"], ["checkpoint.save_every_n_steps=2 needs checkpoint.ckpt_dir"]),
 ]

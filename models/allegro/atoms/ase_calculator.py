@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An ASE calculator for a folder with `config.json` and `model.safetensors`: energy, forces, stress of a potential."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from ase.calculators.calculator import Calculator, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+from vesin import NeighborList
+
+from atoms.potential import Potential, PotentialConfig
+
+
+# By the kind of model, classes of its configuration and of itself; who brings a model adds it.
+POTENTIALS: dict[str, tuple[type, type]] = {}
+TYPES = {"F32": torch.float32, "F64": torch.float64}
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name; the format is a length, a header in JSON and the numbers."""
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    return {
+        name: torch.frombuffer(content, dtype=TYPES[entry["dtype"]], offset=start + entry["data_offsets"][0],
+                               count=max(torch.Size(entry["shape"]).numel(), 0)).view(entry["shape"]).clone()
+        for name, entry in header.items() if name != "__metadata__"
+    }  # fmt: skip
+
+
+def read_config(config_class: type[PotentialConfig], values: dict) -> PotentialConfig:
+    """What `config.json` says of the model."""
+    known = {field.name for field in fields(config_class)}
+    return config_class(**{name: value for name, value in values.items() if name in known})
+
+
+def graph(
+    atoms, elements: list[str], cutoff: float, pair_cutoffs: list[list[float]] | None
+) -> dict[str, torch.Tensor]:
+    """What the model takes, of ASE's atoms. Raises ValueError for an element that it does not know."""
+    number_of = {element: i for i, element in enumerate(elements)}
+    symbols = atoms.get_chemical_symbols()
+    if unknown := sorted(set(symbols) - set(elements)):
+        raise ValueError(f"There is {unknown[0]} among the atoms, and the potential knows {', '.join(elements)}.")
+    types = np.array([number_of[symbol] for symbol in symbols], dtype=np.int64)
+    pbc = np.asarray(atoms.pbc, dtype=bool)
+    finder = NeighborList(cutoff=cutoff, full_list=True)
+    periodic = bool(pbc.all()) if pbc.all() or not pbc.any() else pbc
+    centre, neighbor, shift, distance = finder.compute(
+        points=np.ascontiguousarray(atoms.positions, dtype=np.float64),
+        box=np.ascontiguousarray(atoms.cell.array, dtype=np.float64), periodic=periodic, quantities="ijSd",
+    )  # fmt: skip
+    centre, neighbor = centre.astype(np.int64), neighbor.astype(np.int64)
+    if pair_cutoffs is not None:
+        keep = distance <= np.array(pair_cutoffs)[types[centre], types[neighbor]]
+        centre, neighbor, shift = centre[keep], neighbor[keep], shift[keep]
+    order = np.lexsort((neighbor, centre))
+    cell = atoms.cell.array * pbc.all() if pbc.any() else np.zeros((3, 3))  # no volume, no stress
+    shift_vectors = shift[order].astype(np.float64)
+    if pbc.any() and not pbc.all():
+        cell = atoms.cell.array
+    arrays = {
+        "positions": atoms.positions.astype(np.float64), "types": types, "cell": cell[None],
+        "edges": np.stack([centre[order], neighbor[order]]), "shifts": shift_vectors,
+        "structure": np.zeros(len(types), dtype=np.int64),
+    }  # fmt: skip
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+
+
+class PotentialCalculator(Calculator):
+    """Energies in eV, forces in eV/A, stress in eV/A^3; `folder` is by default where this file is."""
+
+    implemented_properties = ("energy", "free_energy", "energies", "forces", "stress")
+
+    def __init__(self, folder: str | Path | None = None, device: str = "cpu", **kwargs):
+        super().__init__(**kwargs)
+        folder = Path(folder) if folder else Path(__file__).parent
+        values = json.loads((folder / "config.json").read_text())
+        config_class, model_class = POTENTIALS[values["model_type"]]
+        self.model: Potential = model_class(read_config(config_class, values))
+        self.model.load_state_dict(read_safetensors(folder / "model.safetensors"))
+        self.model.to(device).eval().requires_grad_(False)
+        self.device = torch.device(device)
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        config = self.model.config
+        inputs = graph(self.atoms, config.elements, config.cutoff, config.pair_cutoffs)
+        found = self.model(**{name: value.to(self.device) for name, value in inputs.items()})
+        energy = float(found.energies)
+        self.results = {
+            "energy": energy, "free_energy": energy, "energies": found.atomic_energies.cpu().numpy(),
+            "forces": found.forces.detach().cpu().numpy(),
+        }  # fmt: skip
+        if self.atoms.pbc.all():
+            self.results["stress"] = full_3x3_to_voigt_6_stress(found.stress[0].detach().cpu().numpy())
+        elif "stress" in properties:
+            raise ValueError("Stress is of structures that are periodic along all three directions.")

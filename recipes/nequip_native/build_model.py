@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model's name and the data's numbers to a model: NequIP or Allegro."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from omegaconf import DictConfig
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+import modeling_allegro
+import modeling_nequip
+from atoms.elements import SYMBOLS
+from atoms.first_weights import init_parameters
+from atoms.losses import loss_terms
+from atoms.neighbours import Cutoffs
+from atoms.potential import Potential, PotentialConfig
+from common.batch import Batch
+from common.distributed import Distributed
+from common.precision import Precision
+from common.weights import copy_parameters
+from modeling_allegro import Allegro, AllegroConfig
+from modeling_nequip import NequIP, NequIPConfig
+
+
+KINDS = {"nequip": (NequIPConfig, NequIP), "allegro": (AllegroConfig, Allegro)}
+SIZES = modeling_nequip.SIZES | modeling_allegro.SIZES
+# What training data says, unless the configuration does; a resumed run goes on with what it began with.
+MEASURED = ("num_neighbors", "energy_scales", "energy_shifts")
+
+
+@dataclass
+class Wanted:
+    """What the configuration says of the model, before the data is known."""
+
+    kind: str
+    options: dict
+    cutoffs: Cutoffs
+    elements: list[str] | None
+    given: dict
+
+    def on(self, elements: list[str], statistics: Mapping) -> PotentialConfig:
+        """The model's configuration for training data with these elements and numbers."""
+        measured = {
+            "num_neighbors": max(statistics["num_neighbors_mean"], 1.0),
+            "energy_scales": statistics["forces_rms"] or 1.0, "energy_shifts": statistics["per_element_energy"],
+        }  # fmt: skip
+        values = {name: by_element(name, self.given[name], elements, measured[name]) for name in MEASURED}
+        pairs = self.cutoffs.matrix(elements).tolist() if self.cutoffs.pairs else None
+        return KINDS[self.kind][0](
+            elements=elements, cutoff=self.cutoffs.largest, pair_cutoffs=pairs, **values, **self.options
+        )
+
+
+def by_element(name: str, given, elements: list[str], measured):
+    """A number for each element, from one for all, one for each by symbol, or the measured one."""
+    if isinstance(given, Mapping):
+        if missing := [element for element in elements if element not in given]:
+            raise ValueError(f"model_kwargs.{name} has no number for {missing[0]}; give one for each element.")
+        return [float(given[element]) for element in elements]
+    value = measured if given is None else float(given)
+    if name == "num_neighbors" or isinstance(value, list):
+        return value
+    return [value] * len(elements)
+
+
+def model_config(
+    model_tag: str,
+    precision: str,
+    *,
+    cutoff: PositiveFloat,
+    pair_cutoffs: dict[str, float] | None = None,
+    elements: list[str] | None = None,
+    num_neighbors: PositiveFloat | dict[str, float] | None = None,
+    energy_scales: PositiveFloat | dict[str, float] | None = None,
+    energy_shifts: float | dict[str, float] | None = None,
+    train_scales: bool = False,
+    train_shifts: bool = False,
+    zbl: Literal["metal", "real"] | None = None,
+    parity: bool | None = None,
+    num_layers: PositiveInt | None = None,
+    num_features: list[int] | None = None,
+    num_element_features: PositiveInt | None = None,
+    radial_depth: NonNegativeInt | None = None,
+    radial_width: PositiveInt | None = None,
+    l_max: NonNegativeInt | None = None,
+    num_scalars: PositiveInt | None = None,
+    num_tensors: PositiveInt | None = None,
+    mlp_depth: NonNegativeInt | None = None,
+    mlp_width: PositiveInt | None = None,
+    radial: Literal["bessel", "spline"] | None = None,
+    num_bessels: PositiveInt | None = None,
+    train_bessels: bool | None = None,
+    cutoff_power: PositiveInt | None = None,
+) -> Wanted:
+    """The section `model_kwargs`: a published size with what is overridden; null is what the size has.
+
+    Raises ValueError for a size that there is not, and for a key that its kind of model does not have.
+    """
+    architecture = {
+        "parity": parity, "num_layers": num_layers, "num_features": num_features,
+        "num_element_features": num_element_features, "radial_depth": radial_depth, "radial_width": radial_width,
+        "l_max": l_max, "num_scalars": num_scalars, "num_tensors": num_tensors, "mlp_depth": mlp_depth,
+        "mlp_width": mlp_width, "radial": radial, "num_bessels": num_bessels, "train_bessels": train_bessels,
+        "cutoff_power": cutoff_power,
+    }  # fmt: skip
+    if model_tag not in SIZES:
+        raise ValueError(f"model_tag={model_tag} must be one of {', '.join(SIZES)}.")
+    kind = model_tag.partition("_")[0]
+    known = {field.name for field in fields(KINDS[kind][0])}
+    overrides = {name: value for name, value in architecture.items() if value is not None}
+    if foreign := sorted(set(overrides) - known):
+        raise ValueError(
+            f"model_kwargs.{foreign[0]}={overrides[foreign[0]]} is nothing that model_tag={model_tag} has."
+        )
+    if num_features is not None and not (num_features and min(num_features) > 0):
+        raise ValueError(f"model_kwargs.num_features={num_features} must be channels for l = 0, 1, ..., each above 0.")
+    if unknown := [symbol for symbol in elements or [] if symbol not in SYMBOLS[1:]]:
+        raise ValueError(f"model_kwargs.elements: {unknown[0]} is no symbol of an element.")
+    try:
+        cutoffs = Cutoffs(cutoff, pair_cutoffs)
+    except ValueError as error:
+        raise ValueError(f"model_kwargs.pair_cutoffs: {error}") from error
+    overrides = {name: list(value) if name == "num_features" else value for name, value in overrides.items()}
+    options = SIZES[model_tag] | overrides
+    options |= {"train_scales": train_scales, "train_shifts": train_shifts, "zbl": zbl, "dtype": DTYPES[precision]}
+    given = {"num_neighbors": num_neighbors, "energy_scales": energy_scales, "energy_shifts": energy_shifts}
+    return Wanted(kind, options, cutoffs, list(elements) if elements else None, given)
+
+
+DTYPES = {"fp32": "float32", "tf32": "float32", "fp64": "float64"}
+
+
+def cutoffs_and_elements(config: DictConfig) -> tuple[Cutoffs, list[str] | None]:
+    """What reading structures has to know of the model."""
+    wanted = model_config(config.model_tag, config.precision, **config.model_kwargs)
+    return wanted.cutoffs, wanted.elements
+
+
+def build_precision(config: DictConfig, device: torch.device) -> Precision:
+    """FP32, FP32 with matrix products in TF32 on GPUs that have them, or float64."""
+    found = Precision(device, "fp32", bf16_pays=False)
+    found.name = config.precision
+    if config.precision == "tf32":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        if device.type == "cpu":
+            found.notes.append("precision=tf32 is fp32 on a CPU.")
+    return found
+
+
+def build_model(shape: PotentialConfig, loss_kwargs: Mapping, distributed: Distributed) -> Potential:
+    """The model without storage; `materialize` gives it its numbers once it is split over the ranks."""
+    losses = loss_terms(shape.elements, **loss_kwargs)
+    with torch.device("meta"):
+        model = KINDS[shape.model_type][1](shape)
+    model.losses = losses
+    return model
+
+
+def sharded_parts(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The whole: the derivative inside the forward pass needs all parameters at once."""
+    return [model]
+
+
+def materialize(
+    model: torch.nn.Module, seed: int, pretrained: Mapping[str, torch.Tensor] | None, device: torch.device
+) -> None:
+    """Give the model storage and its first weights; it may be split already: then each rank has its part only."""
+    model.to_empty(device=device)
+    if pretrained is None:
+        init_parameters(model, seed)
+    else:
+        copy_parameters(model, pretrained)
+
+
+def facts(shape: PotentialConfig, saved: dict | None = None) -> dict:
+    """What checkpoints say of the model, all that `export.py` needs to know.
+
+    With what the checkpoint of a run that goes on says (`saved`): raises ValueError if that is another model, and
+    takes over what was measured of the data when the run began.
+    """
+    if saved:
+        now = shape.to_dict()
+        if wrong := [name for name in now if name not in MEASURED and now[name] != saved.get(name)]:
+            changes = ", ".join(f"{name} was {saved.get(name)} and is {now[name]}" for name in wrong)
+            raise ValueError(f"{changes}; give model_tag or model_kwargs of that model")
+        for name in MEASURED:
+            setattr(shape, name, saved[name])
+    return shape.to_dict()
+
+
+def harmless_keys(config: Mapping) -> tuple[str, ...]:
+    """Keys of this recipe that a resume may change without moving the trajectory."""
+    return ()
+
+
+def training_flops(shape: PotentialConfig, batch: Batch) -> float:
+    """About the floating-point operations of a training step: forces are a second pass, their gradients two more.
+
+    Products of matrices over edges, which are nearly all.
+    """
+    edges = batch.counts["edges"]
+    if shape.model_type == "nequip":
+        per_edge = 0
+        irreps = modeling_nequip.layer_irreps(shape)
+        for before, after in pairwise(irreps):
+            for ir, number in before.items():
+                for edge in modeling_nequip.harmonics(shape.l_max):
+                    outs = [out for out in ir.times(edge) if out in after]
+                    per_edge += sum(2 * number * (shape.radial_width + ir.dim * out.dim) for out in outs)
+    else:
+        width, s, tensors = shape.mlp_width, shape.num_scalars, shape.num_tensors
+        components = (shape.l_max + 1) ** 2
+        per_edge = shape.num_layers * 2 * (width * (2 * s + 2 * tensors) + tensors * components**2)
+    return 6.0 * edges * per_edge

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several sources of rows as one, each with a share of every epoch; the plan knows of it what it knows of any source.
+
+Source k has its share of the draws: after e epochs of N rows, e N w_k / sum(w), rounded down (what rounding leaves is
+the largest's). Its draws go through its own rows in passes, each by a keyed permutation, whatever the epoch: no row
+comes twice before all have come. So a draw is a function of (seed, epoch, row), as everything in the plan is.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+import numpy as np
+
+from common.epoch_plan import permuted
+
+
+MIXTURE = 3  # what a random number is for, as a part of its key
+
+
+class Mixture:
+    """A source (common/loader.py) made of others by name; an epoch has as many rows as all of them together.
+
+    `weights` are numbers of rows, in any unit. Raises ValueError, which names `key`, for one that is not above 0.
+    """
+
+    def __init__(self, sources: Mapping[str, object], weights: Mapping[str, float], seed: int, key: str):
+        for name, weight in weights.items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"{key}.{name}.weight={weight} must be a number above 0.")
+        self.names, self.sources = list(sources), list(sources.values())
+        self.weights, self.seed = [float(weights[name]) for name in self.names], seed
+        self.lengths = [len(source) for source in self.sources]
+        self.num_rows = sum(self.lengths)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @property
+    def max_size(self) -> int:
+        """To how much a row is cut."""
+        return max(source.max_size for source in self.sources)
+
+    @cached_property
+    def identity(self) -> dict:
+        """What tells this data from other data."""
+        parts = {name: source.identity for name, source in zip(self.names, self.sources, strict=True)}
+        return {"num_rows": len(self), "weights": dict(zip(self.names, self.weights, strict=True)), "sources": parts}
+
+    def draws_before(self, epoch: int) -> list[int]:
+        """How many rows of each source have been drawn when this epoch begins."""
+        largest, total = int(np.argmax(self.weights)), sum(self.weights)
+        draws = [int(epoch * self.num_rows * weight / total) for weight in self.weights]
+        draws[largest] += epoch * self.num_rows - sum(draws)
+        return draws
+
+    def _parts(self, rows: np.ndarray, epoch: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, int]]:
+        """For each source and pass that has some of these rows: source, their places in `rows`, its rows, the pass."""
+        before, after, first = self.draws_before(epoch), self.draws_before(epoch + 1), 0
+        for k, (start, end) in enumerate(zip(before, after, strict=True)):
+            places = np.flatnonzero((rows >= first) & (rows < first + end - start))
+            draws = rows[places] - first + start
+            first += end - start
+            for turn in np.unique(draws // self.lengths[k]).tolist():
+                now = draws // self.lengths[k] == turn
+                own = permuted(draws[now] % self.lengths[k], self.lengths[k], self.seed, turn, MIXTURE, k)
+                yield k, places[now], own, turn
+
+    def sizes(self, rows: np.ndarray, epoch: int) -> np.ndarray:
+        """Of each row, as its source has it."""
+        found = np.zeros(len(rows), dtype=np.int64)
+        for k, places, own, turn in self._parts(rows, epoch):
+            found[places] = self.sources[k].sizes(own, turn)
+        return found
+
+    def read(self, rows: np.ndarray, epoch: int) -> list:
+        """What the collator takes of each row."""
+        return self._gathered(rows, epoch, lambda k, own, turn: self.sources[k].read(own, turn))
+
+    def describe(self, rows: np.ndarray, epoch: int) -> list[str]:
+        """A line a row, which begins with its source."""
+        return self._gathered(
+            rows, epoch, lambda k, own, turn: [f"{self.names[k]}: {x}" for x in self.sources[k].describe(own, turn)]
+        )
+
+    def _gathered(self, rows: np.ndarray, epoch: int, get) -> list:
+        found = [None] * len(rows)
+        for k, places, own, turn in self._parts(rows, epoch):
+            for place, item in zip(places.tolist(), get(k, own, turn), strict=True):
+                found[place] = item
+        return found
+
+    def note(self) -> str:
+        """One sentence for the log."""
+        shares = (
+            f"{name} {share:,} ({share / length:.2g} times its {length:,} rows)"
+            for name, share, length in zip(self.names, self.draws_before(1), self.lengths, strict=True)
+        )
+        return f"an epoch of {len(self):,} rows has of {', '.join(shares)}"

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a checkpoint into a folder that ASE opens, without this recipe: it needs torch, ase and vesin.
+
+    python export.py CKPT_DIR/step_1000 [final_model]
+
+writes `config.json`, `model.safetensors`, `calculator.py`, which is all the code in one file, and a model card.
+"""
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+
+
+from common import quiet  # noqa: F401  # isort: skip
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from common import RECIPE
+from common.command import command, writing
+from common.step_folder import damage, read_weights
+
+
+# In this order their sources make one file.
+SOURCES = (
+    "atoms/elements.py", "atoms/irreps.py", "atoms/spherical_harmonics.py", "atoms/radial.py", "atoms/zbl.py",
+    "atoms/tensor_product.py", "atoms/potential.py", "modeling_{kind}.py", "atoms/ase_calculator.py",
+)  # fmt: skip
+CLASSES = {"nequip": ("NequIPConfig", "NequIP"), "allegro": ("AllegroConfig", "Allegro")}
+HEAD = '''# SPDX-License-Identifier: Apache-2.0
+"""An interatomic potential as an ASE calculator. Needs torch, ase and vesin; energies in eV, lengths in A.
+
+from calculator import PotentialCalculator
+atoms.calc = PotentialCalculator()  # of the folder that this file is in
+"""
+
+'''
+CARD = """---
+library_name: ase
+tags: [interatomic-potential, {kind}]
+---
+# {model_tag}, {step:,} steps
+
+An interatomic potential for **{elements}** ({architecture}, cutoff {cutoff} A, {dtype}), trained for {step:,} steps
+({num_atoms:,} atoms) on `{data}`. Energies are in eV, forces in eV/A, stress in eV/A^3 with ASE's sign.
+
+{errors}
+
+```python
+from ase.io import read
+from calculator import PotentialCalculator  # in this folder; needs torch, ase and vesin
+
+atoms = read("structure.xyz")
+atoms.calc = PotentialCalculator()
+print(atoms.get_potential_energy(), atoms.get_forces())
+```
+
+It says nothing about other elements, and should not be trusted far from structures like those it was trained on.
+
+The configuration:
+
+```yaml
+{config}```
+"""
+
+
+def export(step_folder: Path, target: Path) -> None:
+    """Write the final model of one checkpoint; `target` appears only when it is complete.
+
+    Raises ValueError for a folder that is no complete checkpoint, and for a target that exists.
+    """
+    step_folder, target = Path(step_folder), Path(target)
+    if reason := damage(step_folder):
+        raise ValueError(f"{step_folder} is no whole checkpoint: {reason}; give a step_<n> folder that is.")
+    if target.exists():
+        raise ValueError(f"{target} exists; move it away or give another name.")
+    run = json.loads((step_folder / "run.json").read_text())
+    weights, model = read_weights(step_folder), run["model"]
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with writing(target):
+        partial.mkdir(parents=True)
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial / "model.safetensors")
+        (partial / "config.json").write_text(json.dumps(model, indent=1) + "\n")
+        (partial / "calculator.py").write_text(calculator_source(model["model_type"]))
+        (partial / "README.md").write_text(model_card(run))
+        partial.rename(target)
+
+
+def calculator_source(kind: str) -> str:
+    """All that a calculator of this kind of model needs, in one file."""
+    imports, bodies = set(), []
+    for name in SOURCES:
+        text = (RECIPE / name.format(kind=kind)).read_text()
+        text = re.sub(r"\A# SPDX[^\n]*\n(\"\"\".*?\"\"\"\n)?", "", text, flags=re.DOTALL)
+        # What other files of ours are imported is in this one already.
+        text = re.sub(r"^from atoms[.\w]* import (\([^)]*\)|.*)\n", "", text, flags=re.MULTILINE)
+        lines = re.findall(r"^(?:from|import) .*\n", text, flags=re.MULTILINE)
+        imports |= set(lines)
+        bodies.append(re.sub(r"^(?:from|import) .*\n", "", text, flags=re.MULTILINE).strip("\n"))
+    config_class, model_class = CLASSES[kind]
+    tail = f'POTENTIALS["{kind}"] = ({config_class}, {model_class})\n'
+    return HEAD + "".join(sorted(imports)) + "\n\n" + "\n\n\n".join([*bodies, tail])
+
+
+def model_card(run: dict) -> str:
+    """What the model is and how it came about, in Markdown."""
+    config, model, counts = run["config"], run["model"], run["logger"]
+    data = config["dataset"]["load_dataset_kwargs"]
+    files = data.get("data_files") or data["path"]
+    shown = {k: v for k, v in config.items() if k not in ("checkpoint", "logger", "validation", "wandb_init_args")}
+    # A card gets published; where files lay on the machine it was written on is nobody's business.
+    shown = json.loads(re.sub(r'"/[^"]*/([^"/]*)"', r'"\1"', json.dumps(shown)))
+    return CARD.format(
+        kind=model["model_type"], model_tag=shown["model_tag"], step=run["step"],
+        elements=", ".join(model["elements"]),
+        architecture={"nequip": "NequIP", "allegro": "Allegro"}[model["model_type"]], cutoff=model["cutoff"],
+        dtype=model["dtype"], num_atoms=counts["num_atoms"], errors=error_table(counts["validation"] or {}, model),
+        data=", ".join(Path(file).name for file in ([files] if isinstance(files, str) else files)),
+        config=OmegaConf.to_yaml(OmegaConf.create(shown)),
+    )  # fmt: skip
+
+
+def error_table(validation: dict, model: dict) -> str:
+    """The last validation's errors, of all and by element."""
+    rows = [("energy per atom, eV", "energy_per_atom"), ("forces, eV/A", "forces"), ("stress, eV/A^3", "stress")]
+    rows += [(f"forces on {element}, eV/A", f"forces_{{}}/{element}") for element in model["elements"]]
+    lines = []
+    for title, name in rows:
+        values = [
+            validation.get(name.format(kind) if "{}" in name else f"{name}_{kind}") for kind in ("mae", "rmse", "max")
+        ]
+        if values[0] is not None:
+            lines.append(f"| {title} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
+    if not lines:
+        return "It was not validated."
+    head = [f"Errors on {validation['num_structures']:,} other structures:", ""]
+    head += ["| | mean | root mean square | largest |", "|---|---|---|---|"]
+    return "\n".join([*head, *lines])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step_folder", type=Path)
+    parser.add_argument("target", type=Path, nargs="?", help="default: final_model beside the step folder")
+    arguments = parser.parse_args()
+    with command():
+        export(arguments.step_folder, arguments.target or arguments.step_folder.parent / "final_model")

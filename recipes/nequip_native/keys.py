@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which keys the configuration has, whose arguments each section is, and which values cannot be together."""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Gt, Lt
+from omegaconf import DictConfig
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+import common.config
+from atoms.losses import loss_terms
+from build_model import model_config
+from checkpoint import Checkpointer
+from common.anomalies import Anomalies
+from common.loss_schedules import LossSchedules
+from common.perf_logger import PerfLogger
+from common.run_facts import start_wandb
+from common.scheduler import Schedule, adamw, end_of_decay, linear_schedule, scheduled
+from dataset import TrainLoader, open_validation
+
+
+def top_level(
+    *,
+    model_tag: str,
+    num_train_steps: PositiveInt,
+    precision: Literal["fp32", "tf32", "fp64"] = "fp32",
+    micro_batches_per_step: PositiveInt | None = None,
+    max_grad_norm: PositiveFloat = 1.0,
+    ema_decay: Annotated[float, Gt(0), Lt(1)] | None = None,
+    loss_schedules: dict | None = None,
+    seed: NonNegativeInt = 42,
+    deterministic: bool = False,
+) -> None:
+    """The keys that stand outside any section; what each means is said in `hydra_config/defaults.yaml`."""
+
+
+def lr_schedule(
+    optimizer: torch.optim.Optimizer,
+    *,
+    kind: Literal["linear", "cosine"],
+    num_warmup_steps: NonNegativeInt,
+    num_training_steps: PositiveInt,
+    decay_fraction: PositiveFloat,
+    min_lr_fraction: NonNegativeFloat,
+) -> Schedule:
+    """Linear up to the peak, then down by a line or half a cosine wave, then flat."""
+    shape = {
+        "num_warmup_steps": num_warmup_steps, "num_training_steps": num_training_steps,
+        "decay_fraction": decay_fraction, "min_lr_fraction": min_lr_fraction,
+    }  # fmt: skip
+    if kind == "linear":
+        return linear_schedule(optimizer, **shape)
+    decay_end = end_of_decay(num_warmup_steps, num_training_steps, decay_fraction)
+
+    def fraction_of_peak(step: int) -> float:
+        if step < num_warmup_steps:
+            return (step + 1) / num_warmup_steps
+        done = min(1.0, (step - num_warmup_steps) / (decay_end - num_warmup_steps))
+        return min_lr_fraction + (1 - min_lr_fraction) * (1 + math.cos(math.pi * done)) / 2
+
+    return scheduled(optimizer, fraction_of_peak, num_warmup_steps)
+
+
+SECTIONS = {
+    "model_kwargs": model_config,
+    "loss_kwargs": loss_terms,
+    "dataset": TrainLoader,
+    "validation": open_validation,
+    "adamw_kwargs": adamw,
+    "lr_scheduler_kwargs": lr_schedule,
+    "anomalies": Anomalies,
+    "checkpoint": Checkpointer,
+    "logger": PerfLogger,
+    "wandb_init_args": start_wandb,
+}
+WEIGHTS = ("energy_weight", "forces_weight", "stress_weight")
+
+
+def check_config(config: DictConfig) -> None:
+    """Stop with one sentence at a key that is unknown, missing or of the wrong type, and at two that cannot be."""
+    common.config.check_config(config, top_level, SECTIONS, check_pairs)
+
+
+def check_pairs(config: DictConfig) -> None:
+    """Raise ValueError for values that cannot be together, on any hardware."""
+    model_config(config.model_tag, config.precision, **config.model_kwargs)
+    schedules = LossSchedules(config.loss_schedules)
+    if unknown := [name for name in schedules.schedules if name not in WEIGHTS]:
+        raise ValueError(f"loss_schedules.{unknown[0]} is no weight of the loss; those are {', '.join(WEIGHTS)}.")
+    # Once on a parameter that nobody trains: what these two refuse shows now.
+    optimizer = adamw([torch.nn.Parameter(torch.zeros(1))], **config.adamw_kwargs)
+    lr_schedule(optimizer, **config.lr_scheduler_kwargs)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Molecular dynamics of a structure with a final model, by ASE, with a trajectory and a picture of the energies.
+
+    python md.py final_model structure.xyz --temperature 300 --steps 1000
+
+At constant energy (velocity Verlet) after velocities of that temperature, or with a Langevin thermostat (--nvt).
+"""
+
+import argparse
+from pathlib import Path
+
+
+from common import quiet  # noqa: F401  # isort: skip
+import matplotlib as mpl
+import numpy as np
+from ase import units
+from ase.io import Trajectory, read
+from ase.md.langevin import Langevin
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.verlet import VelocityVerlet
+from tqdm import tqdm
+
+from atoms.final_model import calculator
+from common.command import command
+
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def run(model: Path, structure: Path, target: Path, temperature: float, steps: int, timestep: float, nvt: bool,
+        every: int, seed: int) -> dict[str, float]:  # fmt: skip
+    """Write `target.traj` and `target.png`; returns the drift of the total energy in meV an atom and ps."""
+    if steps < 1 or timestep <= 0 or temperature < 0 or every < 1:
+        raise ValueError("--steps, --timestep and --every must be above 0, and --temperature at least 0.")
+    atoms, random = read(structure), np.random.default_rng(seed)
+    atoms.calc = calculator(model)
+    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=random)
+    Stationary(atoms)
+    if nvt:
+        dynamics = Langevin(
+            atoms, timestep * units.fs, temperature_K=temperature, friction=0.01 / units.fs, rng=random
+        )
+    else:
+        dynamics = VelocityVerlet(atoms, timestep * units.fs)
+    energies = []
+    with Trajectory(target.with_suffix(".traj"), "w", atoms) as trajectory, tqdm(total=steps, unit="step") as bar:
+        for step in range(steps + 1):
+            if step % every == 0:
+                energies.append([step * timestep, atoms.get_potential_energy(), atoms.get_kinetic_energy()])
+                trajectory.write(atoms)
+                if not np.isfinite(energies[-1]).all():
+                    raise ValueError(f"the energy is no number any more at step {step}; take a shorter --timestep.")
+            if step < steps:
+                dynamics.run(1)
+                bar.update()
+    table = np.array(energies)
+    total = (table[:, 1] + table[:, 2]) / len(atoms)
+    drift = np.polyfit(table[:, 0], total, 1)[0] * 1e6 if len(table) > 1 else 0.0  # eV/fs to meV/ps
+    figure, axes = plt.subplots(2, sharex=True, figsize=(7, 5), layout="constrained")
+    axes[0].plot(table[:, 0], 1000 * (total - total[0]))
+    axes[0].set_ylabel("total energy - first, meV/atom")
+    axes[1].plot(table[:, 0], table[:, 2] / (1.5 * units.kB * len(atoms)))
+    axes[1].set(xlabel="time, fs", ylabel="temperature, K")
+    figure.savefig(target.with_suffix(".png"), dpi=120)
+    plt.close(figure)
+    return {"drift_mev_per_atom_ps": float(drift), "swing_mev_per_atom": float(1000 * np.ptp(total))}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a final_model folder")
+    parser.add_argument("structure", type=Path, help="a file that ASE reads; its last frame is taken")
+    parser.add_argument("--output", type=Path, default=Path("md"), help="name of what is written, without an ending")
+    parser.add_argument("--temperature", type=float, default=300.0, help="K")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--timestep", type=float, default=1.0, help="fs")
+    parser.add_argument("--nvt", action="store_true", help="with a thermostat")
+    parser.add_argument("--every", type=int, default=10, help="steps between frames that are kept")
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    with command():
+        found = run(a.model, a.structure, a.output, a.temperature, a.steps, a.timestep, a.nvt, a.every, a.seed)
+        print("  ".join(f"{name} {value:.4f}" for name, value in found.items()))

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Relax structures with a final model, by ASE: positions, and with --cell the cell too.
+
+python relax.py final_model structures.xyz relaxed.xyz --cell
+"""
+
+import argparse
+from pathlib import Path
+
+
+from common import quiet  # noqa: F401  # isort: skip
+from ase.filters import FrechetCellFilter
+from ase.io import read, write
+from ase.optimize import FIRE
+from tqdm import tqdm
+
+from atoms.final_model import calculator
+from common.command import command
+
+
+def run(model: Path, source: Path, target: Path, max_force: float, max_steps: int, cell: bool) -> int:
+    """Write the relaxed structures, `converged` in each; returns how many did not get there."""
+    if max_force <= 0 or max_steps < 1:
+        raise ValueError("--max-force and --max-steps must be above 0.")
+    potential, relaxed, failed = calculator(model), [], 0
+    for number, atoms in enumerate(tqdm(read(source, ":"), unit="structure")):
+        if cell and not atoms.pbc.all():
+            raise ValueError(f"frame {number} of {source} is not periodic in all directions; leave --cell out.")
+        atoms.calc = potential
+        converged = FIRE(FrechetCellFilter(atoms) if cell else atoms, logfile=None).run(max_force, max_steps)
+        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+        kept = atoms.copy()
+        kept.info |= {"converged": bool(converged), "potential_energy": energy}
+        kept.arrays["potential_forces"] = forces
+        relaxed.append(kept)
+        failed += not converged
+    write(target, relaxed)
+    return failed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a final_model folder")
+    parser.add_argument("source", type=Path, help="structures that ASE reads")
+    parser.add_argument("target", type=Path, help="where the relaxed ones go, as extxyz")
+    parser.add_argument("--max-force", type=float, default=0.02, help="eV/A, at which a structure is relaxed")
+    parser.add_argument("--max-steps", type=int, default=500)
+    parser.add_argument("--cell", action="store_true", help="relax the cell as well")
+    a = parser.parse_args()
+    with command():
+        failed = run(a.model, a.source, a.target, a.max_force, a.max_steps, a.cell)
+        if failed:
+            print(f"{failed} did not get below {a.max_force} eV/A in {a.max_steps} steps (converged=F in the file).")

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train NequIP or Allegro with FSDP2: parameters, gradients and optimizer state are split over the ranks.
+
+python train_fsdp2.py                                         # one process, on a GPU or the CPU
+torchrun --nproc_per_node=8 train_fsdp2.py --config-name L0_sanity
+sbatch slurm.sh                                               # several nodes
+"""
+
+from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import metrics
+from build_model import build_model, build_precision, materialize, model_config, sharded_parts, training_flops
+from checkpoint import Checkpointer
+from common.anomalies import Anomalies
+from common.config import launch
+from common.distributed import Distributed, StopSignal, passes_per_step, process_group
+from common.ema import EMA
+from common.gradients import Strategy, add_gradients, clip_grad_norm_
+from common.loss_schedules import LossSchedules
+from common.perf_logger import PerfLogger
+from common.run_end import end_run
+from common.scheduler import adamw
+from dataset import TrainLoader, open_validation
+from keys import check_config, lr_schedule
+
+
+@hydra.main(version_base=None, config_path=f"{Path(__file__).parent}/hydra_config", config_name="L0_sanity")
+def main(config: DictConfig) -> None:
+    """Check the configuration, join the other ranks, train."""
+    check_config(config)
+    with process_group(config.seed, config.deterministic) as distributed:
+        train(config, distributed)
+
+
+def train(config: DictConfig, distributed: Distributed) -> None:
+    """The whole run."""
+    with distributed.fail_together():  # a user's mistake shows here, on all ranks, before anything is built
+        passes = passes_per_step(config.micro_batches_per_step, distributed)
+        config.micro_batches_per_step = passes * distributed.num_data_ranks  # where it was null: a resume must know
+        wanted = model_config(config.model_tag, config.precision, **config.model_kwargs)
+        precision = build_precision(config, distributed.device)
+        loader = TrainLoader(distributed, config.seed, wanted.cutoffs, wanted.elements, **config.dataset)
+        validator = open_validation(distributed, wanted.cutoffs, loader.elements, **config.validation)
+        shape = wanted.on(loader.elements, loader.statistics)
+        model = build_model(shape, config.loss_kwargs, distributed)  # on the meta device: no storage yet
+        num_parameters = sum(p.numel() for p in model.parameters())
+        checkpointer = Checkpointer(distributed, config, shape, num_parameters, **config.checkpoint)
+        anomalies = Anomalies(distributed, config.logger.log_dir, **config.anomalies)
+        flops = partial(training_flops, shape)
+        logger = PerfLogger(distributed, config, num_parameters, flops, precision, metrics, __file__, **config.logger)
+
+    # ---- FSDP2: split as one, because forces are a derivative inside the forward pass, which needs all parameters.
+    for part in sharded_parts(model):  # inputs are not cast: positions are float64
+        fully_shard(part, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    materialize(model, config.seed, None, distributed.device)
+    optimizer = adamw(model.parameters(), **config.adamw_kwargs)
+    strategy = Strategy(precision.forward, distributed.num_ranks, nullcontext)  # sharded gradients are summed at once
+    # ----
+
+    ema = EMA(model, config.ema_decay)
+    scheduler = lr_schedule(optimizer, **config.lr_scheduler_kwargs)
+    schedules = LossSchedules(config.loss_schedules)
+    parts = {
+        "scheduler": scheduler,
+        "loader": loader,
+        "logger": logger,
+        "anomalies": anomalies,
+        "loss_schedules": schedules,
+    }
+    step, last = checkpointer.load(model, optimizer, ema, parts), config.num_train_steps
+    logger.start(step, [*loader.notes, *checkpointer.notes, scheduler.note(last)])
+    stop, batches = StopSignal(), iter(loader)
+    model.train()
+
+    while step < last:
+        step += 1
+        started = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(passes)]
+        data_wait_s = time.perf_counter() - started
+        counts, epoch, stopping = distributed.sum_counts(micro_batches, stop.requested)
+        weights = schedules.coefficients(step, epoch)
+        gradients = partial(add_gradients, model, micro_batches, counts, strategy, distributed, config.seed, **weights)
+
+        losses = gradients()
+        grad_norm = clip_grad_norm_(model, config.max_grad_norm)
+        result = anomalies.judge(step, micro_batches, losses, grad_norm)
+        if result.is_sound:
+            optimizer.step()
+            ema.update(model)
+        else:  # computed once more, to see where it began
+            optimizer.zero_grad()
+            with anomalies.explain(model):
+                gradients()
+        optimizer.zero_grad()
+        if anomalies.fatal:
+            break
+
+        logger.count(micro_batches, counts, epoch, data_wait_s)
+        logger.log_step(step, result.losses, result.grad_norm, scheduler.get_last_lr()[0])
+        scheduler.step()
+        if validator.is_due(step, last):
+            with logger.paused(), ema.applied(model):
+                logger.log_validation(step, validator.run(model, strategy.forward))
+        if checkpointer.is_due(step, step == last or stopping):
+            checkpointer.save(step, model, optimizer, ema, parts, wait=stopping)
+        if stopping:
+            break
+    end_run(step, last, checkpointer, logger, anomalies)
+
+
+if __name__ == "__main__":
+    launch(main)
