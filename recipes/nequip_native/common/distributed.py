@@ -54,6 +54,8 @@ def end_of_process():
 
 # Hours, because ranks wait while the first of them converts a large data set or exports a large model.
 TIMEOUT = timedelta(hours=3)
+# What GPUs wait for is a step: where one does not come, its job is not to hold the others for hours.
+NCCL_TIMEOUT = timedelta(minutes=20)
 
 
 class SharedError(ValueError):
@@ -101,6 +103,7 @@ class Distributed:
             return self
         starts = range(0, self.num_ranks, size)
         groups = [dist.new_group(range(n, n + size), timeout=TIMEOUT) for n in starts]
+        shorten_waits(groups[self.rank // size], self.device)
         return replace(self, group=groups[self.rank // size], group_size=size)
 
     def counted_once(self, batch: Batch) -> Batch:
@@ -210,6 +213,12 @@ def store_of_this_start(rank: int, num_ranks: int) -> dist.Store:
     return dist.PrefixStore(name, store)
 
 
+def shorten_waits(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Let a group wait for hours by gloo, on the CPU, and for minutes by NCCL."""
+    if device.type == "cuda":
+        group._get_backend(device)._set_default_timeout(NCCL_TIMEOUT)
+
+
 @contextmanager
 def process_group(seed: int, deterministic: bool = False):
     """Join the ranks that torchrun started (or be the only one), and leave cleanly."""
@@ -229,6 +238,7 @@ def process_group(seed: int, deterministic: bool = False):
     elif env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         options |= {"store": store_of_this_start(rank, num_ranks), "rank": rank, "world_size": num_ranks}
     dist.init_process_group(**options)
+    shorten_waits(dist.group.WORLD, device)
     torch.manual_seed(seed)
     if deterministic:
         env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

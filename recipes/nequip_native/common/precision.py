@@ -6,6 +6,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from common.distributed import Distributed
+
 
 def bf16_is_faster(device: torch.device, bf16_pays: bool) -> bool:
     """Whether BF16 is faster than FP32 here, for a model that is large enough for it on CPUs (`bf16_pays`)."""
@@ -14,6 +16,16 @@ def bf16_is_faster(device: torch.device, bf16_pays: bool) -> bool:
     # By what the CPU is, so that all ranks and every restart come to the same (docs/log.md).
     # What has AMX has AVX-512 BF16.
     return bf16_pays and torch.cpu._is_avx512_bf16_supported()
+
+
+def agreed_precision(distributed: Distributed, asked: str, bf16_pays: bool) -> tuple[str, str | None]:
+    """`bf16` or `fp32` for all ranks, and a sentence for the log where auto is not the same on all of them."""
+    if asked != "auto":
+        return asked, None
+    found = distributed.gather(bf16_is_faster(distributed.device, bf16_pays))
+    if len(set(found)) == 1:
+        return "bf16" if found[0] else "fp32", None
+    return "fp32", f"precision: auto is FP32 on all ranks, because BF16 is not faster on rank {found.index(False)}."
 
 
 class Precision:
