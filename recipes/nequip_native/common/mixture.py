@@ -6,27 +6,53 @@ the largest's). Its draws go through its own rows in passes, each by a keyed per
 comes twice before all have come. So a draw is a function of (seed, epoch, row), as everything in the plan is.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 import numpy as np
 
 from common.epoch_plan import permuted
+from common.open_data import plain
 
 
 MIXTURE = 3  # what a random number is for, as a part of its key
 
 
+def sources_of_mix(key: str, mix: Mapping, of_all: Mapping) -> dict[str, dict]:
+    """What a configuration says of each source, filled up with what it says of all; `weight` besides.
+
+    Raises ValueError, which names `key`, for a mistake.
+    """
+    mix, of_all, found = plain(mix), plain(of_all), {}
+    if len(mix) < 2:
+        raise ValueError(f"{key}={mix} must name two sources or more; for one, null and what the section says of all.")
+    for name, given in mix.items():
+        if not isinstance(given, dict) or {*given} - {"weight", *of_all}:
+            raise ValueError(f"{key}.{name}={given} must be a section with some of {', '.join(['weight', *of_all])}.")
+        weight = given.get("weight")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise ValueError(f"{key}.{name}.weight={weight} must be a number above 0.")
+        kwargs = {**of_all["load_dataset_kwargs"], **(given.get("load_dataset_kwargs") or {})}
+        if kwargs.get("streaming"):
+            raise ValueError(f"{key} needs {key}.{name}.load_dataset_kwargs.streaming=false.")
+        found[name] = {**of_all, **given, "load_dataset_kwargs": kwargs}
+    files = of_all["load_dataset_kwargs"].get("data_files")
+    if files and all(one["load_dataset_kwargs"]["data_files"] != files for one in found.values()):
+        raise ValueError(
+            f"{key.rpartition('.')[0]}.load_dataset_kwargs.data_files={files} is read by none of {', '.join(found)}, "
+            f"which name their own in {key}; {key}=null reads it alone."
+        )
+    return found
+
+
 class Mixture:
     """A source (common/loader.py) made of others by name; an epoch has as many rows as all of them together.
 
-    `weights` are numbers of rows, in any unit. Raises ValueError, which names `key`, for one that is not above 0.
+    `weights` are numbers of rows, in any unit.
     """
 
-    def __init__(self, sources: Mapping[str, object], weights: Mapping[str, float], seed: int, key: str):
-        for name, weight in weights.items():
-            if not 0 < weight < float("inf"):
-                raise ValueError(f"{key}.{name}.weight={weight} must be a number above 0.")
+    def __init__(self, sources: Mapping[str, object], weights: Mapping[str, float], seed: int):
         self.names, self.sources = list(sources), list(sources.values())
         self.weights, self.seed = [float(weights[name]) for name in self.names], seed
         self.lengths = [len(source) for source in self.sources]
