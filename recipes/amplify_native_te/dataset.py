@@ -14,7 +14,7 @@ from common.distributed import Distributed
 from common.epoch_plan import EpochPlan
 from common.loader import Loader, StreamedMicroBatches, start_worker_server
 from common.mixture import Mixture, sources_of_mix
-from common.open_data import first_rows, share_of
+from common.open_data import first_rows, share_of, whence
 from common.validation import Validator
 from tokens import protein_rows
 from tokens.layout import token_grouping
@@ -71,7 +71,7 @@ class TrainLoader(Loader):
             asked = {f"{section}.mix.{name}": part for name, part in parts.items()}
         if num_workers:
             start_worker_server()
-        sources, stream, notes = [], None, []
+        sources, baselines, stream, notes = [], [], None, []
         for name, part in asked.items():
             with distributed.main_first():
                 rows = open_proteins(name, part["load_dataset_kwargs"], part["sequence_column"])
@@ -82,9 +82,10 @@ class TrainLoader(Loader):
             some = source.sequences(np.arange(min(window_rows, len(source))), epoch=0) if distributed.is_main else []
             if some and not any(ALPHABET.tokenize(sequence) for sequence in some):
                 raise ValueError(f"{name}: the first {len(some):,} sequences are all empty; is the column right?")
-            if cleaning := ALPHABET.describe_cleaning(some):
+            if cleaning := source.odd(some):
                 notes.append(f"{name}: {cleaning}" if mix else cleaning)
             sources.append(source)
+            baselines.append(ALPHABET.baseline(some))
         if stream is not None:
             as_bytes = datasets.Features({sequence_column: datasets.Value("large_binary")})  # text need not decode
             with distributed.main_first():
@@ -113,6 +114,9 @@ class TrainLoader(Loader):
         collate.masking = masking
         super().__init__(distributed, section, data, collate, num_workers)
         self.notes += notes
+        for (name, part), source, baseline in zip(asked.items(), sources, baselines, strict=True):
+            amount = "a stream" if stream is not None else source.amount
+            self.sources += [f"{name}: {amount} of {whence(part['load_dataset_kwargs'])}", f"{name}: {baseline}"]
 
 
 def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:
@@ -160,4 +164,7 @@ def open_validation(
         raise ValueError(f"{section}: the sequences are all empty; is {section}.sequence_column right?")
     collate = MaskedLMCollator.on(distributed, packed, VALIDATION_SEED, mlm_probability, pad_to_multiple_of)
     collate.masking = masking
-    return Validator(distributed, EpochPlan(source, grouping, None, window_rows), collate, metrics, every_n_steps)
+    plan = EpochPlan(source, grouping, None, window_rows)
+    validator = Validator(distributed, plan, collate, metrics, every_n_steps)
+    validator.facts.append(f"{section}: {source.amount} of {whence(load_dataset_kwargs)}")
+    return validator

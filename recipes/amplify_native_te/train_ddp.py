@@ -78,7 +78,8 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     scheduler = lr_schedule(optimizer, **config.lr_scheduler_kwargs)
     parts = {"scheduler": scheduler, "loader": loader, "logger": logger, "anomalies": anomalies}
     step, last = checkpointer.load(model, optimizer, ema, parts), config.num_train_steps
-    logger.start(step, [*loader.notes, *checkpointer.notes, scheduler.note(last)])
+    data = [*loader.facts(config), *validator.facts]
+    logger.start(step, [*data, *loader.notes, *checkpointer.notes, scheduler.note(last)])
     stop, batches = StopSignal(), iter(loader)
     model.train()
 

@@ -14,7 +14,7 @@ from common import RECIPE
 from common.distributed import Distributed
 from common.epoch_plan import EpochPlan
 from common.loader import Loader, StreamedMicroBatches, start_worker_server
-from common.open_data import first_rows, share_of
+from common.open_data import first_rows, share_of, whence
 from common.validation import Validator
 from tokens import protein_rows
 from tokens.layout import token_grouping
@@ -100,7 +100,7 @@ class TrainLoader(Loader):
         source = open_source(section, rows, sequence_column, cluster_column, protein_database, max_seq_length, seed)
         # One rank looks for odd signs, and tells all if there is nothing to read.
         some = source.sequences(np.arange(min(window_rows, len(source))), epoch=0) if distributed.is_main else []
-        cleaning = ALPHABET.describe_cleaning(some)
+        cleaning = source.odd(some)
         if some and not any(ALPHABET.tokenize(sequence) for sequence in some):
             raise ValueError(f"{section}: the first {len(some):,} sequences are all empty; is the column right?")
         if streaming:
@@ -124,6 +124,11 @@ class TrainLoader(Loader):
         collate = MaskedLMCollator.on(distributed, packed, seed, mlm_probability, pad_to_multiple_of)
         super().__init__(distributed, section, data, collate, num_workers)
         self.notes += [cleaning] if cleaning else []
+        amount = "a stream" if streaming else source.amount
+        self.sources += [
+            f"{section}: {amount} of {whence(load_dataset_kwargs)}",
+            f"{section}: {ALPHABET.baseline(some)}",
+        ]
 
 
 def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:
@@ -174,4 +179,7 @@ def open_validation(
     if not source.sizes(np.arange(min(window_rows, len(source))), epoch=0).any():
         raise ValueError(f"{section}: the sequences are all empty; is {section}.sequence_column right?")
     collate = MaskedLMCollator.on(distributed, packed, VALIDATION_SEED, mlm_probability, pad_to_multiple_of)
-    return Validator(distributed, EpochPlan(source, grouping, None, window_rows), collate, metrics, every_n_steps)
+    plan = EpochPlan(source, grouping, None, window_rows)
+    validator = Validator(distributed, plan, collate, metrics, every_n_steps)
+    validator.facts.append(f"{section}: {source.amount} of {whence(load_dataset_kwargs)}")
+    return validator

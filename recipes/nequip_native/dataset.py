@@ -21,6 +21,7 @@ from collator import GraphCollator
 from common.distributed import Distributed
 from common.epoch_plan import EpochPlan, Grouping
 from common.loader import Loader, start_worker_server
+from common.open_data import whence
 from common.sizes import SizeIndex
 from common.validation import Validator
 from metrics import Errors
@@ -121,6 +122,12 @@ def open_source(distributed: Distributed, section: str, cutoffs: Cutoffs, load_d
     return rows, found, kept, notes
 
 
+def amount_of(found: Survey, kept: np.ndarray) -> str:
+    """How much stays of what a survey has seen."""
+    num_atoms = int((found.size_index("sizes").sizes * kept).sum(dtype=np.int64))
+    return f"{int(kept.sum()):,} structures, {num_atoms:,} atoms"
+
+
 def plan_of(section: str, source: StructureRows, grouping: Grouping, by: str, seed: int | None,
             window_rows: int) -> tuple[EpochPlan, list[str]]:  # fmt: skip
     """The plan, and a note where its first window is less than 99% full. Raises ValueError for too small a budget."""
@@ -193,6 +200,7 @@ class TrainLoader(Loader):
         collate = GraphCollator(section, cutoffs, self.elements, max_neighbors)
         super().__init__(distributed, section, plan, collate, num_workers)
         self.notes += [*notes, *told, *full]
+        self.sources.append(f"{section}: {amount_of(found, kept)} of {whence(load_dataset_kwargs)}")
 
 
 def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:
@@ -253,4 +261,6 @@ def open_validation(
     source = StructureRows(rows, found.size_index(by), kept, by_data_set=True)
     plan, _ = plan_of(section, source, grouping, by, None, window_rows)
     collate = GraphCollator(section, cutoffs, elements, max_neighbors, with_data_sets=True)
-    return Validator(distributed, plan, collate, Errors(elements, source.data_sets), every_n_steps)
+    validator = Validator(distributed, plan, collate, Errors(elements, source.data_sets), every_n_steps)
+    validator.facts.append(f"{section}: {amount_of(found, kept)} of {whence(load_dataset_kwargs)}")
+    return validator

@@ -19,6 +19,7 @@ from multiprocessing import active_children, forkserver, parent_process, set_for
 import datasets
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -164,6 +165,7 @@ class Loader:
     ):
         self.distributed, self.section, self.num_workers = distributed, section, num_workers
         self.notes: list[str] = []  # for the log
+        self.sources: list[str] = []  # what is read, and from where
         self.plan = data if isinstance(data, EpochPlan) else None
         if self.plan:
             self.sampler = RankSampler(self.plan, distributed.data_rank, distributed.num_data_ranks)
@@ -187,6 +189,14 @@ class Loader:
         for batch in batches:
             self.last_name = batch.name
             yield self.distributed.counted_once(batch)
+
+    def facts(self, config: DictConfig) -> list[str]:
+        """What is read, from where and how often: the first lines of a run."""
+        if not self.plan or not self.distributed.is_main:
+            return self.sources
+        epochs = config.num_train_steps * config.micro_batches_per_step / max(1, self.plan.num_micro_batches)
+        steps = f"{config.num_train_steps:,} steps of {config.micro_batches_per_step} micro-batches"
+        return [*self.sources, f"{self.section}: {steps} are {epochs:,.1f} epochs"]
 
     def state_dict(self) -> dict:
         """What is left to read, the same on every rank; JSON."""

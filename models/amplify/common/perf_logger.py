@@ -67,6 +67,8 @@ class PerfLogger:
         # What figures of a validation are of, for whoever reads them elsewhere.
         kwargs = OmegaConf.to_container(config, resolve=True).get("validation", {}).get("load_dataset_kwargs")
         self.validated_on, self.weights = data_names(kwargs), "averaged" if config.get("ema_decay") else None
+        self.best: dict = {}  # the lowest loss of a validation, its step, and training's loss before it
+        self.losses = (0.0, 0)  # of training since the last validation: their sum, and how many
         self.wandb = self.bar = None
         self.is_full, self.going_on_from = False, None
         self.notes, self.stats = [*precision.notes, no_validation(config)], precision.stats
@@ -95,13 +97,15 @@ class PerfLogger:
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps of the counts."""
-        return {"run_id": self.run["run_id"], f"num_{self.unit}": self.num_units, "validation": self.validation}
+        state = {"run_id": self.run["run_id"], f"num_{self.unit}": self.num_units, "validation": self.validation}
+        return state | ({"best": self.best} if self.best else {})
 
     def load_state_dict(self, state: dict) -> None:
         """Go on counting from there."""
         self.num_units, self.validation = state.get(f"num_{self.unit}", 0), state.get("validation", {})
         self.run["run_id"] = state.get("run_id", self.run["run_id"])
         self.going_on_from = state.get("run_id")
+        self.best = state.get("best", {})
 
     def start(self, step: int, notes: list[str | None]) -> None:
         """Begin after `step`: what a killed run wrote past it is dropped, an earlier run's file is kept."""
@@ -174,6 +178,7 @@ class PerfLogger:
 
     def log_step(self, step: int, losses: dict[str, float], grad_norm: float, learning_rate: float) -> None:
         """Report, if this step is one to report; all ranks call it, with the whole step's `loss` and its parts."""
+        self.losses = (self.losses[0] + losses["loss"], self.losses[1] + 1)
         if self.bar is not None:
             self.bar.update()
         if self.stats:
@@ -201,11 +206,12 @@ class PerfLogger:
         )  # fmt: skip
         if self.bar is not None:
             left = (self.num_steps - step) * seconds / window["steps"]
-            self.bar.set_postfix_str(f"loss {losses['loss']:.4f}, {speed:,.0f} {self.unit}/s")
+            self.bar.set_postfix_str(f"epoch {self.epoch}, loss {losses['loss']:.4f}, {speed:,.0f} {self.unit}/s")
             if self.bar.disable:
                 self.distributed.say(
-                    f"step {step}/{self.num_steps}  loss {losses['loss']:.4f}  grad norm {grad_norm:.3f}  "
-                    f"lr {learning_rate:.2e}  {speed:,.0f} {self.unit}/s  {left / 60:.1f} min left"
+                    f"step {step}/{self.num_steps}  epoch {self.epoch}  loss {losses['loss']:.4f}  "
+                    f"grad norm {grad_norm:.3f}  lr {learning_rate:.2e}  {speed:,.0f} {self.unit}/s  "
+                    f"{left / 60:.1f} min left"
                 )
         self._reset_window()
 
@@ -224,6 +230,22 @@ class PerfLogger:
         self._write({"kind": "validation", "step": step, **whose, **result})
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.items() if isinstance(value, float))
         self.distributed.say(f"step {step}  validation{' of the averaged weights' if whose else ''} {numbers}")
+        total, number = self.losses
+        if "loss" in result and number:
+            self._compare_with_best(step, result["loss"], total / number)
+        self.losses = (0.0, 0)
+
+    def _compare_with_best(self, step: int, loss: float, train_loss: float) -> None:
+        best = self.best
+        if not best or loss < best["loss"]:
+            self.best = {"step": step, "loss": loss, "train_loss": train_loss, "is_said": False}
+        elif loss > 1.01 * best["loss"] and train_loss < best["train_loss"] and not best["is_said"]:
+            best["is_said"] = True
+            self.distributed.say(
+                f"The validation loss was lower at step {best['step']} ({best['loss']:.4f}), and training's has "
+                f"fallen since ({best['train_loss']:.4f} -> {train_loss:.4f}): the model learns these rows by heart. "
+                "Give fewer steps, more data or a smaller model."
+            )
 
     def _write(self, line: dict) -> None:
         line = finite(line)

@@ -2,6 +2,8 @@
 """Proteins as rows of tokens: an alphabet's rule for text, rows of sequences, and rows of clusters of sequences."""
 
 import sqlite3
+import sys
+from collections.abc import Iterable
 from functools import cached_property
 from hashlib import sha256
 from itertools import islice
@@ -10,11 +12,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from common.distributed import Distributed
 from common.epoch_plan import uniform_below
 from common.open_data import Column, check_column, is_bytes, is_text, open_rows
-from common.sizes import cache_of, size_index
+from common.sizes import CHUNK, cache_of, size_index
 from tokens import fasta_reader
 
 
@@ -53,16 +56,31 @@ class Alphabet:
         return sequence.rstrip(b"*-. \t\r\n").translate(self.to_token, DROPPED)
 
     def describe_cleaning(self, sequences: list[bytes]) -> str | None:
-        """One sentence that counts what `tokenize` changes in these sequences; None if that is nothing."""
+        """One sentence that counts what is odd in these sequences, and what is read of it; None if that is nothing."""
         counts = np.bincount(np.frombuffer(b"".join(sequences), dtype=np.uint8), minlength=256)
         signs = {"lower-case letters (read as upper case)": self.residues.lower().encode(), "gaps (dropped)": b"-.",
-                 f"stops (dropped at the end, {self.unknown} inside)": b"*"}  # fmt: skip
+                 f"stops (dropped at the end, {self.unknown} inside)": b"*",
+                 f"digits (read as {self.unknown}: positions, as in GenBank and PIR?)": b"0123456789"}  # fmt: skip
         usual = self.signs.encode() + DROPPED + b"".join(signs.values())
         signs[f"unknown signs (read as {self.unknown})"] = bytes(set(range(256)) - set(usual))
         found = [f"{total:,} {what}" for what, which in signs.items() if (total := int(counts[list(which)].sum()))]
+        letters = [sequence.translate(None, DROPPED + b"*") for sequence in sequences]
+        if nucleic := sum(len(s) >= 10 and not s.translate(None, b"ACGTUNacgtun") for s in letters):
+            found.append(f"{nucleic:,} sequences of A, C, G, T, U and N alone (DNA or RNA? read as amino acids)")
+        if brackets := sum(any(sign in sequence for sign in (b"(", b"[", b"{")) for sequence in sequences):
+            found.append(f"{brackets:,} sequences with brackets (modifications? letters in them are read as residues)")
         if empty := sum(not self.tokenize(sequence) for sequence in sequences):
             found.append(f"{empty:,} empty sequences (skipped)")
         return f"in the first {len(sequences):,} sequences: {', '.join(found)}" if found else None
+
+    def baseline(self, sequences: list[bytes]) -> str:
+        """What a model reaches that knows the residues' frequencies and nothing else."""
+        tokens = np.frombuffer(b"".join(map(self.tokenize, sequences)), dtype=np.uint8)
+        shares = np.bincount(tokens)[np.unique(tokens)] / max(1, len(tokens))
+        entropy = -(shares * np.log(shares)).sum()
+        return (
+            f"the entropy of its residues is {entropy:.3f} nats: a loss that stays there has learnt nothing of context"
+        )
 
     def num_residues(self, sequences: list[bytes]) -> np.ndarray:
         """How many residues `tokenize` leaves of each."""
@@ -147,6 +165,25 @@ class SequenceRows:
 
     # ---- rows
 
+    def odd(self, sequences: list[bytes]) -> str | None:
+        """One sentence on what is odd in these, the first of all: as the alphabet counts it, and PIR's format."""
+        rows, found = self.column.rows, [self.alphabet.describe_cleaning(sequences)]
+        if "id" in rows.data.column_names:
+            ids = Column(rows, "id")[np.arange(len(sequences))].to_pylist()
+            if titled := sum(bool(fasta_reader.PIR.match(str(name))) for name in ids):
+                found.append(f"{titled:,} records in PIR's format (the line after the header, a title, is left out)")
+        return "; ".join(filter(None, found)) or None
+
+    @property
+    def amount(self) -> str:
+        """How much it is."""
+        return f"{len(self):,} rows, {self.num_residues:,} residues"
+
+    @property
+    def num_residues(self) -> int:
+        """Of all rows."""
+        return int(self.index.sizes.sum(dtype=np.int64))
+
     def read(self, rows: np.ndarray, epoch: int) -> list[np.ndarray]:
         """The rows' tokens, those too long cropped anew in each epoch."""
         residues = [self.alphabet.tokenize(sequence) for sequence in self.sequences(rows, epoch)]
@@ -155,12 +192,12 @@ class SequenceRows:
     def describe(self, rows: np.ndarray, epoch: int) -> list[str]:
         """A line a row: the beginning of its sequence, and the other text columns, which say what it is."""
         table = self.column.rows.with_format(None)[rows]
-        others = [k for k, values in table.items() if k != self.column.name and isinstance(values[0], str)]
+        others = [k for k, some in table.items() if k != self.column.name and any(isinstance(v, str) for v in some)]
         lines = []
         for i, sequence in enumerate(self.sequences(rows, epoch)):
             text = sequence.decode(errors="replace")
             text = text if len(text) <= 60 else f"{text[:57]}..."
-            lines.append(text + "".join(f"  {k}={table[k][i]}" for k in others))
+            lines.append(text + "".join(f"  {k}={table[k][i]}" for k in others if table[k][i] is not None))
         return lines
 
 
@@ -181,6 +218,11 @@ class ClusterRows(SequenceRows):
         try:
             self._query("SELECT id, sequence FROM protein LIMIT 1", [])
         except sqlite3.Error as error:
+            if (log := Path(f"{database}-wal")).exists() and log.stat().st_size:
+                raise ValueError(
+                    f"{section}.protein_database={database}: {log.name} holds changes that can be read only where the "
+                    f"folder can be written; there, run: sqlite3 {Path(database).name} 'PRAGMA journal_mode=DELETE'"
+                ) from error
             reason = f"not an SQLite file with a table protein(id, sequence): {error}"
             raise ValueError(f"{section}.protein_database={database}: {reason}.") from error
 
@@ -193,24 +235,50 @@ class ClusterRows(SequenceRows):
 
     def _query(self, query: str, values: list[str]) -> list[tuple[str, str]]:
         if self.connection is None:
-            self.connection = sqlite3.connect(
-                f"{Path(self.database).absolute().as_uri()}?mode=ro", uri=True, check_same_thread=False
-            )
+            address = f"{Path(self.database).absolute().as_uri()}?mode=ro"
+            self.connection = sqlite3.connect(address, uri=True, check_same_thread=False)
+            log = Path(f"{self.database}-wal")
+            try:
+                self.connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
+            except sqlite3.OperationalError:  # locks, or the files of a log beside it, cannot be made there
+                if log.exists() and log.stat().st_size:
+                    raise
+                self.connection = sqlite3.connect(f"{address}&immutable=1", uri=True, check_same_thread=False)
         return self.connection.execute(query, values).fetchall()
 
     def _members(self, rows: np.ndarray) -> list[list[str]]:
         return [[m] if isinstance(m, str) else m or [] for m in self.column[rows].to_pylist()]
 
-    def _proteins(self, ids: list[str | None]) -> list[bytes]:
-        """The raw sequence of each id. Raises ValueError for one that the database lacks."""
-        sequences: dict[str | None, str] = {None: ""}
-        asked = iter(set(ids) - {None})
+    def _known(self, ids: Iterable[str]) -> dict[str, str | bytes | None]:
+        """The raw sequence of each id that the database has."""
+        sequences, asked = {}, iter(set(ids))
         while some := list(islice(asked, 500)):  # older SQLite takes 999 placeholders at most
             marks = ",".join("?" * len(some))
-            sequences.update(self._query(f"SELECT id, sequence FROM protein WHERE id IN ({marks})", some))
-        if missing := set(ids) - set(sequences):
-            raise ValueError(f"{self.section}.protein_database={self.database}: no protein has the id {min(missing)}.")
-        return [(sequences[i] or "").encode() for i in ids]
+            query = f"SELECT CAST(id AS TEXT), sequence FROM protein WHERE id IN ({marks})"
+            sequences.update(self._query(query, some))
+        return sequences
+
+    def _proteins(self, ids: list[str | None]) -> list[bytes]:
+        """The raw sequence of each id. Raises ValueError where the database lacks one, for all that it lacks."""
+        sequences = {None: None} | self._known(set(ids) - {None})
+        if any(name not in sequences for name in ids):
+            raise ValueError(f"{self.section}.protein_database={self.database}: {self._lacking()}")
+        return [s if isinstance(s := sequences[i], bytes) else (s or "").encode() for i in ids]
+
+    def _lacking(self) -> str:
+        missing, total = set(), 0
+        starts = range(0, len(self), CHUNK)
+        for first in tqdm(
+            starts, unit=f" x {CHUNK:,} rows", desc="members", disable=not sys.stderr.isatty(), leave=False
+        ):
+            ids = {m for some in self._members(np.arange(first, min(first + CHUNK, len(self)))) for m in some} - {None}
+            missing |= ids - self._known(ids).keys()
+            total += len(ids)
+        shown = ", ".join(sorted(missing)[:5]) + (" ..." if len(missing) > 5 else "")
+        return (
+            f"it has no protein for {len(missing):,} of {total:,} ids ({shown}); take the database of these clusters, "
+            "or leave out the clusters with these members."
+        )
 
     def sequences(self, rows: np.ndarray, epoch: int) -> list[bytes]:
         """The raw sequence of this epoch's member of each of these clusters."""
@@ -222,8 +290,14 @@ class ClusterRows(SequenceRows):
         return uniform_below(num_members, rows, self.seed, epoch, MEMBER)
 
     def _database_key(self) -> tuple:
-        file = Path(self.database).stat()
-        return str(Path(self.database).absolute()), file.st_size, file.st_mtime_ns
+        parts = [Path(f"{self.database}{end}") for end in ("", "-wal")]  # the log: what is not in the file yet
+        states = [part.stat() for part in parts if part.exists()]
+        return str(parts[0].absolute()), *((state.st_size, state.st_mtime_ns) for state in states if state.st_size)
+
+    @property
+    def amount(self) -> str:
+        """How much it is, of all members."""
+        return f"{len(self):,} clusters of {len(self.index.sizes):,} members, {self.num_residues:,} residues"
 
     def measure(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Residues of each member of these clusters, and how many members each has."""

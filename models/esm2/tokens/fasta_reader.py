@@ -7,6 +7,7 @@ byte that is not UTF-8, such as a letter of a name in Latin-1.
 
 import hashlib
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 
@@ -21,6 +22,17 @@ def plain(line: str) -> str:
     return line.lstrip("\ufeff")
 
 
+PIR = re.compile(r">?(P1|F1|D[LC]|R[LC]|N[13]|XX);")
+
+
+def without_titles(lines: Iterator[str]) -> Iterator[str]:
+    """The lines without those in PIR's format that follow a header, as `>P1;CRAB_ANAPL`, and say what it is."""
+    for line in lines:
+        yield line
+        if line.startswith(">") and PIR.match(line):
+            next(lines, None)
+
+
 class Fasta(fasta.Fasta):
     """A byte that is not UTF-8 is read as one unknown sign; columns that FASTA does not have are not asked for."""
 
@@ -31,7 +43,7 @@ class Fasta(fasta.Fasta):
 
     def _parse_fasta(self, fp, include_record: bool = False) -> Iterator[tuple]:
         fp.reconfigure(encoding="utf-8", errors="replace")
-        return super()._parse_fasta(map(plain, fp), include_record)
+        return super()._parse_fasta(without_titles(map(plain, fp)), include_record)
 
 
 def register() -> None:

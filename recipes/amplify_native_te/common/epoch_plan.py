@@ -143,6 +143,11 @@ class EpochPlan:
         groups = self.grouping(self.source.sizes(rows, epoch), key)
         return [MicroBatch(epoch, window, index, rows[group]) for index, group in enumerate(groups)]
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Of an epoch, as in its first window."""
+        return round(len(self.window(0, 0)) * max(1.0, len(self.source) / self.window_rows))
+
     def epoch(self, epoch: int) -> Iterator[MicroBatch]:
         """All micro-batches of one epoch."""
         for window in range(self.num_windows):

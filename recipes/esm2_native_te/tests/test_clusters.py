@@ -81,7 +81,7 @@ def test_empty_clusters_are_skipped_and_many_ids_found(distributed, tmp_path):
         ({"protein_database": "/none/x.db"}, ["dataset.protein_database=/none/x.db", "no such file"]),
         ({"protein_database": __file__}, [f"dataset.protein_database={__file__}", "not an SQLite file"]),
         ({"table": "proteins"}, ["a #1 database.db", "table protein(id, sequence)"]),
-        ({"left_out": "c7_m0"}, ["a #1 database.db", "no protein has the id c7_m0"]),
+        ({"left_out": "c7_m0"}, ["a #1 database.db", "1 of 100 ids (c7_m0)"]),
         ({"cluster_column": "cluster"}, ["dataset.cluster_column=cluster", "ur50_id, ur90_id"]),
         ({"cluster_column": "size"}, ["dataset.cluster_column=size", "int64"]),
         ({"streaming": True}, ["dataset.protein_database", "streaming=false"]),
@@ -94,6 +94,48 @@ def test_mistakes_with_clusters(distributed, tmp_path, change, parts):
     if change.pop("streaming", False):
         given["load_dataset_kwargs"]["streaming"] = True
     assert_refused(parts, lambda: read_epochs(make_loader(distributed, **given | change), 8))
+
+
+def test_ids_that_the_database_lacks_are_counted(distributed, tmp_path):
+    given = write_clusters(tmp_path)
+    with sqlite3.connect(given["protein_database"]) as database:
+        database.execute("DELETE FROM protein WHERE id LIKE 'c3_m%' OR id LIKE 'c7_m%'")
+    database.close()
+    parts = ["dataset.protein_database", "8 of 100 ids (c3_m0, c3_m1, c3_m2, c3_m3, c7_m0 ...)", "leave out"]
+    assert_refused(parts, lambda: make_loader(distributed, **given))
+
+
+def test_ids_that_are_numbers_and_sequences_that_are_bytes(distributed, tmp_path):
+    pq.write_table(pa.table({"ur90_id": [["1", "2"], ["3"]]}), tmp_path / "clusters.parquet")
+    with sqlite3.connect(tmp_path / "a.db") as database:
+        database.execute("CREATE TABLE protein (id INTEGER PRIMARY KEY, sequence BLOB)")
+        database.executemany("INSERT INTO protein VALUES (?, ?)", [(1, b"MKV"), (2, b"MKV"), (3, None)])
+    database.close()
+    kwargs = {"path": "parquet", "data_files": str(tmp_path / "clusters.parquet"), "split": "train"}
+    given = {"load_dataset_kwargs": kwargs, "protein_database": str(tmp_path / "a.db")}
+    assert read_epochs(make_loader(distributed, **given), 1) == [["MKV"]]
+
+
+def test_a_database_with_a_log_where_nothing_can_be_written(distributed, tmp_path, monkeypatch):
+    """On a mount that cannot be written SQLite opens such a file only as one that nobody changes."""
+    given = write_clusters(tmp_path)
+    with sqlite3.connect(given["protein_database"]) as database:
+        database.execute("PRAGMA journal_mode=WAL")
+    database.close()
+
+    class Unwritable(sqlite3.Connection):
+        def execute(self, *query):
+            raise sqlite3.OperationalError("unable to open database file")
+
+    def connect(address, *, real=sqlite3.connect, **options):
+        return real(address, **options, **({} if "immutable=1" in address else {"factory": Unwritable}))
+
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    (epoch,) = read_epochs(make_loader(distributed, **given), 1)
+    assert clusters_of(epoch) == [f"c{c}" for c in range(40)]
+    Path(given["protein_database"] + "-wal").write_bytes(b"changes")
+    parts = ["a #1 database.db-wal holds changes", "journal_mode=DELETE"]
+    assert_refused(parts, lambda: make_loader(distributed, **given))
 
 
 # ---- the index of sizes

@@ -193,9 +193,49 @@ def test_what_is_cleaned_is_counted():
     sequences = [b"MKVL", b"mkVL", b"M-K.V", b"MK*V*", b"MJK1", b"", b"--", b"MK V\r\n"]
     assert ALPHABET.describe_cleaning(sequences) == (
         "in the first 8 sequences: 2 lower-case letters (read as upper case), 4 gaps (dropped), 2 stops (dropped at "
-        "the end, X inside), 2 unknown signs (read as X), 2 empty sequences (skipped)"
+        "the end, X inside), 1 digits (read as X: positions, as in GenBank and PIR?), 1 unknown signs (read as X), "
+        "2 empty sequences (skipped)"
     )
     assert ALPHABET.describe_cleaning([b"MKVLXBUZO", b"MK V\r\n"]) is None
+
+
+@pytest.mark.parametrize(
+    ("sequence", "part"),
+    [
+        (b"ACGTACGTNNacgt", "1 sequences of A, C, G, T, U and N alone (DNA or RNA? read as amino acids)"),
+        (b"AUGCUAGCUAGG", "1 sequences of A, C, G, T, U and N alone"),
+        (b"M[Oxidation]KV", "1 sequences with brackets (modifications? letters in them are read as residues)"),
+        (b"AC(ph)DE", "1 sequences with brackets"),
+        (b"        1 mkvlagmkvl agmkvl", "1 digits (read as X: positions"),
+    ],
+)
+def test_what_may_be_no_protein_is_said(sequence, part):
+    assert part in ALPHABET.describe_cleaning([b"MKVLIDE", sequence, b"ACGT", b""])
+    assert "DNA" not in (ALPHABET.describe_cleaning([b"ACGT", b"GATTACA", b"MKVLACGT"]) or "")  # short peptides
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_titles_of_pir_are_no_sequence(distributed, tmp_path, streaming):
+    text = ">P1;CRAB_ANAPL\nALPHA CRYSTALLIN B CHAIN\n  MDITIHNPLI RRPLFSWLAP*\n>F1;X\n\nMKV*\n>plain\nMKL\n"
+    (tmp_path / "a.fasta").write_text(text)
+    kwargs = {"path": "fasta", "data_files": str(tmp_path / "a.fasta"), "split": "train", "streaming": streaming}
+    loader = make_loader(distributed, kwargs)
+    assert sorted(read_epochs(loader, 1)[0]) == ["MDITIHNPLIRRPLFSWLAP", "MKL", "MKV"]
+    assert "2 records in PIR's format" in loader.notes[0]
+
+
+def test_what_is_read_is_said_first(distributed, tmp_path):
+    kwargs = write(tmp_path, "fasta", ["MKVL", "MKVA", "", "AAAAAAAA"]) | {"split": "train[:75%]"}
+    config = OmegaConf.create({"num_train_steps": 30, "micro_batches_per_step": 2})
+    loader = make_loader(distributed, kwargs, token_micro_batch_size=None, micro_batch_size=1)
+    where = f"fasta {tmp_path}/proteins.fasta, split train[:75%]"
+    assert loader.facts(config) == [
+        f"dataset: 3 rows, 8 residues of {where}",
+        "dataset: the entropy of its residues is 1.560 nats: a loss that stays there has learnt nothing of context",
+        "dataset: 30 steps of 2 micro-batches are 30.0 epochs",
+    ]
+    loader = make_loader(distributed, kwargs | {"split": "train", "streaming": True})
+    assert loader.facts(config)[0] == f"dataset: a stream of fasta {tmp_path}/proteins.fasta, split train"
 
 
 # ---- crops

@@ -122,6 +122,24 @@ def resolved(name: str, kwargs: dict) -> dict:
     return {k: v for k, v in kwargs.items() if k != "data_dir"} | {"data_files": found}
 
 
+def whence(load_dataset_kwargs: Mapping) -> str:
+    """The data set or the files, for a person."""
+    kwargs = redacted(plain(load_dataset_kwargs))
+    files, path = kwargs.get("data_files"), kwargs.get("path")
+    place = str(path)
+    if files:
+        if path in FILE_FORMATS:
+            files = resolved("", plain(load_dataset_kwargs))["data_files"]
+        patterns = [file for some in sanitize_patterns(files).values() for file in some]
+        shown = ", ".join(redacted(patterns)[:3]) + (f" and {len(patterns) - 3} more" if len(patterns) > 3 else "")
+        place += f" of {len(patterns)} files: {shown}" if len(patterns) > 1 else f" {shown}"
+    elif kwargs.get("data_dir"):
+        place += f" {kwargs['data_dir']}"
+    if kwargs.get("name"):
+        place += f" ({kwargs['name']})"
+    return place + (f", split {kwargs['split']}" if kwargs.get("split") else "")
+
+
 def matching(name: str, path: str, root: Path, pattern: str) -> list[Path]:
     """The files that a name, a folder or a pattern stands for, sorted. Raises ValueError where there is none."""
     # Links as they are: the hub's cache has the ending in their names.

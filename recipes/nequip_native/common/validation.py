@@ -33,6 +33,7 @@ class Validator:
     ):
         self.distributed, self.plan, self.collate = distributed, plan, collate
         self.metrics, self.every_n_steps = metrics, every_n_steps
+        self.facts: list[str] = []  # what is read, and from where
 
     def is_due(self, step: int, last_step: int) -> bool:
         """Whether to validate after this step."""

@@ -119,7 +119,7 @@ def test_without_a_terminal_there_are_lines(distributed, tmp_path, capsys):
     drive(distributed, tmp_path)
     message = capsys.readouterr().err
     assert "tiny (0.0M parameters), ddp, 1 x " in message and "a note\n" in message
-    assert "step 4/5  loss 4.0000  grad norm 8.000  lr 4.00e-02  15 atoms/s  0.0 min left\n" in message
+    assert "step 4/5  epoch 2  loss 4.0000  grad norm 8.000  lr 4.00e-02  15 atoms/s  0.0 min left\n" in message
     assert "step 4  validation loss 2.5000  error 12.0000  accuracy 0.2500\n" in message
 
 
@@ -150,7 +150,10 @@ def test_a_resumed_run_counts_on(distributed, tmp_path):
         first.log_step(step, {"loss": 1.0}, 1.0, 0.1)
     first.log_validation(2, {"loss": 3.0})
     state = json.loads(json.dumps(first.state_dict()))
-    assert state == {"run_id": state["run_id"], "num_atoms": 20, "validation": {"step": 2, "data": "-", "loss": 3.0}}
+    assert state == {
+        "run_id": state["run_id"], "num_atoms": 20, "validation": {"step": 2, "data": "-", "loss": 3.0},
+        "best": {"step": 2, "loss": 3.0, "train_loss": 1.0, "is_said": False},
+    }  # fmt: skip
     second.load_state_dict(state)
     second.start(1, [])  # what the killed run wrote past it is dropped
     second.count([batch(5, 1, 5)], {"atoms": 5}, 1, 0.0)
@@ -306,3 +309,30 @@ def test_two_runs_do_not_share_a_folder(distributed, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"logger\.log_dir=.*another run writes to it"):
             make_logger(distributed, tmp_path)
         other.kill()
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "said_at"),
+    [
+        ([3.0, 2.0, 1.5, 1.2], [2.9, 2.5, 2.6, 2.8], [3]),  # once
+        ([3.0, 2.0, 2.1, 2.2], [2.9, 2.5, 2.6, 2.8], []),  # training goes up too
+        ([3.0, 2.0, 1.9, 1.8], [2.9, 2.5, 2.51, 2.4], []),  # no more than noise
+        ([3.0, 2.0, 1.9, 1.8, 1.7, 1.6], [2.9, 2.5, 2.6, 2.4, 2.39, 2.5], [3, 6]),  # lower again meanwhile
+    ],
+)
+def test_rows_learnt_by_heart_are_said(distributed, tmp_path, capsys, train, validation, said_at):
+    """Also where the run was stopped between: the lowest loss is in the checkpoint."""
+    logger, said = make_logger(distributed, tmp_path), []
+    logger.start(0, [])
+    for step, (loss, found) in enumerate(zip(train, validation, strict=True), start=1):
+        logger.count([batch(30, 4, 40)], {"structures": 4, "atoms": 30}, epoch=step, data_wait_s=0.0)
+        logger.log_step(step, {"loss": loss}, 1.0, learning_rate=0.1)
+        capsys.readouterr()
+        logger.log_validation(step, {"loss": found})
+        if "by heart" in (message := capsys.readouterr().err):
+            said.append(step)
+            assert f"lower at step {step - 1} ({validation[step - 2]:.4f})" in message
+        state, logger = logger.state_dict(), make_logger(distributed, tmp_path)
+        logger.load_state_dict(json.loads(json.dumps(state)))
+        logger.start(step, [])
+    assert said == said_at
