@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# sbatch slurm.sh                                          two nodes, FSDP2, the 650M configuration
+# sbatch slurm.sh                                          two nodes, FSDP2, the bundled alloys
 # sbatch --nodes=4 slurm.sh --config-name L0_sanity seed=1 what follows the name goes to the trainer
 # TRAINER=train_ddp.py sbatch slurm.sh
-# SWEEP=sweep.txt sbatch --array=1-4 slurm.sh              one run for each line of the file; then: python compare_runs.py
+# SWEEP=sweep.txt sbatch --array=1-4 --output=%x-%A_%a.out slurm.sh     one run for each line; then: python compare_runs.py
+# Most clusters want to know more: --partition=NAME --account=NAME.
 #SBATCH --job-name=nequip
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
+# All cores and all memory of each node: without these two a job has one core. For a part of a node give others when you submit:
+# sbatch --oversubscribe --nodes=1 --gpus-per-node=1 --cpus-per-task=16 --mem=100G slurm.sh
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=04:00:00
 #SBATCH --signal=USR1@180
 #SBATCH --requeue
@@ -33,7 +38,8 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   [ -f "$sweep" ] || stop "SWEEP=$sweep: no such file in $PWD; each of its lines has the overrides of one run"
   line=$(grep -v '^[[:space:]]*\(#\|$\)' "$sweep" | sed -n "${SLURM_ARRAY_TASK_ID}p") || true
   [ -n "$line" ] || stop "--array: $sweep has no run $SLURM_ARRAY_TASK_ID"
-  # Blanks and quotes as in a shell, but nothing is expanded or run.
+  echo "Run $SLURM_ARRAY_TASK_ID of $sweep: $line"
+  # Spaces and quotes as in a shell, but nothing is expanded or run.
   words=$(xargs printf '%s\n' <<< "$line" 2> /dev/null) || stop "$sweep: a quote is not closed in: $line"
   mapfile -t overrides <<< "$words"
   folder=outputs/sweep_$SLURM_ARRAY_JOB_ID/run_$SLURM_ARRAY_TASK_ID
@@ -42,12 +48,14 @@ fi
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 export RDZV_ENDPOINT=${address:-$first}:$((20000 + SLURM_JOB_ID % 20000))
+# What the job has of each node, the smallest number where nodes differ: "64(x2),32". A step would take one core by itself.
+cores=$(tr , '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | sed -n 1p)
 
 status=0
-srun ${container[@]+"${container[@]}"} ${inside[@]+"${inside[@]}"} bash slurm_node.sh "$trainer" "$@" || status=$?
-# 75: the time was nearly up, and all is saved. The job goes back into the queue and later goes on from there.
+srun --cpus-per-task="$cores" --cpu-bind=cores ${container[@]+"${container[@]}"} ${inside[@]+"${inside[@]}"} bash slurm_node.sh "$trainer" "$@" || status=$?
+# 75: SIGUSR1 came, from Slurm shortly before the time limit (--signal above) or by hand, and all is saved.
 if [ $status -eq 75 ]; then
-  echo "The time is nearly up: saved, and back into the queue."
+  echo "Stopped by SIGUSR1, sent before the time limit or by hand: saved, and back into the queue to go on from there."
   scontrol requeue "$SLURM_JOB_ID"
   sleep 60  # for Slurm to end this script
 fi
