@@ -21,7 +21,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import EuroBertConfig
 
-from common.command import command, writing
+from common.command import command, new_folder
 from common.weights import LazyTensors, local_folder, named_type, open_weights, read
 from modeling_amplify import AmplifyConfig, swiglu_width
 
@@ -200,19 +200,22 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     arguments = parser.parse_args()
     with command():
-        convert(local_folder(arguments.source), arguments.target, arguments.to)
+        print(convert(local_folder(arguments.source), arguments.target, arguments.to))
 
 
-def convert(source: Path, target: Path, format: str) -> None:
-    """Write a checkpoint folder in another format. Raises ValueError for one that is no AMPLIFY."""
+def convert(source: Path, target: Path, format: str) -> str:
+    """Write a checkpoint folder in another format, and say what comes next. Raises ValueError if it is no AMPLIFY."""
     config, kind = read_config(source)
     weights = open_weights(source)
     weights = weights if kind == "native" else to_native(weights, config, kind)
-    with writing(target):
-        save(weights, config, format, target)
+    with new_folder(target) as folder:
+        save(weights, config, format, folder)
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             if (source / name).exists():
-                shutil.copy(source / name, target)
+                shutil.copy(source / name, folder)
+    opens = {"native": "modeling_amplify.AmplifyForMaskedLM", "eurobert": "transformers.AutoModelForMaskedLM"}
+    way = f"; open it: {opens[format]}.from_pretrained({str(target)!r})" if format in opens else ""
+    return f"{target} is written{way}"
 
 
 if __name__ == "__main__":

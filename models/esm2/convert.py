@@ -20,7 +20,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import EsmConfig
 
-from common.command import command, writing
+from common.command import command, new_folder
 from common.weights import LazyTensors, local_folder, named_type, open_weights, read
 from modeling_esm2 import Esm2Config, rope_inv_freq
 
@@ -208,26 +208,27 @@ def main() -> None:
     direction.add_argument("--to-native", nargs=2, metavar=("SRC", "DST"))
     arguments = parser.parse_args()
     with command():
-        convert(*(arguments.to_hf or arguments.to_native), bool(arguments.to_hf))
+        print(convert(*(arguments.to_hf or arguments.to_native), bool(arguments.to_hf)))
 
 
-def convert(source: str, destination: str, to_hf: bool) -> None:
-    """Write one form of a model as the other. Raises ValueError for a source that is not of the form it should be."""
+def convert(source: str, destination: str, to_hf: bool) -> str:
+    """Write one form of a model as the other, and say what comes next. Raises ValueError for one of another form."""
     source, destination = local_folder(source), Path(destination)
     kind, wanted = named_type(source), Esm2Config.model_type if to_hf else "esm"
     if kind != wanted:
         raise ValueError(f"{source}: its model_type is {kind}, not {wanted}; the other direction may be meant.")
     weights = open_weights(source)
     config = Esm2Config.from_pretrained(source) if to_hf else native_config(EsmConfig.from_pretrained(source), weights)
-    with writing(destination):
-        destination.mkdir(parents=True, exist_ok=True)
+    with new_folder(destination) as folder:
         if to_hf:
-            save_hf(weights, config, destination)
+            save_hf(weights, config, folder)
         else:
-            save_native(hf_to_native(weights, config), config, destination)
+            save_native(hf_to_native(weights, config), config, folder)
         for name in ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json"):
             if (source / name).exists():
-                shutil.copy(source / name, destination)
+                shutil.copy(source / name, folder)
+    opens = "transformers.AutoModelForMaskedLM" if to_hf else "modeling_esm2.Esm2ForMaskedLM"
+    return f"{destination} is written; open it: {opens}.from_pretrained({str(destination)!r})"
 
 
 if __name__ == "__main__":

@@ -108,3 +108,4 @@ if __name__ == "__main__":
     target = arguments.target or arguments.step_folder.parent / "final_model"
     with command(), writing(target):
         export(arguments.step_folder, target)
+        print(f"{target} is written; its README.md says how to open it")

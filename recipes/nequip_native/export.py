@@ -145,5 +145,7 @@ if __name__ == "__main__":
     parser.add_argument("step_folder", type=Path)
     parser.add_argument("target", type=Path, nargs="?", help="default: final_model beside the step folder")
     arguments = parser.parse_args()
+    target = arguments.target or arguments.step_folder.parent / "final_model"
     with command():
-        export(arguments.step_folder, arguments.target or arguments.step_folder.parent / "final_model")
+        export(arguments.step_folder, target)
+        print(f"{target} is written; its README.md says how to open it")

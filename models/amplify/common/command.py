@@ -2,6 +2,7 @@
 """How every command ends: with one sentence and exit code 2 at a user's mistake, never with a traceback."""
 
 import os
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,3 +44,23 @@ def writing(target: Path):
         yield
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{target} cannot be written ({one_line(error)}); make room or give another name.") from error
+
+
+@contextmanager
+def new_folder(target: Path):
+    """Gives a folder to write to, which takes the name `target` once the block has ended well.
+
+    Raises ValueError for a target that has something in it, and where it cannot be written.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"{target} exists; move it away or give another name.")
+    partial = target.with_name(f".{target.name}.partial")
+    with writing(target):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    try:
+        with writing(target):
+            yield partial
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

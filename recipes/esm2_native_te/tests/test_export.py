@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the final model holds, and how training goes on from it; the contract opens it with plain transformers."""
 
+import errno
 import json
 import runpy
+import shutil
 import sys
 
 import pytest
@@ -124,7 +126,7 @@ def test_training_goes_on_from_pretrained_weights(trainer, kind, run, reference_
     assert first != pytest.approx(first_loss(run), rel=1e-3)
 
 
-@pytest.mark.parametrize("command", [f"export.py {STEP} file/final", "convert.py --to-native final_model file"])
+@pytest.mark.parametrize("command", [f"export.py {STEP} file/final", "convert.py --to-native final_model file/native"])
 def test_a_folder_that_cannot_be_written_is_one_sentence(run, tmp_path, monkeypatch, capfd, command):
     (tmp_path / "file").touch()
     script, *words = command.split()
@@ -132,3 +134,22 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(run, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     said = refused(monkeypatch, capfd, script, *words)
     assert f"error: {words[-1]} cannot be written (" in said
+
+
+def test_what_is_converted_is_there_as_a_whole_or_not_at_all(run, tmp_path, monkeypatch, capfd):
+    words = ["--to-native", str(run / "final_model"), str(tmp_path / "native")]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            shutil, "copy", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+        )
+        said = refused(patch, capfd, "convert.py", *words)
+        assert f"error: {words[-1]} cannot be written (No space left on device)" in said
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(sys, "argv", ["convert.py", *words])
+    runpy.run_path(str(RECIPE / "convert.py"), run_name="__main__")
+    said = capfd.readouterr().out
+    assert said == f"{words[-1]} is written; open it: modeling_esm2.Esm2ForMaskedLM.from_pretrained({words[-1]!r})\n"
+    before = {path.name: path.read_bytes() for path in (tmp_path / "native").iterdir()}
+    assert f"error: {words[-1]} exists; move it away" in refused(monkeypatch, capfd, "convert.py", *words)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "native").iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["native"]
