@@ -14,6 +14,7 @@ from pages import headings, relinked, slug, title, with_address, written_address
 # In docs/. Their commands are typed in a recipe's folder, as the zip's are.
 PAGES = (
     "your_data",
+    "your_structures",
     "batches",
     "precision",
     "checkpoints",
@@ -24,6 +25,7 @@ PAGES = (
     "troubleshooting",
     "glossary",
 )
+FAMILIES = {"your_data": "tokens", "your_structures": "atoms"}  # pages of the recipes that have this folder
 NAME = "GUIDE.md"
 TYPED_IN = re.compile(r"^<!-- typed in .* -->\n+", re.M)
 FENCE_OR_HEADING = re.compile(r"^(```|~~~).*?^\1|^#+ ", re.M | re.S)
@@ -33,6 +35,8 @@ def guide_pages(recipe: Path) -> dict[str, str]:
     """The text of each page by its path in the repository; the keys stand at that of their defaults."""
     found = {}
     for name in PAGES:
+        if name in FAMILIES and not (recipe / FAMILIES[name]).is_dir():
+            continue
         if (page := recipe.parents[1] / "docs" / f"{name}.md").is_file():
             found[f"docs/{name}.md"] = without_others(page.read_text(), recipe)
     if (recipe / knobs.DEFAULTS).is_file():

@@ -22,7 +22,6 @@ from common.distributed import Distributed
 from common.epoch_plan import EpochPlan, Grouping
 from common.loader import Loader, start_worker_server
 from common.open_data import whence
-from common.sizes import SizeIndex
 from common.validation import Validator
 from metrics import Errors
 
@@ -33,8 +32,9 @@ READ = ("numbers", "positions", "cell", "pbc", "energy", "forces", "stress", "ch
 class StructureRows:
     """A source whose rows are structures, measured in atoms or in edges; those not `kept` count as nothing."""
 
-    def __init__(self, rows: datasets.Dataset, index: SizeIndex, kept: np.ndarray, by_data_set: bool = False):
-        self.rows, self.index, self.kept = rows, index, None if kept.all() else kept
+    def __init__(self, rows: datasets.Dataset, found: Survey, by: str, kept: np.ndarray, by_data_set: bool = False):
+        self.rows, self.index, self.kept = rows, found.size_index(by), None if kept.all() else kept
+        self.atoms = found.size_index("sizes").digest
         self.table = rows.with_format("arrow", columns=list(READ))
         self.data_set, self.data_sets = data_sets_of(rows) if by_data_set else (None, [])
 
@@ -70,7 +70,7 @@ class StructureRows:
             b"".join(array.tobytes() for array in (some.numbers, some.positions, some.energy, some.forces))
         )
         kept = sha256(b"" if self.kept is None else self.kept.tobytes()).hexdigest()[:16]
-        return {"num_rows": len(self), "sizes": self.index.digest, "content": content.hexdigest()[:16], "kept": kept}
+        return {"num_rows": len(self), "sizes": self.atoms, "content": content.hexdigest()[:16], "kept": kept}
 
 
 def data_sets_of(rows: datasets.Dataset) -> tuple[np.ndarray, list[str]]:
@@ -195,7 +195,7 @@ class TrainLoader(Loader):
         self.elements = check_elements(section, found, elements)
         self.statistics, told = statistics(found, self.elements)
 
-        source = StructureRows(rows, found.size_index(by), kept)
+        source = StructureRows(rows, found, by, kept)
         plan, full = plan_of(section, source, grouping, by, seed, window_rows)
         collate = GraphCollator(section, cutoffs, self.elements, max_neighbors)
         super().__init__(distributed, section, plan, collate, num_workers)
@@ -205,9 +205,10 @@ class TrainLoader(Loader):
 
 def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:
     """What a run with this configuration trains on, in its order; for commands that train nothing."""
-    from build_model import cutoffs_and_elements
+    from build_model import model_config
 
-    return TrainLoader(distributed, config.seed, *cutoffs_and_elements(config), **config.dataset).plan
+    wanted = model_config(config.model_tag, config.precision, **config.model_kwargs)
+    return TrainLoader(distributed, config.seed, wanted.cutoffs, wanted.elements, **config.dataset).plan
 
 
 def check_elements(section: str, found: Survey, elements: list[str] | None) -> list[str]:
@@ -258,7 +259,7 @@ def open_validation(
         max_rows,
     )
     check_elements(section, found, elements)
-    source = StructureRows(rows, found.size_index(by), kept, by_data_set=True)
+    source = StructureRows(rows, found, by, kept, by_data_set=True)
     plan, _ = plan_of(section, source, grouping, by, None, window_rows)
     collate = GraphCollator(section, cutoffs, elements, max_neighbors, with_data_sets=True)
     validator = Validator(distributed, plan, collate, Errors(elements, source.data_sets), every_n_steps)

@@ -38,7 +38,8 @@ def parity_plot(path: Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], uni
         top.set_title(f"MAE {np.abs(errors).mean():.3g}  RMSE {np.sqrt((errors**2).mean()):.3g} {unit}", fontsize=9)
         if len(np.unique(group)) > 1:
             top.legend(markerscale=5, fontsize=8)
-        bottom.hist(errors, bins=80, color="0.5")
+        widest = max(float(np.abs(errors).max()), 1e-12)  # all errors may be the same
+        bottom.hist(errors, bins=80, range=(-widest, widest), color="0.5")
         bottom.set(xlabel=f"error of {label}, {unit}", yscale="log")
     if title:
         figure.suptitle(title, fontsize=10)

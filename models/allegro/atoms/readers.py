@@ -110,7 +110,8 @@ def parts_of(file: str) -> list[Part]:
     """A file's parts, in order. Raises ValueError for a file that cannot be read."""
     kind = kind_of(Path(file))
     if kind == "extxyz":
-        return extxyz_blocks(file)
+        with sentence_for(file):
+            return extxyz_blocks(file)
     if kind == "database":
         total = len(open_database(file)[1])
     elif kind == "traj":

@@ -35,8 +35,10 @@ class Kind:
 KINDS = {
     "no_labels": Kind(True, "energy, forces", "has neither an energy nor forces",
                       "name what the file calls them: dataset.label_keys.energy and .forces"),
-    "not_finite": Kind(True, "positions, cell, energy, forces, stress", "has a number that is infinite or none",
+    "not_finite": Kind(True, "energy, forces, stress", "has a label that is infinite or none",
                        "take the frame out; its calculation failed"),
+    "no_geometry": Kind(True, "positions, cell", "has a position or lattice vector that is infinite or none",
+                        "take the frame out"),
     "close_atoms": Kind(True, "positions", "has atoms {value:.2f} A apart",
                         "take the frame out, or set dataset.units.length if the file is not in A"),
     "fractional": Kind(True, "positions", "has fractional coordinates for Cartesian ones: all lie between 0 and 1",
@@ -65,6 +67,7 @@ KINDS = {
                           "take it out, unless such forces are wanted"),
 }  # fmt: skip
 BITS = {name: np.uint32(1 << i) for i, name in enumerate(KINDS)}
+NEVER = BITS["no_geometry"] | BITS["pbc_without_cell"]  # have no neighbours that could be found
 BAD = np.uint32(sum(int(BITS[name]) for name, kind in KINDS.items() if kind.bad))
 
 
@@ -109,7 +112,8 @@ def check(structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = 
         | any_of(np.isinf(structures.forces).any(-1))
         | np.isinf(structures.stress).any((1, 2))
     )
-    found("not_finite", ~sound | any_of(half) | bad_stress | infinite | (has_forces & lacks_forces))
+    found("no_geometry", ~sound)
+    found("not_finite", any_of(half) | bad_stress | infinite | (has_forces & lacks_forces))
     found("no_labels", ~np.isfinite(structures.energy) & ~has_forces)
 
     periodic, solid = structures.pbc.any(1), structures.pbc.all(1)
@@ -172,9 +176,10 @@ def _edges(
 def fingerprints(structures: Structures) -> np.ndarray:
     """A number for each structure that only a copy shares: atoms, cell, positions to 1e-4 A from any origin."""
     first = structures.positions[np.minimum(structures.starts[:-1], max(len(structures.positions) - 1, 0))]
-    moved = np.nan_to_num(structures.positions - first[structures.structure])
+    with np.errstate(invalid="ignore"):
+        moved = np.nan_to_num(structures.positions - first[structures.structure], posinf=0.0, neginf=0.0)
     places = np.column_stack([np.rint(moved * 1e4).astype(np.int64), structures.numbers.astype(np.int64)])
-    cells = np.rint(np.nan_to_num(structures.cell).reshape(-1, 9) * 1e4).astype(np.int64)
+    cells = np.rint(np.nan_to_num(structures.cell, posinf=0.0, neginf=0.0).reshape(-1, 9) * 1e4).astype(np.int64)
     found = np.zeros(len(structures), np.uint64)
     for i in range(len(structures)):
         content = places[structures.atoms_of(i)].tobytes() + cells[i].tobytes()

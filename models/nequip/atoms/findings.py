@@ -6,12 +6,13 @@ from typing import Literal
 
 import numpy as np
 
-from atoms.checks import BAD, BITS, KINDS, check
+from atoms.checks import BAD, BITS, KINDS, NEVER, check
 from atoms.structures import structures_of
 from atoms.survey import ODD, Survey, solve
 
 
 Policy = Literal["refuse", "leave_out", "keep"]
+STIFFNESS = 0.3, 120.0  # eV/A^2 of bonds: softer than metals, harder than a triple bond
 NAMED = 5  # frames that a sentence names
 SLOPES = {  # a change of energy over the work of forces that goes with it, and what that means
     23.06: "energies in kcal/mol", 96.49: "energies in kJ/mol", 1 / 27.21: "energies in hartree",
@@ -70,12 +71,10 @@ def _values(survey: Survey, name: str, rows: np.ndarray) -> np.ndarray:
 
 
 def broken_keys(survey: Survey, row: int) -> str:
-    """Which of a structure's arrays have a number that is none."""
+    """Which of a structure's labels have a number that is none."""
     structure = structures_of(survey.rows.with_format("arrow")[[int(row)]])
-    arrays = {name: getattr(structure, name) for name in ("positions", "cell", "energy", "forces", "stress")}
-    broken = {name: array for name, array in arrays.items() if not np.isfinite(array).all()}
-    absent = [name for name, array in broken.items() if name not in ("positions", "cell") and np.isnan(array).all()]
-    return ", ".join(name for name in broken if name not in absent)
+    arrays = {name: getattr(structure, name) for name in ("energy", "forces", "stress")}
+    return ", ".join(name for name, array in arrays.items() if not (np.isfinite(array).all() or np.isnan(array).all()))
 
 
 def frames(survey: Survey, rows: np.ndarray) -> str:
@@ -109,7 +108,7 @@ GRADIENTS = "[forces]; they are gradients perhaps: dataset.units.forces=-eV/Ang.
 
 def of_forces(survey: Survey) -> list[Finding]:
     """Forces against energies, and against what bonds do."""
-    found, fit, within = [], _slope(survey.total("force_work")), _within(survey.bonds())
+    found, fit, (within, stiffness) = [], _slope(survey.total("force_work")), _bonds(survey.bonds())
     if fit and fit[1] > 0.8:
         if fit[0] < 0:
             text = (
@@ -126,10 +125,11 @@ def of_forces(survey: Survey) -> list[Finding]:
     elif within is not None and within > 0.3:
         text = "Forces seem to have the wrong sign: neighbours nearer than others pull each other closer "
         found.append(Finding("force_sign", within > 0.5, text + GRADIENTS))
-    rms = np.sqrt(survey.total("force_squares").sum() / max(3 * survey.total("force_atoms").sum(), 1))
-    if rms > 20 and not any(finding.name == "force_units" for finding in found):
-        text = f"Forces of {rms:.3g} eV/A (root mean square) are more than structures usually have [forces]; "
-        found.append(Finding("force_units", False, text + "if in kcal/mol/A: dataset.units.energy=kcal/mol."))
+    soft, hard = STIFFNESS
+    if stiffness and not soft < abs(stiffness) < hard and not any(finding.name == "force_units" for finding in found):
+        amount, unit = ("more", "kcal/mol/Ang") if abs(stiffness) > hard else ("less", "hartree/bohr")
+        text = f"By these forces bonds are {abs(stiffness):.3g} eV/A^2 stiff, {amount} than most [forces]; if in "
+        found.append(Finding("force_units", False, f"{text}{unit}: dataset.units.forces={unit}."))
     return found
 
 
@@ -182,14 +182,14 @@ def _together(products: np.ndarray, fewest: int) -> float | None:
     return ab / np.sqrt(aa * bb) if number >= fewest and aa > 0 and bb > 0 else None
 
 
-def _within(bonds: np.ndarray) -> float | None:
-    """How distance and push go together within each kind of pair, from -1 to 1."""
+def _bonds(bonds: np.ndarray) -> tuple[float | None, float | None]:
+    """How distance and push go together within each kind of pair, from -1 to 1, and the stiffness (eV/A^2)."""
     bonds = bonds[bonds[:, 0] > 20] if len(bonds) else bonds
     if not len(bonds) or bonds[:, 0].sum() < 200:
-        return None
+        return None, None
     n, d, p, dd, dp, pp = bonds.T
-    together, spread = (dp - d * p / n).sum(), (dd - d * d / n).sum() * (pp - p * p / n).sum()
-    return together / np.sqrt(spread) if spread > 0 else None
+    together, of_d, of_p = (dp - d * p / n).sum(), (dd - d * d / n).sum(), (pp - p * p / n).sum()
+    return (together / np.sqrt(of_d * of_p), together / of_d) if of_d > 0 and of_p > 0 else (None, None)
 
 
 def of_labels(survey: Survey) -> list[Finding]:
@@ -241,7 +241,11 @@ def judge(section: str, survey: Survey, bad_frames: Policy, odd_frames: Policy) 
             kept &= ~hit
             number = f"{section}: {int(hit.sum()):,} of {len(hit):,} structures are left out"
             notes.append(f"{number} ({section}.{name}_frames=leave_out).")
+    if bad_frames == "keep" and ((survey.flags & NEVER) > 0).any():
+        row = np.flatnonzero(survey.flags & NEVER)
+        raise ValueError(f"{section}.bad_frames=keep: {frames(survey, row)} cannot be kept; leave_out would do.")
     for finding in findings(survey):
+        finding.text = finding.text.replace("dataset.", f"{section}.")
         policy = bad_frames if finding.bad else odd_frames
         whole = len(finding.rows) == 0
         if policy == "refuse" or (policy == "leave_out" and whole and finding.bad):

@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa
 from tqdm import tqdm
 
-from atoms.readers import Options, Part, of_columns, parts_of, read
+from atoms.readers import PART, Options, Part, of_columns, parts_of, read
 from atoms.structures import SCHEMA, row, table_of
 from common.loader import script_unseen
 from common.open_data import open_rows, plain
@@ -33,39 +33,43 @@ ROWS_AT_ONCE = 500
 
 def open_structures(section: str, load_dataset_kwargs: dict, label_keys: dict | None = None, units: dict | None = None,
                     num_processes: int = 1, quiet: bool = False) -> datasets.Dataset:  # fmt: skip
-    """Rows of SCHEMA, memory-mapped; `dataset._fingerprint` is the same wherever files of that content lie.
+    """Rows of SCHEMA, memory-mapped; `dataset._fingerprint` tells these files, as they are read here, from others.
 
     `path: structures` reads `data_files` (a pattern or a list) of any kind, any other `path` is `load_dataset`'s.
     Raises ValueError of one sentence for a user's mistake.
     """
     kwargs = plain(load_dataset_kwargs)
-    options = Options(
-        section, *({k: v for k, v in plain(some or {}).items() if v is not None} for some in (label_keys, units))
-    )
+    names, units = ({k: v for k, v in plain(some or {}).items() if v is not None} for some in (label_keys, units))
+    options = Options(section, names, units)
     if kwargs.get("path") == "structures":
         sources = found_files(section, kwargs)
         stats = [(file, Path(file).stat()) for file in sources]
         key = key_of([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats], options)
-        parts = lambda: [part for file in sources for part in parts_of(file)]  # noqa: E731
     else:
         rows = open_rows(section, kwargs)
-        if set(SCHEMA.names) <= set(rows.column_names) and not options.units and not options.label_keys:
-            return rows.select_columns(SCHEMA.names)
         if isinstance(rows, datasets.IterableDataset):
             raise ValueError(
-                f"{section}.load_dataset_kwargs.streaming=true: structures are read from files; leave it out."
+                f"{section}.load_dataset_kwargs.streaming=true: structures are not streamed; leave it out."
             )
-        key = key_of([rows._fingerprint], options)
-        parts = lambda: [(rows, first) for first in range(0, len(rows), 2000)]  # noqa: E731
+        if set(SCHEMA.names) <= set(rows.column_names) and not options.units and not options.label_keys:
+            return rows.select_columns(SCHEMA.names)
+        key, sources = key_of([rows._fingerprint], options), rows
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "structures" / key
     if not (folder / "done.json").exists():
-        convert(section, folder, parts(), options, num_processes, quiet)
+        convert(section, folder, pieces(sources), options, num_processes, quiet)
     number = json.loads((folder / "done.json").read_text())["num_parts"]
     found = datasets.concatenate_datasets(
         [datasets.Dataset.from_file(str(folder / f"{i:06d}.arrow")) for i in range(number)]
     )
     found._fingerprint = key
     return part_of(section, found, kwargs) if kwargs.get("path") == "structures" else found
+
+
+def pieces(sources: list[str] | datasets.Dataset) -> list:
+    """What processes convert one at a time."""
+    if isinstance(sources, datasets.Dataset):
+        return [(sources, first) for first in range(0, len(sources), PART)]
+    return [part for file in sources for part in parts_of(file)]
 
 
 def key_of(sources: list, options: Options) -> str:
@@ -88,7 +92,9 @@ def found_files(section: str, kwargs: dict) -> list[str]:
         raise ValueError(f"{name}.data_files is not set; path=structures needs a file, a pattern or a list of them.")
     found: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        here = [file for file in sorted(glob(pattern, recursive=True)) if Path(file).is_file()]
+        pattern = str(Path(pattern).expanduser())
+        inside = f"{pattern}/*" if Path(pattern).is_dir() else pattern  # of a folder all files
+        here = [file for file in sorted(glob(inside, recursive=True)) if Path(file).is_file()]
         if not here:
             raise ValueError(f"{name}.data_files={pattern}: no such file; give a full path or one from {Path.cwd()}.")
         if empty := [file for file in here if Path(file).stat().st_size == 0]:
@@ -149,7 +155,7 @@ def write_part(path: Path, part: Part | tuple[datasets.Dataset, int], options: O
 
 def read_hub(rows: datasets.Dataset, first: int, options: Options) -> Iterator[dict]:
     """Rows of a data set with other columns."""
-    for number in range(first, min(first + 2000, len(rows))):
+    for number in range(first, min(first + PART, len(rows))):
         try:
             yield row(
                 **of_columns(rows[number], options), source=str(rows.info.dataset_name or "data"), key=str(number)

@@ -71,6 +71,10 @@ def not_finite(atoms):
     atoms.calc.results["forces"][2, 1] = np.nan
 
 
+def no_geometry(atoms):
+    atoms.positions[3, 1] = np.inf
+
+
 def left_handed(atoms):
     atoms.cell[:] = atoms.cell.array[[1, 0, 2]]
 
@@ -106,7 +110,8 @@ def unlabelled(atoms):
 
 DAMAGE = {
     "close_atoms": (close, True, "positions"), "fractional": (fractional, True, "positions"),
-    "not_finite": (not_finite, True, "forces"), "left_handed": (left_handed, False, "cell"),
+    "not_finite": (not_finite, True, "forces"), "no_geometry": (no_geometry, True, "positions, cell"),
+    "left_handed": (left_handed, False, "cell"),
     "pbc_without_cell": (without_cell, True, "pbc"), "cell_without_pbc": (not_periodic, False, "pbc"),
     "net_force": (unbalanced, False, "forces"), "dense": (dense, True, "cell"),
     "energy_outlier": (outlier, False, "energy"), "force_outlier": (strong, False, "forces"),
@@ -126,8 +131,12 @@ def test_damage_is_found_and_named(name, tmp_path, distributed):
     assert "mine.extxyz, frame 7 (and 21; 2 of 30 in all)" in finding.text and f"[{key}]" in finding.text
     policies = {"bad_frames": "keep", "odd_frames": "keep"}
     which = "bad_frames" if bad else "odd_frames"
-    kept, _ = judge("dataset", found, **policies)
-    assert kept.all()
+    if name in ("no_geometry", "pbc_without_cell"):
+        with pytest.raises(ValueError, match=r"frame 7 .* cannot be kept; leave_out would do"):
+            judge("dataset", found, **policies)
+    else:
+        kept, _ = judge("dataset", found, **policies)
+        assert kept.all()
     kept, notes = judge("dataset", found, **policies | {which: "leave_out"})
     assert np.flatnonzero(~kept).tolist() == [7, 21]
     assert any(f"2 of 30 structures are left out (dataset.{which}=leave_out)" in note for note in notes)
@@ -176,6 +185,13 @@ def test_units_of_energies_and_forces(energy, forces, words, tmp_path, distribut
     ]
     finding = names(look(frames, tmp_path, distributed))["force_units"]
     assert finding.bad and words in finding.text
+
+
+@pytest.mark.parametrize(("factor", "unit"), [(23.06, "kcal/mol/Ang"), (1 / 51.42, "hartree/bohr")])
+def test_units_of_forces_without_steps(factor, unit, tmp_path, distributed):
+    frames = [relabel(a, forces=factor * a.calc.results["forces"]) for a in labelled(30)]
+    finding = names(look(frames, tmp_path, distributed))["force_units"]
+    assert not finding.bad and f"dataset.units.forces={unit}" in finding.text
 
 
 @pytest.mark.parametrize(("factor", "unit"), [(160.2177, "GPa"), (-1602.177, "-kbar"), (-1.0, "-eV/Ang^3")])

@@ -71,6 +71,7 @@ def test_several_processes_and_files(tmp_path, monkeypatch):
     paths = [write(frames[:4], tmp_path / "a.extxyz"), write(frames[4:], tmp_path / "b.traj")]
     same(opened(str(tmp_path / "*.*"), num_processes=2), frames)
     same(opened(paths[::-1]), frames[4:] + frames[:4])
+    same(opened(tmp_path), frames)  # a folder is all of its files
 
 
 def test_a_file_that_has_changed_is_read_anew(tmp_path):
