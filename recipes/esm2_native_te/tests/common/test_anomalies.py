@@ -304,4 +304,4 @@ def test_rows_refuses_what_cannot_be(step, micro_batch, message, short_run):
 
 def test_rows_wants_the_folder_of_a_run(tmp_path):
     answer = look_up(tmp_path, "--step", "1")
-    assert answer.returncode == 1 and answer.stderr.startswith("error: ") and "has no config.yaml" in answer.stderr
+    assert answer.returncode == 2 and answer.stderr.startswith("error: ") and "has no config.yaml" in answer.stderr
