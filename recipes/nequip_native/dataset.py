@@ -147,12 +147,10 @@ def plan_of(section: str, source: StructureRows, grouping: Grouping, by: str, se
     fill = sum(int(source.sizes(batch.rows, 0).sum()) for batch in batches) / (grouping.budget * max(len(batches), 1))
     if fill >= 0.99 or full < 20:
         return plan, []
-    middle = int(np.median(sizes[sizes > 0]))
-    better = max(grouping.budget // middle, 1) * middle
-    return plan, [
-        f"{section}: micro-batches are {fill:.0%} full, since structures are not cut; "
-        f"{section}.{key}_micro_batch_size={better} would suit structures of {middle} {unit}."
-    ]  # fmt: skip
+    alike, key = int(sizes[sizes > 0].min()), f"{section}.{key}_micro_batch_size"
+    better = f"{grouping.budget // alike * alike} would suit structures of {alike} {unit}"
+    way = f"{key}={better}" if alike == largest else f"a larger {key} fills better"
+    return plan, [f"{section}: micro-batches are {fill:.0%} full, since structures are not cut; {way}."]
 
 
 class TrainLoader(Loader):

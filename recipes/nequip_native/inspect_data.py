@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 inspect_data.py big.aselmdb
 
 Training looks at its data in the same way before it starts, and finds here what has been looked at already. With
-`--potential`, the calculator.py of a final model, stress labels are also compared with differences of its energy.
+`--potential`, a final model, stress labels are also compared with differences of its energy.
 Exit code 1: there are frames that training would refuse.
 """
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from atoms.arrow_cache import open_structures
 from atoms.checks import BAD, check
+from atoms.final_model import calculator
 from atoms.findings import Finding, findings
 from atoms.neighbours import Cutoffs
 from atoms.structures import SYMBOLS, structures_of
@@ -100,21 +101,22 @@ def compare_stress(found: Survey, potential: Path) -> list[Finding]:
     if not len(some):
         return []
     some = some[np.linspace(0, len(some) - 1, min(COMPARED, len(some))).astype(int)]
-    calculator, labels, ours = load_calculator(potential), [], []
+    asked, labels, ours = load_calculator(potential), [], []
     for i in some:
         labels.append(np.trace(structures.stress[i]) / 3)
-        ours.append(pressure(structures.take(np.array([i])), calculator))
+        ours.append(pressure(structures.take(np.array([i])), asked))
     labels, ours = np.array(labels), np.array(ours)
     slope, held = float(labels @ ours / (ours @ ours)), float((labels @ ours) ** 2 / (labels @ labels) / (ours @ ours))
     if held < 0.5 or 0.5 < slope < 2:
         return []
+    # A poor potential is wrong by any factor; by a unit's or a sign only the labels are.
+    bad = held > 0.8 and any(abs(np.log(abs(slope) / factor)) < 0.3 for factor in (1.0, 160.2, 1602.0, 1.602e6))
     text = f"Stress is {slope:.3g} times what differences of the potential's energy give, in {len(some)} structures "
-    return [
-        Finding("stress_potential", True, text + "[stress]; set --unit stress=... (training: dataset.units.stress).")
-    ]
+    told = "set --unit stress=... (training: dataset.units.stress)" if bad else "is the potential good enough to tell?"
+    return [Finding("stress_potential", bad, f"{text}[stress]; {told}.")]
 
 
-def pressure(structure, calculator) -> float:
+def pressure(structure, potential) -> float:
     """A third of the trace of dE/d(strain)/V, eV/A^3, by a central difference."""
     from ase import Atoms
 
@@ -123,29 +125,18 @@ def pressure(structure, calculator) -> float:
     for strain in (STRAIN, -STRAIN):
         strained = atoms.copy()
         strained.set_cell(atoms.cell.array * (1 + strain), scale_atoms=True)
-        strained.calc = calculator
+        strained.calc = potential
         energies.append(strained.get_potential_energy())
     return (energies[0] - energies[1]) / (2 * STRAIN) / volume / 3
 
 
 def load_calculator(potential: Path):
-    """ASE's EMT by that name, or a final model's own calculator. Raises ValueError for another file."""
-    from ase.calculators.calculator import BaseCalculator
-
+    """ASE's EMT by that name, or a final model's own calculator. Raises ValueError for another folder."""
     if str(potential) == "emt":
         from ase.calculators.emt import EMT
 
         return EMT()
-    import runpy
-
-    file = potential / "calculator.py" if potential.is_dir() else potential
-    if not file.is_file():
-        raise ValueError(f"--potential {potential}: no such calculator; give the final_model/ of a run.")
-    classes = [one for one in runpy.run_path(str(file)).values() if isinstance(one, type)]
-    found = [one for one in classes if issubclass(one, BaseCalculator) and one.__module__ == "<run_path>"]
-    if not found:
-        raise ValueError(f"--potential {potential}: {file.name} defines no ASE calculator.")
-    return found[0](file.parent)
+    return calculator(potential)
 
 
 def report(found: Survey, problems: list[Finding], numbers: dict, elements: list[str], notes: list[str]) -> str:

@@ -228,7 +228,8 @@ class PerfLogger:
         self.validation = {"step": step, "data": self.validated_on, **result}
         whose = {"weights": self.weights} if self.weights else {}
         self._write({"kind": "validation", "step": step, **whose, **result})
-        numbers = "  ".join(f"{name} {value:.4f}" for name, value in result.items() if isinstance(value, float))
+        shown = {name: value for name, value in result.items() if isinstance(value, float) and "/" not in name}
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())  # parts are in metrics.jsonl
         self.distributed.say(f"step {step}  validation{' of the averaged weights' if whose else ''} {numbers}")
         total, number = self.losses
         if "loss" in result and number:

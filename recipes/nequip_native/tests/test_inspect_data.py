@@ -47,6 +47,6 @@ def test_bad_data_without_any_labels(tmp_path, distributed, capsys):
 
 def test_options_that_cannot_be(tmp_path, distributed):
     path = write(labelled(2), tmp_path / "a.extxyz")
-    for changes, words in (({"label": ["x"]}, "give NAME=VALUE"), ({"potential": Path("none")}, "no such calculator")):
+    for changes, words in (({"label": ["x"]}, "give NAME=VALUE"), ({"potential": Path("none")}, "is no final model")):
         with pytest.raises(ValueError, match=words):
             inspect_data.inspect(distributed, arguments(path, tmp_path, **changes))
