@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn a checkpoint into a folder that ASE opens, without this recipe: it needs torch, ase and vesin.
 
-    python export.py CKPT_DIR/step_1000 [final_model]
+    python export.py CKPT_DIR/step_1000 [final_model] [--pt2]
 
-writes `config.json`, `model.safetensors`, `calculator.py`, which is all the code in one file, and a model card.
+writes `config.json`, `model.safetensors`, `calculator.py`, which is all the code in one file, and a model card; with
+--pt2 also `potential.pt2`, a program that torch.export.load opens without any code.
 """
 
 import argparse
@@ -17,6 +18,10 @@ from common import quiet  # noqa: F401  # isort: skip
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from atoms.ase_calculator import read_config
+from atoms.exported import write_program
+from atoms.potential import Potential
+from build_model import KINDS
 from common import RECIPE
 from common.command import command, writing
 from common.step_folder import damage, read_weights
@@ -27,7 +32,6 @@ SOURCES = (
     "atoms/elements.py", "atoms/irreps.py", "atoms/spherical_harmonics.py", "atoms/radial.py", "atoms/zbl.py",
     "atoms/tensor_product.py", "atoms/potential.py", "modeling_{kind}.py", "atoms/ase_calculator.py",
 )  # fmt: skip
-CLASSES = {"nequip": ("NequIPConfig", "NequIP"), "allegro": ("AllegroConfig", "Allegro")}
 HEAD = '''# SPDX-License-Identifier: Apache-2.0
 """An interatomic potential as an ASE calculator. Needs torch, ase and vesin; energies in eV, lengths in A.
 
@@ -65,7 +69,7 @@ The configuration:
 """
 
 
-def export(step_folder: Path, target: Path) -> None:
+def export(step_folder: Path, target: Path, pt2: bool = False) -> None:
     """Write the final model of one checkpoint; `target` appears only when it is complete.
 
     Raises ValueError for a folder that is no complete checkpoint, and for a target that exists.
@@ -85,7 +89,17 @@ def export(step_folder: Path, target: Path) -> None:
         (partial / "config.json").write_text(json.dumps(model, indent=1) + "\n")
         (partial / "calculator.py").write_text(calculator_source(model["model_type"]))
         (partial / "README.md").write_text(model_card(run))
+        if pt2:
+            write_program(open_potential(model, weights), partial / "potential.pt2")
         partial.rename(target)
+
+
+def open_potential(values: dict, weights: dict) -> Potential:
+    """The model of a checkpoint."""
+    config_class, model_class = KINDS[values["model_type"]]
+    model = model_class(read_config(config_class, values))
+    model.load_state_dict(weights)
+    return model
 
 
 def calculator_source(kind: str) -> str:
@@ -99,7 +113,7 @@ def calculator_source(kind: str) -> str:
         lines = re.findall(r"^(?:from|import) .*\n", text, flags=re.MULTILINE)
         imports |= set(lines)
         bodies.append(re.sub(r"^(?:from|import) .*\n", "", text, flags=re.MULTILINE).strip("\n"))
-    config_class, model_class = CLASSES[kind]
+    config_class, model_class = (one.__name__ for one in KINDS[kind])
     tail = f'POTENTIALS["{kind}"] = ({config_class}, {model_class})\n'
     return HEAD + "".join(sorted(imports)) + "\n\n" + "\n\n\n".join([*bodies, tail])
 
@@ -144,8 +158,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step_folder", type=Path)
     parser.add_argument("target", type=Path, nargs="?", help="default: final_model beside the step folder")
+    parser.add_argument("--pt2", action="store_true", help="potential.pt2 too; it takes seconds to a minute")
     arguments = parser.parse_args()
     target = arguments.target or arguments.step_folder.parent / "final_model"
     with command():
-        export(arguments.step_folder, target)
+        export(arguments.step_folder, target, arguments.pt2)
         print(f"{target} is written; its README.md says how to open it")

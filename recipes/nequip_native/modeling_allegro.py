@@ -156,7 +156,7 @@ class Allegro(Potential):
         return elements * self.bessel_mlp(self.bessel(graph.x))
 
     def network(self, graph: Graph) -> Tensor:
-        config, centre, num_atoms = self.config, graph.edges[0], len(graph.types)
+        config, centre, num_atoms = self.config, graph.edges[0], graph.types.shape[0]
         s, norm = config.num_scalars, self.neighbor_norm(graph.types)
         harmonic = spherical_harmonics(graph.directions, config.l_max).to(config.torch_dtype)
         component = torch.tensor(l_of_component(self.edge), device=harmonic.device)

@@ -115,7 +115,7 @@ class Convolution(nn.Module):
     def forward(self, x: Features, norm, elements: Tensor, graph: Graph, radial: Tensor, coupled: dict) -> Features:
         y, summed = self.linear_1(x), {}
         for paths, weights in zip(self.paths, self.radial_mlp(radial).split(self.sizes, 1), strict=True):
-            weights = weights.view(len(weights), len(paths.pairs), y[paths.first].shape[2])
+            weights = weights.view(weights.shape[0], len(paths.pairs), y[paths.first].shape[2])
             path = path_of_component(paths.pairs, weights.device)
             product = neighbor_product(y[paths.first] * norm, weights, coupled[paths], path, graph.edges)
             for (_, out), part in zip(paths.pairs, product.split([o.dim for _, o in paths.pairs], 1), strict=True):

@@ -112,7 +112,7 @@ class Potential(nn.Module):
         if config.zbl:
             z = self.constant([float(SYMBOLS.index(element)) for element in config.elements], vectors)
             pair = zbl_energy(distance, x, z[centre], z[neighbor], config.zbl)
-            energies = energies + sum_at_centre(pair, edges[0], len(types))
+            energies = energies + sum_at_centre(pair, edges[0], types.shape[0])
         return energies
 
     def forward(
@@ -145,7 +145,8 @@ class Potential(nn.Module):
         if not self.training:
             atomic = atomic.detach()
         energies = sum_at_centre(atomic, structure, num_structures)
-        on_atoms = sum_at_centre(gradient, edges[0], len(types)) - sum_at_centre(gradient, edges[1], len(types))
+        num_atoms = types.shape[0]
+        on_atoms = sum_at_centre(gradient, edges[0], num_atoms) - sum_at_centre(gradient, edges[1], num_atoms)
         virial = sum_at_centre(vectors.detach().unsqueeze(2) * gradient.unsqueeze(1), of_edge, num_structures)
         volume = torch.linalg.det(cell).abs().view(-1, 1, 1)
         virial = 0.5 * (virial + virial.transpose(1, 2))

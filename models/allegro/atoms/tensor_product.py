@@ -45,7 +45,7 @@ def coupling_table(paths: Paths, l_max: int, dtype: torch.dtype, device: torch.d
 def couplings(paths: Paths, harmonics: Tensor, l_max: int) -> Tensor:
     """By which components of neighbours turn into those of messages: [E, I, K]."""
     table = coupling_table(paths, l_max, harmonics.dtype, harmonics.device)
-    return (harmonics @ table).view(len(harmonics), paths.first.dim, table.shape[1] // paths.first.dim)
+    return (harmonics @ table).view(harmonics.shape[0], paths.first.dim, table.shape[1] // paths.first.dim)
 
 
 def sum_at_centre(values: Tensor, centre: Tensor, num_atoms: int) -> Tensor:
@@ -58,7 +58,7 @@ def neighbor_product(x: Tensor, weights: Tensor, coupling: Tensor, path: Tensor,
     """Sum over each atom's edges of weights [E, P, U] times coupling [E, I, K] times the neighbour's x: [A, K, U]."""
     neighbors = x.index_select(0, edges[1])
     messages = coupling.transpose(1, 2) * neighbors if x.shape[1] == 1 else coupling.transpose(1, 2) @ neighbors
-    return sum_at_centre(messages * weights.index_select(1, path), edges[0], len(x))
+    return sum_at_centre(messages * weights.index_select(1, path), edges[0], x.shape[0])
 
 
 def centre_product(x: Tensor, matrices: Tensor, centre: Tensor) -> Tensor:
@@ -107,6 +107,6 @@ class ElementLinear(nn.Module):
                 index = types.view(-1, 1, 1, 1).expand(-1, ir.dim, 1, w)
                 found[ir] = all_types.gather(2, index).squeeze(2)
             else:
-                pairs = x[ir].unsqueeze(3) * embedding[types].view(len(types), 1, 1, width)
+                pairs = x[ir].unsqueeze(3) * embedding[types].view(types.shape[0], 1, 1, width)
                 found[ir] = pairs.flatten(2) @ weight.flatten(0, 1)
         return found
