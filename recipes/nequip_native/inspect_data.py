@@ -110,7 +110,7 @@ def compare_stress(found: Survey, potential: Path) -> list[Finding]:
     if held < 0.5 or 0.5 < slope < 2:
         return []
     # A poor potential is wrong by any factor; by a unit's or a sign only the labels are.
-    bad = held > 0.8 and any(abs(np.log(abs(slope) / factor)) < 0.3 for factor in (1.0, 160.2, 1602.0, 1.602e6))
+    bad = held > 0.8 and any(abs(abs(np.log(abs(slope))) - np.log(one)) < 0.3 for one in (1, 160.2, 1602, 1.602e6))
     text = f"Stress is {slope:.3g} times what differences of the potential's energy give, in {len(some)} structures "
     told = "set --unit stress=... (training: dataset.units.stress)" if bad else "is the potential good enough to tell?"
     return [Finding("stress_potential", bad, f"{text}[stress]; {told}.")]
