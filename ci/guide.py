@@ -15,6 +15,7 @@ from pages import headings, relinked, slug, title, with_address, written_address
 PAGES = (
     "your_data",
     "your_structures",
+    "embeddings",
     "batches",
     "precision",
     "checkpoints",
@@ -25,7 +26,11 @@ PAGES = (
     "troubleshooting",
     "glossary",
 )
-FAMILIES = {"your_data": "tokens", "your_structures": "atoms"}  # pages of the recipes that have this folder
+FAMILIES = {
+    "your_data": "tokens",
+    "embeddings": "tokens",
+    "your_structures": "atoms",
+}  # pages of the recipes that have this folder
 NAME = "GUIDE.md"
 TYPED_IN = re.compile(r"^<!-- typed in .* -->\n+", re.M)
 FENCE_OR_HEADING = re.compile(r"^(```|~~~).*?^\1|^#+ ", re.M | re.S)

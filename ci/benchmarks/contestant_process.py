@@ -343,7 +343,7 @@ def build_peer(job: SimpleNamespace, shape) -> tuple:
             module.requires_grad_(False)  # no part of the loss
     model.to(job.device).train()
     published = OmegaConf.load(CONFIGS / "defaults.yaml")
-    optimizer = adamw(model.parameters(), **published.adamw_kwargs)
+    optimizer = adamw(model, **published.adamw_kwargs)
     return model, optimizer, linear_schedule(optimizer, **published.lr_scheduler_kwargs)
 
 

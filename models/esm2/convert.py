@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import EsmConfig
 
 from common.command import command, new_folder
-from common.weights import LazyTensors, local_folder, named_type, open_weights, read
+from common.weights import LazyTensors, listed, local_folder, named_type, open_weights, read
 from modeling_esm2 import Esm2Config, rope_inv_freq
 
 
@@ -81,18 +81,37 @@ def layer_prefixes(config: Esm2Config) -> list[str]:
     return [f"esm.encoder.layer.{i}." for i in range(config.num_hidden_layers)]
 
 
-def hf_to_native(state_dict: Mapping[str, Tensor], config: Esm2Config) -> LazyTensors:
-    """The native state dict for that of an `EsmForMaskedLM`.
+def sources(config: Esm2Config) -> dict[str, tuple[str, ...]]:
+    """Of each native tensor, the names of the hf tensors that it is made of."""
+    found = {name: (name,) for name in (EMBEDDING, *SAME_NAMES)}
+    for layer in layer_prefixes(config):
+        found |= {layer + native: (layer + hf,) for native, hf in LAYER_NAMES.items()}
+        for kind in ("weight", "bias"):
+            found[f"{layer}{QKV_NAME}.{kind}"] = tuple(f"{layer}{name}.{kind}" for name in Q_K_V_NAMES)
+    return found
+
+
+def with_prefix(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """As an `EsmForMaskedLM` names it, also where it is that of an `EsmModel`, the encoder alone."""
+    if EMBEDDING.removeprefix("esm.") not in state_dict:
+        return state_dict
+    return LazyTensors({f"esm.{name}": read(state_dict, name) for name in state_dict})
+
+
+def hf_to_native(state_dict: Mapping[str, Tensor], config: Esm2Config, strict: bool = True) -> LazyTensors:
+    """The native state dict for that of an `EsmForMaskedLM`; not `strict`: what can be made of what there is.
 
     Raises ValueError for missing or unexpected names, a decoder that is not the embedding, and rotary frequencies that
     `config` does not describe.
     """
     names = {name for name in state_dict if not DERIVED_NAMES.fullmatch(name)}
     expected = native_to_hf({}, config).keys() - {INV_FREQ}
-    missing, unexpected = sorted(expected - {DECODER} - names), sorted(names - expected)
-    if missing or unexpected:
-        raise ValueError(f"This is no EsmForMaskedLM of that size: missing {missing}, unexpected {unexpected}.")
-    if DECODER in names and not torch.equal(state_dict[DECODER], state_dict[EMBEDDING]):
+    missing, unexpected = expected - {DECODER} - names, names - expected
+    if strict and (missing or unexpected):
+        raise ValueError(
+            f"This is no EsmForMaskedLM of that size: missing {listed(missing)}; unexpected {listed(unexpected)}."
+        )
+    if strict and DECODER in names and not torch.equal(state_dict[DECODER], state_dict[EMBEDDING]):
         raise ValueError(f"{DECODER} differs from {EMBEDDING}, but the native model has one matrix for both.")
     if stored_inv_freq_dtype(state_dict, config) not in (None, config.rope_inv_freq_dtype):
         raise ValueError(
@@ -114,7 +133,7 @@ def hf_to_native(state_dict: Mapping[str, Tensor], config: Esm2Config) -> LazyTe
     for layer in layer_prefixes(config):
         makers |= {f"{layer}{QKV_NAME}.{kind}": partial(fuse_qkv, layer, kind) for kind in ("weight", "bias")}
         makers |= {layer + native: read(state_dict, layer + hf) for native, hf in LAYER_NAMES.items()}
-    return LazyTensors(makers)
+    return LazyTensors({name: makers[name] for name, some in sources(config).items() if names.issuperset(some)})
 
 
 def native_to_hf(state_dict: Mapping[str, Tensor], config: Esm2Config) -> LazyTensors:

@@ -7,15 +7,14 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from pydantic import NonNegativeFloat, PositiveInt
-from safetensors import SafetensorError
 from transformers import EuroBertConfig
 
 import modeling_amplify
 from common.batch import Batch
 from common.distributed import Distributed
 from common.precision import agreed_precision
-from common.weights import copy_parameters, local_folder, open_weights
-from convert_amplify import eurobert_config, read_config, to_native
+from common.weights import copy_parameters
+from convert_amplify import eurobert_config, read_config
 from modeling_amplify import SIZES, AmplifyConfig, AmplifyForMaskedLM
 from tokens.backends import agreed_layer_backend
 from tokens.context_parallel import ContextParallel
@@ -23,9 +22,7 @@ from tokens.formats import FP4, FP8
 from tokens.low_precision import LowPrecision
 from tokens.masked_lm import init_parameters
 from tokens.quant_stats import QuantStats
-
-
-SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+from tokens.starting_weights import SHAPE, first_line
 
 
 def model_config(
@@ -104,35 +101,6 @@ def prepare(model: torch.nn.Module, config: DictConfig, precision: LowPrecision)
             layer.compile(dynamic=True)
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, without what libraries add below it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def read_pretrained(init_from: str | None, shape: AmplifyConfig) -> Mapping[str, torch.Tensor] | None:
-    """A checkpoint's weights under our names, each read when it is asked for; from a folder or the hub.
-
-    Published, EuroBERT's and native ones will do. Raises ValueError for a missing one or another size.
-    """
-    if init_from is None:
-        return None
-    try:
-        folder = local_folder(init_from)
-    except ValueError as error:
-        raise ValueError(f"init_from={error}") from error
-    try:
-        weights, (found, kind) = open_weights(folder), read_config(folder)
-        for key in SHAPE:
-            if getattr(found, key) != getattr(shape, key):
-                raise ValueError(
-                    f"it has {key}={getattr(found, key)}, and the model {getattr(shape, key)}; give the model_tag or "
-                    "model_kwargs of that size."
-                )
-        return weights if kind == "native" else to_native(weights, shape, kind)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"init_from={init_from} cannot be used: {first_line(error)}") from error
-
-
 def materialize(
     model: torch.nn.Module, shape: AmplifyConfig, seed: int, pretrained: Mapping[str, torch.Tensor] | None,
     device: torch.device,
@@ -157,7 +125,9 @@ def facts(shape: AmplifyConfig, saved: dict | None = None) -> dict:
     if wrong := [key for key in SHAPE if saved and now[key] != saved[key]]:
         changes = ", ".join(f"{key} was {saved[key]} and is {now[key]}" for key in wrong)
         raise ValueError(f"{changes}; give model_tag or model_kwargs of that size")
-    return now
+    if saved:
+        shape.max_position_embeddings = saved["max_position_embeddings"]
+    return now | {"max_position_embeddings": shape.max_position_embeddings}
 
 
 def harmless_keys(config: Mapping) -> tuple[str, ...]:

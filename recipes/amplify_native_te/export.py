@@ -18,10 +18,10 @@ from omegaconf import OmegaConf
 
 from common import RECIPE
 from common.command import command, writing
+from common.files import open_to_readers
 from common.own_data import validated_on, weights_of
-from common.step_folder import damage, read_weights
 from convert_amplify import save
-from modeling_amplify import AmplifyConfig
+from pretrained import open_step
 
 
 CARD = """---
@@ -61,18 +61,17 @@ def export(step_folder: Path, target: Path) -> None:
     Raises ValueError for a folder that is no complete checkpoint, and for a target that exists.
     """
     step_folder, target = Path(step_folder), Path(target)
-    if reason := damage(step_folder):
-        raise ValueError(f"{step_folder} is no whole checkpoint: {reason}; give a step_<n> folder that is.")
     if target.exists():
         raise ValueError(f"{target} exists; move it away or give another name.")
+    config, weights = open_step(step_folder)
     run = json.loads((step_folder / "run.json").read_text())
-    config, weights = AmplifyConfig(**run["model"]), read_weights(step_folder)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save(weights, config, "eurobert", partial)
     shutil.copytree(RECIPE / "tokenizer", partial, dirs_exist_ok=True)
     (partial / "README.md").write_text(model_card(run))
+    open_to_readers(partial)
     partial.rename(target)
 
 

@@ -29,6 +29,7 @@ def top_level(
     model_tag: str,
     num_train_steps: PositiveInt,
     init_from: str | None = None,
+    init_from_partial: bool = False,
     layer_backend: Literal["auto", "te", "cpp", "torch"] = "auto",
     precision: Literal["auto", "bf16", "fp32"] = "auto",
     micro_batches_per_step: PositiveInt | None = None,
@@ -86,5 +87,5 @@ def check_pairs(config: DictConfig) -> None:
     if config.quant_stats_config.enabled and config.use_torch_compile:
         raise ValueError("quant_stats_config.enabled=true cannot be with use_torch_compile=true; leave one out.")
     # Once on a parameter that nobody trains: what these two refuse shows now.
-    optimizer = adamw([torch.nn.Parameter(torch.zeros(1))], **config.adamw_kwargs)
+    optimizer = adamw(torch.nn.Linear(1, 1), **{**config.adamw_kwargs, "groups": None})
     lr_schedule(optimizer, **config.lr_scheduler_kwargs)

@@ -22,7 +22,6 @@ from build_model import (
     materialize,
     model_config,
     prepare,
-    read_pretrained,
     training_flops,
 )
 from checkpoint import Checkpointer
@@ -33,9 +32,10 @@ from common.ema import EMA
 from common.gradients import Strategy, add_gradients, clip_grad_norm_
 from common.perf_logger import PerfLogger
 from common.run_end import end_run
-from common.scheduler import adamw
+from common.scheduler import adamw, freeze
 from dataset import TrainLoader, open_validation
 from keys import check_config, lr_schedule
+from pretrained import read_pretrained
 
 
 @hydra.main(version_base=None, config_path=f"{Path(__file__).parent}/hydra_config", config_name="L0_sanity")
@@ -58,18 +58,18 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         loader = TrainLoader(distributed, config.seed, **layout, **config.dataset)
         validator = open_validation(distributed, **layout, **config.validation)
         model = build_model(shape, distributed)  # on the meta device: no storage yet
-        num_parameters = model.num_parameters()
-        checkpointer = Checkpointer(distributed, config, shape, num_parameters, **config.checkpoint)
-        pretrained = None if checkpointer.resume_step else read_pretrained(config.init_from, shape)
+        freeze(model, **config.adamw_kwargs)
+        checkpointer = Checkpointer(distributed, config, shape, model, **config.checkpoint)
+        pretrained = checkpointer.first_weights(partial(read_pretrained, config, shape, loader.notes))
         anomalies = Anomalies(distributed, config.logger.log_dir, **config.anomalies)
         flops = partial(training_flops, shape, backend=precision.backend)
-        logger = PerfLogger(distributed, config, num_parameters, flops, precision, metrics, __file__, **config.logger)
+        logger = PerfLogger(distributed, config, model, flops, precision, metrics, __file__, **config.logger)
     prepare(model, config, precision)
 
     # ---- DDP: gradients are averaged in buckets while the backward pass goes on.
     materialize(model, shape, config.seed, pretrained, distributed.device)
     model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = adamw(model.parameters(), **config.adamw_kwargs)
+    optimizer = adamw(model, **config.adamw_kwargs)
     # It averages over ranks, and the loss is already divided by all labels.
     strategy = Strategy(partial(precision.forward, autocast=True), distributed.num_ranks, model.no_sync)
     # ----
@@ -81,6 +81,8 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     data = [*loader.facts(config), *validator.facts]
     logger.start(step, [*data, *loader.notes, *checkpointer.notes, scheduler.note(last)])
     stop, batches = StopSignal(), iter(loader)
+    validate = partial(validator.report, model, strategy.forward, ema, logger)
+    validate(step, checkpointer.validates_anew)
     model.train()
 
     while step < last:
@@ -108,10 +110,8 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         logger.count(micro_batches, counts, epoch, data_wait_s)
         logger.log_step(step, result.losses, result.grad_norm, scheduler.get_last_lr()[0])
         scheduler.step()
-        if validator.is_due(step, last):
-            with logger.paused(), ema.applied(model):
-                logger.log_validation(step, validator.run(model, strategy.forward))
-        if checkpointer.is_due(step, step == last or stopping):
+        validate(step, validator.is_due(step, last))
+        if checkpointer.is_due(step, step == last or stopping, logger.validation):
             checkpointer.save(step, model, optimizer, ema, parts, wait=stopping)
         if stopping:
             break

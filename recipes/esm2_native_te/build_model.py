@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from pydantic import NonNegativeFloat, PositiveInt
-from safetensors import SafetensorError
 from transformers import EsmConfig, EsmForMaskedLM
 
 import modeling_esm2
 from common.batch import Batch
 from common.distributed import Distributed
 from common.precision import agreed_precision
-from common.weights import copy_parameters, local_folder, named_tensors, named_type, open_weights
-from convert import DECODER, hf_config, hf_to_native, native_config, native_to_hf
+from common.weights import copy_parameters, named_tensors
+from convert import DECODER, hf_config, native_to_hf
 from modeling_esm2 import SIZES, Esm2Config, Esm2ForMaskedLM
+from pretrained import read_config
 from tokens.backends import agreed_layer_backend
 from tokens.context_parallel import ContextParallel
 from tokens.formats import FP4, FP8
@@ -25,9 +25,7 @@ from tokens.layers import sequence_index
 from tokens.low_precision import LowPrecision
 from tokens.masked_lm import MaskedLMOutput, init_parameters
 from tokens.quant_stats import QuantStats
-
-
-SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+from tokens.starting_weights import SHAPE, first_line
 
 
 class ReferenceEsmForMaskedLM(EsmForMaskedLM):
@@ -153,52 +151,6 @@ def prepare(model: torch.nn.Module, config: DictConfig, precision: LowPrecision)
             layer.compile(dynamic=True)
 
 
-def model_type(folder: Path) -> str:
-    """Whose format a checkpoint folder has: `esm` is Hugging Face's. Raises ValueError for neither."""
-    kind = named_type(folder)
-    if kind not in ("esm", Esm2Config.model_type):
-        raise ValueError(f"its model_type is {kind}, not esm.")
-    return kind
-
-
-def read_config(folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> Esm2Config:
-    """The configuration in a checkpoint folder; the weights, if given, tell how rotary frequencies were rounded."""
-    if model_type(folder) == "esm":
-        return native_config(EsmConfig.from_pretrained(folder), weights)
-    return Esm2Config.from_pretrained(folder)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without what libraries add below it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def read_pretrained(init_from: str | None, shape: Esm2Config) -> Mapping[str, torch.Tensor] | None:
-    """A public checkpoint's weights under our names, each read when it is asked for; from a folder or the hub.
-
-    Sets `shape.rope_inv_freq_dtype` to the checkpoint's. Raises ValueError for a missing one or another size.
-    """
-    if init_from is None:
-        return None
-    try:
-        folder = local_folder(init_from)
-    except ValueError as error:
-        raise ValueError(f"init_from={error}") from error
-    try:
-        weights = open_weights(folder)
-        found = read_config(folder, weights)
-        for key in SHAPE:
-            if getattr(found, key) != getattr(shape, key):
-                raise ValueError(
-                    f"it has {key}={getattr(found, key)}, and the model {getattr(shape, key)}; give the model_tag or "
-                    "model_kwargs of that size."
-                )
-        shape.rope_inv_freq_dtype = found.rope_inv_freq_dtype
-        return hf_to_native(weights, shape) if model_type(folder) == "esm" else weights
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"init_from={init_from} cannot be used: {first_line(error)}") from error
-
-
 def materialize(
     model: torch.nn.Module, shape: Esm2Config, seed: int, pretrained: Mapping[str, torch.Tensor] | None,
     device: torch.device,
@@ -225,7 +177,7 @@ def facts(shape: Esm2Config, saved: dict | None = None) -> dict:
     """What checkpoints say of the model, all that `export.py` needs to know.
 
     With what the checkpoint of a run that goes on says (`saved`): raises ValueError if that is another model, and
-    takes over how rotary frequencies were rounded, which no key says.
+    takes over how rotary frequencies were rounded, and the length at which `init_from` was trained: no key says them.
     """
     if saved:
         now = shape.to_dict()
@@ -233,6 +185,7 @@ def facts(shape: Esm2Config, saved: dict | None = None) -> dict:
             changes = ", ".join(f"{key} was {saved[key]} and is {now[key]}" for key in wrong)
             raise ValueError(f"{changes}; give model_tag or model_kwargs of that size")
         shape.rope_inv_freq_dtype = saved["rope_inv_freq_dtype"]
+        shape.max_position_embeddings = saved["max_position_embeddings"]
     return shape.to_dict()
 
 

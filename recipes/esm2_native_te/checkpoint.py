@@ -8,9 +8,8 @@ before its successor is complete.
 
 import json
 import os
-import shutil
-import uuid
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,15 +21,25 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+import metrics
 from build_model import facts, harmless_keys
 from common import safe_reading
 from common.changes import check_start, comparable
 from common.distributed import TIMEOUT, Distributed, SharedError, unwrapped
 from common.ema import EMA
-from common.files import make_folder
+from common.files import make_folder, moved_aside
+from common.kept_steps import (
+    best_step,
+    check_metric,
+    check_room,
+    fingerprint,
+    frozen_names,
+    is_better,
+    with_past,
+)
 from common.redaction import redacted
 from common.run_end import Outcome
-from common.safe_reading import read_metadata
+from common.safe_reading import pickled_scales_allowed, read_metadata
 from common.step_folder import (
     StepWriter,
     complete_steps,
@@ -38,8 +47,9 @@ from common.step_folder import (
     damage,
     has_own_offsets,
     lock,
-    numbered,
     set_aside,
+    steps_for_all,
+    tidy_litter,
     unlock,
 )
 from export import export
@@ -53,26 +63,12 @@ HARMLESS = (
 )  # fmt: skip
 
 
-@contextmanager
-def pickled_scales_allowed():
-    """TransformerEngine unpickles its own state in the block."""
-    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 class Checkpointer:
     """Saves every `save_every_n_steps` and at the end, keeps the newest `max_to_keep`, and resumes from the newest.
 
-    `shape` is the model's configuration, as build_model.py has it. Raises ValueError, before anything is built, for a
-    folder that cannot serve.
+    `shape` is the model's configuration, as build_model.py has it, `model` the model before it is split. With
+    `trained_only` what is frozen is left out, and read from `init_from` again. Raises ValueError, before anything is
+    built, for a folder that cannot serve.
     """
 
     def __init__(
@@ -80,7 +76,7 @@ class Checkpointer:
         distributed: Distributed,
         config: DictConfig,
         shape,
-        num_parameters: int,
+        model: torch.nn.Module,
         *,
         ckpt_dir: str | None = None,
         save_every_n_steps: int | None = None,
@@ -88,6 +84,8 @@ class Checkpointer:
         save_final_model: bool = False,
         async_save: bool = False,
         max_to_keep: int | None = 2,
+        keep_best: str | None = None,
+        trained_only: bool = False,
         allow_config_change: bool = False,
         allow_pickled_scales: bool = False,
     ):
@@ -95,12 +93,15 @@ class Checkpointer:
         self.every, self.keep, self.allow_pickled_scales = save_every_n_steps, max_to_keep, allow_pickled_scales
         self.config = redacted(OmegaConf.to_container(config, resolve=True))
         self.folder, self.save_final_model = Path(ckpt_dir) if ckpt_dir else None, save_final_model
-        self.shape, self.resume_step, self.notes = shape, None, []
+        self.shape, self.last_step, self.resume_step, self.notes = shape, config.num_train_steps, None, []
+        self.keep_best, self.best = keep_best, None
+        self.left_out, self.base = frozen_names(model, config.get("init_from")) if trained_only else set(), None
         self.pending = self.group = self.failed_step = None
         self.damaged: dict[int, str] = {}
         for key, value in (("save_every_n_steps", save_every_n_steps), ("max_to_keep", max_to_keep)):
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{key}={value} must be at least 1, or null.")
+        check_metric(keep_best, metrics.BETTER, config.validation.load_dataset_kwargs)
         if self.folder is None:
             if save_final_model or save_every_n_steps:
                 wants = "save_final_model=true" if save_final_model else f"save_every_n_steps={save_every_n_steps}"
@@ -109,15 +110,10 @@ class Checkpointer:
         make_folder("checkpoint.ckpt_dir", self.folder, distributed.rank)
         if distributed.is_main:
             lock(self.folder.resolve())
-            self._tidy_litter()
-            # FP32 weights, two moments, the averaged weights, and the final model
-            needed = (16 + 4 * (config.get("ema_decay") is not None)) * num_parameters
-            if (free := shutil.disk_usage(self.folder).free) < needed:
-                raise ValueError(
-                    f"checkpoint.ckpt_dir={self.folder} has {free / 2**20:,.1f} MiB free, and a checkpoint and the "
-                    f"final model take {needed / 2**20:,.1f} MiB; make room or take another folder."
-                )
+            tidy_litter(self.folder)
         self._find_newest(resume_from_checkpoint)
+        if distributed.is_main:
+            check_room(self.folder, model, self.left_out, config, self.resume_step or 0)
         if self.resume_step is not None:
             if self.resume_step > config.num_train_steps:
                 raise ValueError(
@@ -129,8 +125,7 @@ class Checkpointer:
                 self.notes.append(
                     "That is the last step: nothing is left to train. Give more num_train_steps to go on."
                 )
-        # A run that is killed after its export, and started again, has nothing left to do.
-        if save_final_model and (self.folder / "final_model").exists() and self.resume_step != config.num_train_steps:
+        elif save_final_model and (self.folder / "final_model").exists():
             raise ValueError(
                 f"checkpoint.ckpt_dir={ckpt_dir} holds a final_model already; move it away, take another folder, or "
                 "set checkpoint.save_final_model=false."
@@ -138,19 +133,7 @@ class Checkpointer:
 
     def _find_newest(self, resume: bool) -> None:
         """Set `resume_step` to the newest checkpoint that is whole; note those that are not."""
-        probe = self.folder / f".shared_{uuid.uuid4().hex}"
-        if self.distributed.is_main:
-            probe.touch()
-        probe = self.distributed.gather(probe)[0]
-        steps = numbered(self.folder)
-        seen = self.distributed.gather((probe.exists(), steps))
-        if self.distributed.is_main:
-            probe.unlink()
-        if any(other != (True, steps) for other in seen):
-            raise ValueError(
-                f"checkpoint.ckpt_dir={self.folder} is not the same folder for all ranks; it has to be one that all "
-                "nodes share."
-            )
+        steps = steps_for_all(self.distributed, self.folder)
         if steps and not resume:
             raise ValueError(
                 f"checkpoint.ckpt_dir={self.folder} holds step_{steps[-1]} of an earlier run; set "
@@ -162,7 +145,7 @@ class Checkpointer:
             if not any(found):
                 self.saved = json.loads((self._path(step) / "run.json").read_text())
                 if self.saved["step"] == step:
-                    self.resume_step = step
+                    self.resume_step, self.best = step, self._best()
                     return
                 found = [f"it is step {self.saved['step']} under another name"]
             self.damaged[step] = next(filter(None, found))
@@ -180,7 +163,10 @@ class Checkpointer:
         before, now = comparable(before), comparable(self.config)
         check_start(before, now, self.folder)
         changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-        model = [k for k in changed if k.startswith("model_")]
+        fixed = ("model_",)
+        if self.left_out or self.saved.get("base"):  # what one run trained may not be what another leaves out
+            fixed += ("adamw_kwargs.groups", "checkpoint.trained_only", "init_from_partial")
+        model = [k for k in changed if k.startswith(fixed)]
         serious = [k for k in changed if not k.startswith(HARMLESS + harmless_keys(now))]
         for step, reason in self.damaged.items():
             self.notes.append(f"step_{step} is damaged and set aside as step_{step}.damaged: {reason}.")
@@ -201,9 +187,34 @@ class Checkpointer:
                 f"checkpoint.ckpt_dir={self.folder} holds another model: {error}, or take another folder."
             ) from error
 
-    def is_due(self, step: int, last: bool) -> bool:
-        """Whether to save after this step."""
-        return self.folder is not None and (last or (self.every is not None and step % self.every == 0))
+    def first_weights(self, read: Callable) -> Mapping[str, torch.Tensor] | None:
+        """What `read` gives of `init_from`, unless a checkpoint has it all. Raises ValueError if it has changed."""
+        saved = self.saved.get("base") if self.resume_step is not None else None
+        if self.resume_step is not None and not saved:
+            return None
+        weights = read()
+        if self.left_out or saved:
+            self.base = fingerprint(weights, saved, f"init_from={self.config['init_from']}")
+        return weights
+
+    @property
+    def validates_anew(self) -> bool:
+        """Whether this is a finished run that is asked for another validation than it had."""
+        is_finished = self.resume_step is not None and self.resume_step == self.last_step
+        return is_finished and self.saved["config"].get("validation") != self.config["validation"]
+
+    def is_due(self, step: int, last: bool, validation: dict) -> bool:
+        """Whether to save after this step; `validation` is the last one's result."""
+        if self.folder is None:
+            return False
+        value = validation.get(self.keep_best) if validation.get("step") == step else None
+        if is_better(value, self.best, metrics.BETTER.get(self.keep_best)):
+            self.best = (value, step)
+            return True
+        return last or (self.every is not None and step % self.every == 0)
+
+    def _best(self) -> tuple[float, int] | None:
+        return best_step(self.folder, self.keep_best, metrics.BETTER[self.keep_best]) if self.keep_best else None
 
     def save(self, step: int, model, optimizer, ema: EMA, parts: dict, wait: bool) -> None:
         """Write `step_<step>`; in the background if `async_save` and not `wait`. Older ones go when it is complete.
@@ -212,8 +223,10 @@ class Checkpointer:
         """
         self.finish()
         run = {"step": step, **{name: part.state_dict() for name, part in parts.items()}, "ema": ema.state_dict()}
-        run |= {"model": facts(self.shape), "config": self.config}
+        run |= {"model": facts(self.shape), "config": self.config} | ({"base": self.base} if self.base else {})
         writer, state = StepWriter(self._path(step), json.dumps(run, indent=1)), self._state(model, optimizer, ema)
+        state["model"] = {k: v for k, v in state["model"].items() if k not in self.left_out}
+        del state["optimizer"]["param_groups"]  # the configuration says what is in them
         self.step = step
         if self.async_save and not wait:
             if self.group is None:  # its own, so that its messages and the training's cannot cross
@@ -242,27 +255,19 @@ class Checkpointer:
             )
         if self.distributed.is_main:
             self._tidy()
-        dist.barrier()
+        self.best = self.distributed.gather(self._best() if self.distributed.is_main else None)[0]
 
     def _newest(self) -> str:
         steps = complete_steps(self.folder)
         return f"The newest checkpoint is step_{steps[-1]}." if steps else "There is no checkpoint."
 
     def _tidy(self) -> None:
-        """Remove all but the newest checkpoints, and what was cut short."""
-        steps = complete_steps(self.folder)
-        for step in steps[: -self.keep] if self.keep else []:
+        """Remove all but the newest checkpoints and the best, and what was cut short."""
+        steps, best = complete_steps(self.folder), self._best()
+        for step in {*steps[: -self.keep]} - {best and best[1]} if self.keep else ():
             with suppress(OSError):  # hidden first: half of it must not look like a checkpoint
                 self._path(step).rename(self.folder / f".step_{step}.old")
-        self._tidy_litter()
-
-    def _tidy_litter(self) -> None:
-        for pattern in (".step_*.old", ".step_*.partial", ".final_model.partial"):
-            for litter in self.folder.glob(pattern):
-                shutil.rmtree(litter, ignore_errors=True)
-        for probe in self.folder.glob(".shared_*"):
-            with suppress(OSError):
-                probe.unlink()
+        tidy_litter(self.folder)
 
     def _state(self, model, optimizer, ema: EMA) -> dict:
         model = unwrapped(model)
@@ -292,6 +297,9 @@ class Checkpointer:
             for step in self.damaged:
                 set_aside(self._path(step))
             self._tidy()
+            if self.resume_step < self.last_step and (self.folder / "final_model").exists():  # of a shorter run
+                kept = moved_aside(self.folder / "final_model")
+                self.notes.append(f"{self.folder / 'final_model'} is of fewer steps, and is kept as {kept.name}.")
         path, state = self._path(self.resume_step), self._state(model, optimizer, ema)
         configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         with self.distributed.fail_together():
@@ -307,22 +315,27 @@ class Checkpointer:
                     "set checkpoint.allow_pickled_scales=true if you trust whoever wrote it."
                 )
         scales = {name: torch.empty(size, dtype=torch.uint8) for name, size in saved.items()}
-        if not any(name.startswith("ema.") for name in known):
-            del state["ema"]
+        moments, groups = state["optimizer"]["state"], state["optimizer"].pop("param_groups")
+        state["optimizer"]["state"] = with_past(moments, known)
+        state["ema"] = {name: tensor for name, tensor in ema.tensors().items() if f"ema.{name}" in known}
         state = {k: v for k, v in state.items() if not k.startswith("rng.") or k in known}  # fewer ranks wrote fewer
-        state["model"] = {k: v for k, v in weights.items() if not k.endswith("_extra_state")} | scales
+        kept = (k for k in weights if k not in self.left_out and not k.endswith("_extra_state"))
+        state["model"] = {k: weights[k] for k in kept} | scales
         with self.distributed.fail_together():
             safe_reading.load(state, path)
         weights |= state["model"]
+        moments |= state["optimizer"]["state"]
         with pickled_scales_allowed() if scales else nullcontext():
-            set_state_dict(unwrapped(model), optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"])
+            past = {"state": moments, "param_groups": groups}
+            set_state_dict(unwrapped(model), optimizer, model_state_dict=weights, optim_state_dict=past)
         for group, values in zip(optimizer.param_groups, configured, strict=True):
             group.update(values)  # as the configuration is now; the schedule has set the learning rate already
         if (rng := state.get(f"rng.cpu.{self.distributed.rank}")) is not None:
             torch.set_rng_state(rng)
         if (rng := state.get(f"rng.cuda.{self.distributed.rank}")) is not None:
             torch.cuda.set_rng_state(rng)
-        self.notes += ema.load_state_dict(self.saved.get("ema", {}), model)
+        new = ema.tensors().keys() - state["ema"].keys()
+        self.notes += ema.load_state_dict(self.saved.get("ema", {}), model, new)
         return self.resume_step
 
     def stop(self, step: int) -> Outcome | None:
@@ -345,6 +358,9 @@ class Checkpointer:
     def complete(self, step: int) -> Outcome | None:
         """The run ends with its last step, which is exported to `final_model/` by rank 0 if that is asked for."""
         self.finish()
+        if self.best:
+            value, best = self.best
+            self.distributed.say(f"The best by {self.keep_best} in the validation is {self._path(best)}: {value:.4f}.")
         if not self.save_final_model or self.failed_step is not None:
             return self._failure()
         target = self.folder / "final_model"

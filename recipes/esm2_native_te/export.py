@@ -14,15 +14,18 @@ from pathlib import Path
 
 
 from common import quiet  # noqa: F401  # isort: skip
-from huggingface_hub import save_torch_state_dict
 from omegaconf import OmegaConf
+from transformers import PreTrainedTokenizerFast
 
 from common import RECIPE
 from common.command import command, writing
+from common.files import open_to_readers
 from common.own_data import validated_on, weights_of
-from common.step_folder import damage, read_weights
-from convert import hf_config, save_hf
+from convert import save_hf
+from dataset import ALPHABET, VOCABULARY
 from modeling_esm2 import Esm2Config
+from pretrained import open_step
+from tokens.residue_tokenizer import residue_tokenizer
 
 
 CARD = """---
@@ -62,23 +65,33 @@ def export(step_folder: Path, target: Path) -> None:
     Raises ValueError for a folder that is no complete checkpoint, and for a target that exists.
     """
     step_folder, target = Path(step_folder), Path(target)
-    if reason := damage(step_folder):
-        raise ValueError(f"{step_folder} is no whole checkpoint: {reason}; give a step_<n> folder that is.")
     if target.exists():
         raise ValueError(f"{target} exists; move it away or give another name.")
+    config, weights = open_step(step_folder)
     run = json.loads((step_folder / "run.json").read_text())
-    config, weights = Esm2Config(**run["model"]), read_weights(step_folder)
+    config.max_position_embeddings = trained_length(run, config) + 2  # as published models count them
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    if config.layer_backend == "transformers":
-        save_torch_state_dict(weights, partial)
-        hf_config(config).save_pretrained(partial)
-    else:
-        save_hf(weights, config, partial)
-    shutil.copytree(RECIPE / "tokenizer", partial, dirs_exist_ok=True)
+    save_hf(weights, config, partial)
+    tokenizer(config.max_position_embeddings - 2).save_pretrained(partial)
+    names = partial / "tokenizer_config.json"
+    names.write_text(names.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))  # for 4.x as well
+    shutil.copy(RECIPE / "tokenizer" / "vocab.txt", partial)
     (partial / "README.md").write_text(model_card(run))
+    open_to_readers(partial)
     partial.rename(target)
+
+
+def trained_length(run: dict, config: Esm2Config) -> int:
+    """Tokens of the longest sequences that this run, or what it started from, was trained on."""
+    own = run["config"]["dataset"]["max_seq_length"]
+    return max(own, config.max_position_embeddings - 2) if run["config"]["init_from"] else own
+
+
+def tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+    """For `transformers`; it reads a protein as training does."""
+    return residue_tokenizer(VOCABULARY, ALPHABET.residues, max_length)
 
 
 def model_card(run: dict) -> str:

@@ -25,7 +25,6 @@ from build_model import (
     materialize,
     model_config,
     prepare,
-    read_pretrained,
     sharded_parts,
     training_flops,
 )
@@ -39,9 +38,10 @@ from common.megatron_fsdp_cpu import stand_in_for_cuda
 from common.megatron_fsdp_exact import compute_in, make_exact
 from common.perf_logger import PerfLogger
 from common.run_end import end_run
-from common.scheduler import adamw
+from common.scheduler import adamw, freeze
 from dataset import TrainLoader, open_validation
 from keys import check_config, lr_schedule
+from pretrained import read_pretrained
 
 
 @hydra.main(version_base=None, config_path=f"{Path(__file__).parent}/hydra_config", config_name="L0_sanity")
@@ -64,19 +64,19 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         loader = TrainLoader(distributed, config.seed, **layout, **config.dataset)
         validator = open_validation(distributed, **layout, **config.validation)
         model = build_model(shape, distributed)  # on the meta device: no storage yet
-        num_parameters = model.num_parameters()
-        checkpointer = Checkpointer(distributed, config, shape, num_parameters, **config.checkpoint)
-        pretrained = None if checkpointer.resume_step else read_pretrained(config.init_from, shape)
+        freeze(model, **config.adamw_kwargs)
+        checkpointer = Checkpointer(distributed, config, shape, model, **config.checkpoint)
+        pretrained = checkpointer.first_weights(partial(read_pretrained, config, shape, loader.notes))
         anomalies = Anomalies(distributed, config.logger.log_dir, **config.anomalies)
         flops = partial(training_flops, shape, backend=precision.backend)
-        logger = PerfLogger(distributed, config, num_parameters, flops, precision, metrics, __file__, **config.logger)
+        logger = PerfLogger(distributed, config, model, flops, precision, metrics, __file__, **config.logger)
     prepare(model, config, precision)
 
     # ---- Megatron-FSDP: filled before it is split, so each rank holds the whole model for a moment.
     logger.notes.append(stand_in_for_cuda())
     materialize(model, shape, config.seed, pretrained, distributed.device)
     model = fully_shard_model(
-        compute_in(precision.dtype, model),
+        compute_in(precision.dtype, model, config.checkpoint),
         # It asks for a tensor-parallel dimension even where there is none.
         device_mesh=init_device_mesh(distributed.device.type, (distributed.num_ranks, 1), mesh_dim_names=("dp", "tp")),
         dp_shard_dim="dp",
@@ -87,7 +87,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         mixed_precision_policy=MixedPrecisionPolicy(main_params_dtype=torch.float32, main_grads_dtype=torch.float32),
         preproc_state_dict_for_dcp_ckpt=False,  # checkpoint.py reads the shards' places itself
     )
-    optimizer = adamw(model.parameters(), **config.adamw_kwargs)
+    optimizer = adamw(model, **config.adamw_kwargs)
     make_exact(model, optimizer)
     strategy = Strategy(precision.forward, 1, nullcontext)
     # ----
@@ -99,6 +99,8 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     data = [*loader.facts(config), *validator.facts]
     logger.start(step, [*data, *loader.notes, *checkpointer.notes, scheduler.note(last)])
     stop, batches = StopSignal(), iter(loader)
+    validate = partial(validator.report, model, strategy.forward, ema, logger)
+    validate(step, checkpointer.validates_anew)
     model.train()
 
     while step < last:
@@ -126,10 +128,8 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         logger.count(micro_batches, counts, epoch, data_wait_s)
         logger.log_step(step, result.losses, result.grad_norm, scheduler.get_last_lr()[0])
         scheduler.step()
-        if validator.is_due(step, last):
-            with logger.paused(), ema.applied(model):
-                logger.log_validation(step, validator.run(model, strategy.forward))
-        if checkpointer.is_due(step, step == last or stopping):
+        validate(step, validator.is_due(step, last))
+        if checkpointer.is_due(step, step == last or stopping, logger.validation):
             checkpointer.save(step, model, optimizer, ema, parts, wait=stopping)
         if stopping:
             break

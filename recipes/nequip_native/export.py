@@ -24,6 +24,7 @@ from atoms.potential import Potential
 from build_model import KINDS
 from common import RECIPE
 from common.command import command, writing
+from common.files import open_to_readers
 from common.step_folder import damage, read_weights
 
 
@@ -91,6 +92,7 @@ def export(step_folder: Path, target: Path, pt2: bool = False) -> None:
         (partial / "README.md").write_text(model_card(run))
         if pt2:
             write_program(open_potential(model, weights), partial / "potential.pt2")
+        open_to_readers(partial)
         partial.rename(target)
 
 

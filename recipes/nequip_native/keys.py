@@ -90,5 +90,5 @@ def check_pairs(config: DictConfig) -> None:
     if unknown := [name for name in schedules.schedules if name not in WEIGHTS]:
         raise ValueError(f"loss_schedules.{unknown[0]} is no weight of the loss; those are {', '.join(WEIGHTS)}.")
     # Once on a parameter that nobody trains: what these two refuse shows now.
-    optimizer = adamw([torch.nn.Parameter(torch.zeros(1))], **config.adamw_kwargs)
+    optimizer = adamw(torch.nn.Linear(1, 1), **{**config.adamw_kwargs, "groups": None})
     lr_schedule(optimizer, **config.lr_scheduler_kwargs)

@@ -15,6 +15,7 @@ from common.batch import Batch
 
 UNIT = "atoms"  # of `Batch.counts`, by which throughput and progress go
 LOSS_NAME = "Energy, force and stress loss"
+BETTER = {"energy_per_atom_mae": min, "forces_mae": min, "forces_rmse": min}  # by which a best checkpoint can be kept
 LEAST_FORCE = 1e-3  # eV/A: a smaller force has no direction to speak of
 UNITS = {"energy": "eV", "energy_per_atom": "eV", "forces": "eV/A", "stress": "eV/A^3"}
 

@@ -26,7 +26,7 @@ from common.gradients import Strategy, add_gradients, clip_grad_norm_
 from common.loss_schedules import LossSchedules
 from common.perf_logger import PerfLogger
 from common.run_end import end_run
-from common.scheduler import adamw
+from common.scheduler import adamw, freeze
 from dataset import TrainLoader, open_validation
 from keys import check_config, lr_schedule
 
@@ -50,16 +50,16 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         validator = open_validation(distributed, wanted.cutoffs, loader.elements, **config.validation)
         shape = wanted.on(loader.elements, loader.statistics)
         model = build_model(shape, config.loss_kwargs, distributed)  # on the meta device: no storage yet
-        num_parameters = sum(p.numel() for p in model.parameters())
-        checkpointer = Checkpointer(distributed, config, shape, num_parameters, **config.checkpoint)
+        freeze(model, **config.adamw_kwargs)
+        checkpointer = Checkpointer(distributed, config, shape, model, **config.checkpoint)
         anomalies = Anomalies(distributed, config.logger.log_dir, **config.anomalies)
         flops = partial(training_flops, shape)
-        logger = PerfLogger(distributed, config, num_parameters, flops, precision, metrics, __file__, **config.logger)
+        logger = PerfLogger(distributed, config, model, flops, precision, metrics, __file__, **config.logger)
 
     # ---- DDP: gradients are averaged in buckets while the backward pass goes on.
     materialize(model, config.seed, None, distributed.device)
     model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = adamw(model.parameters(), **config.adamw_kwargs)
+    optimizer = adamw(model, **config.adamw_kwargs)
     # It averages over ranks, and the loss is already divided by all labels.
     strategy = Strategy(precision.forward, distributed.num_ranks, model.no_sync)
     # ----
@@ -78,6 +78,8 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     data = [*loader.facts(config), *validator.facts]
     logger.start(step, [*data, *loader.notes, *checkpointer.notes, scheduler.note(last)])
     stop, batches = StopSignal(), iter(loader)
+    validate = partial(validator.report, model, strategy.forward, ema, logger)
+    validate(step, checkpointer.validates_anew)
     model.train()
 
     while step < last:
@@ -106,10 +108,8 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         logger.count(micro_batches, counts, epoch, data_wait_s)
         logger.log_step(step, result.losses, result.grad_norm, scheduler.get_last_lr()[0])
         scheduler.step()
-        if validator.is_due(step, last):
-            with logger.paused(), ema.applied(model):
-                logger.log_validation(step, validator.run(model, strategy.forward))
-        if checkpointer.is_due(step, step == last or stopping):
+        validate(step, validator.is_due(step, last))
+        if checkpointer.is_due(step, step == last or stopping, logger.validation):
             checkpointer.save(step, model, optimizer, ema, parts, wait=stopping)
         if stopping:
             break

@@ -31,7 +31,7 @@ from common.megatron_fsdp_cpu import stand_in_for_cuda
 from common.megatron_fsdp_exact import compute_in, make_exact
 from common.perf_logger import PerfLogger
 from common.run_end import end_run
-from common.scheduler import adamw
+from common.scheduler import adamw, freeze
 from dataset import TrainLoader, open_validation
 from keys import check_config, lr_schedule
 
@@ -55,11 +55,11 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         validator = open_validation(distributed, wanted.cutoffs, loader.elements, **config.validation)
         shape = wanted.on(loader.elements, loader.statistics)
         model = build_model(shape, config.loss_kwargs, distributed)  # on the meta device: no storage yet
-        num_parameters = sum(p.numel() for p in model.parameters())
-        checkpointer = Checkpointer(distributed, config, shape, num_parameters, **config.checkpoint)
+        freeze(model, **config.adamw_kwargs)
+        checkpointer = Checkpointer(distributed, config, shape, model, **config.checkpoint)
         anomalies = Anomalies(distributed, config.logger.log_dir, **config.anomalies)
         flops = partial(training_flops, shape)
-        logger = PerfLogger(distributed, config, num_parameters, flops, precision, metrics, __file__, **config.logger)
+        logger = PerfLogger(distributed, config, model, flops, precision, metrics, __file__, **config.logger)
 
     # ---- Megatron-FSDP: filled before it is split, so each rank holds the whole model for a moment.
     if config.precision == "fp64":
@@ -67,14 +67,14 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     logger.notes.append(stand_in_for_cuda())
     materialize(model, config.seed, None, distributed.device)
     model = fully_shard_model(
-        compute_in(precision.dtype, model),
+        compute_in(precision.dtype, model, config.checkpoint),
         zero_dp_strategy=1,  # parameters stay whole: a force's gradient needs them after its inner backward pass
         device_mesh=init_device_mesh(distributed.device.type, (distributed.num_ranks, 1), mesh_dim_names=("dp", "tp")),
         dp_shard_dim="dp", tp_dim="tp", fsdp_unit_modules=[type(model)], device=distributed.device,
         calculate_per_token_loss=True, preproc_state_dict_for_dcp_ckpt=False,  # as in checkpoint.py and the loss
         mixed_precision_policy=MixedPrecisionPolicy(main_params_dtype=torch.float32, main_grads_dtype=torch.float32),
     )  # fmt: skip
-    optimizer = adamw(model.parameters(), **config.adamw_kwargs)
+    optimizer = adamw(model, **config.adamw_kwargs)
     make_exact(model, optimizer)
     strategy = Strategy(precision.forward, 1, nullcontext)
     # ----
@@ -93,6 +93,8 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     data = [*loader.facts(config), *validator.facts]
     logger.start(step, [*data, *loader.notes, *checkpointer.notes, scheduler.note(last)])
     stop, batches = StopSignal(), iter(loader)
+    validate = partial(validator.report, model, strategy.forward, ema, logger)
+    validate(step, checkpointer.validates_anew)
     model.train()
 
     while step < last:
@@ -121,10 +123,8 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         logger.count(micro_batches, counts, epoch, data_wait_s)
         logger.log_step(step, result.losses, result.grad_norm, scheduler.get_last_lr()[0])
         scheduler.step()
-        if validator.is_due(step, last):
-            with logger.paused(), ema.applied(model):
-                logger.log_validation(step, validator.run(model, strategy.forward))
-        if checkpointer.is_due(step, step == last or stopping):
+        validate(step, validator.is_due(step, last))
+        if checkpointer.is_due(step, step == last or stopping, logger.validation):
             checkpointer.save(step, model, optimizer, ema, parts, wait=stopping)
         if stopping:
             break

@@ -10,6 +10,7 @@ from common.batch import Batch
 
 UNIT = "atoms"
 LOSS_NAME = "Energy and force loss, eV^2"
+BETTER = {"energy_mae": min, "force_rmse": min}
 
 
 def batch_sums(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:

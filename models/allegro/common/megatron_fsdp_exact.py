@@ -1,13 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Megatron-FSDP 0.6.1 needs so that its numbers are those of DDP; held to that by tests/test_train.py."""
 
+from collections.abc import Mapping
+
 import torch
 from megatron_fsdp import MegatronFSDP
 from megatron_fsdp.uneven_dtensor import update_uneven_dtensor_chunk_metadata
 
+from common.distributed import stop_with
 
-def compute_in(dtype: torch.dtype | None, model: torch.nn.Module) -> torch.nn.Module:
-    """Cast the parameters that compute (None: leave them); the FP32 values become the masters' first ones."""
+
+def compute_in(dtype: torch.dtype | None, model: torch.nn.Module, checkpoint: Mapping = {}) -> torch.nn.Module:
+    """Cast the parameters that compute (None: leave them); the FP32 values become the masters' first ones.
+
+    Ends all ranks with a sentence where checkpoints would hold frozen parameters: they have no FP32 masters.
+    """
+    is_frozen = not all(p.requires_grad for p in model.parameters())
+    if dtype is not None and is_frozen and checkpoint.get("ckpt_dir") and not checkpoint.get("trained_only"):
+        stop_with(
+            "adamw_kwargs.groups: Megatron-FSDP rounds what is frozen to BF16, and would save it so; set "
+            "checkpoint.trained_only=true or precision=fp32, or use train_fsdp2.py."
+        )
     if dtype is not None:  # else the masters would start from rounded values
         for p in model.parameters():
             p.get_high_precision_init_val = lambda master=p.data: master

@@ -6,7 +6,9 @@ list of classes and build nothing else.
 """
 
 import io
+import os
 import pickle
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -90,3 +92,18 @@ def load(state: dict, step_folder: Path, *, no_dist: bool = False) -> None:
         if isinstance(error, (ValueError, pickle.UnpicklingError)):
             raise ValueError(f"{step_folder} cannot be trusted: {str(error).splitlines()[0]}") from failure
         raise
+
+
+@contextmanager
+def pickled_scales_allowed():
+    """TransformerEngine unpickles its own state in the block."""
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

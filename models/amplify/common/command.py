@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from common.files import open_to_readers
+
 
 def one_line(error: BaseException) -> str:
     """What an error says, in one line; of the system's with the file that it is about."""
@@ -61,6 +63,7 @@ def new_folder(target: Path):
     try:
         with writing(target):
             yield partial
+            open_to_readers(partial)
             partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -49,7 +49,7 @@ class PerfLogger:
         self,
         distributed: Distributed,
         config: DictConfig,
-        num_parameters: int,
+        model: torch.nn.Module,
         flops: Callable[[Batch], float],
         precision: Precision,
         metrics,
@@ -72,13 +72,15 @@ class PerfLogger:
         self.wandb = self.bar = None
         self.is_full, self.going_on_from = False, None
         self.notes, self.stats = [*precision.notes, no_validation(config)], precision.stats
+        num_parameters = sum(p.numel() for p in model.parameters())
+        num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.peak, source = peak_of(
             distributed.device, precision.dtype or torch.float32, precision.product, peak_tflops
         )
         self.run = {
             "run_id": uuid.uuid4().hex[:12],  # kept when the run goes on: whose lines metrics.jsonl has
-            "model_tag": config.model_tag, "num_parameters": num_parameters, "unit": metrics.UNIT,
-            "loss_name": metrics.LOSS_NAME, "strategy": Path(script).stem.removeprefix("train_"),
+            "model_tag": config.model_tag, "num_parameters": num_parameters, "num_trained": num_trained,
+            "unit": metrics.UNIT, "loss_name": metrics.LOSS_NAME, "strategy": Path(script).stem.removeprefix("train_"),
             "num_ranks": distributed.num_ranks, "ranks_per_micro_batch": distributed.group_size,
             "device": device_name(distributed.device), "threads_per_rank": torch.get_num_threads(),
             "layer_backend": precision.backend, "precision": precision.name,
@@ -124,8 +126,9 @@ class PerfLogger:
         interactive = sys.stderr.isatty()
         self.bar = tqdm(total=self.num_steps, initial=step, unit="step", disable=not interactive, dynamic_ncols=True)
         run = self.run
+        trained = "" if run["num_trained"] == run["num_parameters"] else f", {run['num_trained'] / 1e6:,.1f}M trained"
         self.distributed.say(
-            f"{run['model_tag']} ({run['num_parameters'] / 1e6:,.1f}M parameters), {run['strategy']}, "
+            f"{run['model_tag']} ({run['num_parameters'] / 1e6:,.1f}M parameters{trained}), {run['strategy']}, "
             f"{run['num_ranks']} x {run['device']}, {run['precision']}; {self.folder or 'no folder'} for metrics.jsonl"
         )
         for note in filter(None, (*self.notes, *notes)):

@@ -40,6 +40,12 @@ class Validator:
         due = step == last_step or (self.every_n_steps is not None and step % self.every_n_steps == 0)
         return self.plan is not None and due
 
+    def report(self, model: torch.nn.Module, forward_context, ema, logger, step: int, due: bool) -> None:
+        """Validate the weights, or their running average, and log it, if it is due."""
+        if due and self.plan is not None:
+            with logger.paused(), ema.applied(model):
+                logger.log_validation(step, self.run(model, forward_context))
+
     def run(self, model: torch.nn.Module, forward_context) -> dict:
         """The summary, the same on all ranks."""
         rank, num_ranks = self.distributed.data_rank, self.distributed.num_data_ranks

@@ -130,10 +130,10 @@ def test_refused_weights(make_hf):
     config, weights = native_config(hf.config), dict(hf.state_dict())
     with pytest.raises(ValueError, match="differs from"):
         hf_to_native(weights | {"lm_head.decoder.weight": torch.zeros(33, 60)}, config)
-    with pytest.raises(ValueError, match=r"unexpected \['esm.pooler.dense.weight'\]"):
+    with pytest.raises(ValueError, match=r"unexpected esm.pooler.dense.weight"):
         hf_to_native(weights | {"esm.pooler.dense.weight": torch.zeros(60, 60)}, config)
     del weights["lm_head.bias"]
-    with pytest.raises(ValueError, match=r"missing \['lm_head.bias'\]"):
+    with pytest.raises(ValueError, match=r"missing lm_head.bias"):
         hf_to_native(weights, config)
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.futures import Future
 from torch.utils._pytree import tree_map
 
 from common import safe_reading
+from common.files import open_to_readers
 from common.safe_reading import read_metadata
 
 
@@ -36,6 +38,24 @@ def numbered(folder: Path) -> list[int]:
     return sorted(
         int(found.name[5:]) for found in folder.glob("step_*") if re.fullmatch(r"0|[1-9][0-9]*", found.name[5:])
     )
+
+
+def steps_for_all(distributed, folder: Path) -> list[int]:
+    """As `numbered`. Raises ValueError where `checkpoint.ckpt_dir` is not the same folder for all ranks."""
+    probe = folder / f".shared_{uuid.uuid4().hex}"
+    if distributed.is_main:
+        probe.touch()
+    probe = distributed.gather(probe)[0]
+    steps = numbered(folder)
+    seen = distributed.gather((probe.exists(), steps))
+    if distributed.is_main:
+        probe.unlink()
+    if any(other != (True, steps) for other in seen):
+        raise ValueError(
+            f"checkpoint.ckpt_dir={folder} is not the same folder for all ranks; it has to be one that all nodes "
+            "share."
+        )
+    return steps
 
 
 def complete_steps(folder: Path) -> list[int]:
@@ -81,6 +101,16 @@ def set_aside(path: Path) -> None:
         number += 1
         target = path.with_name(f"{path.name}.damaged_{number}")
     path.rename(target)
+
+
+def tidy_litter(folder: Path) -> None:
+    """Remove what killed runs have left half written or half deleted."""
+    for pattern in (".step_*.old", ".step_*.partial", ".final_model.partial"):
+        for litter in folder.glob(pattern):
+            shutil.rmtree(litter, ignore_errors=True)
+    for probe in folder.glob(".shared_*"):
+        with suppress(OSError):
+            probe.unlink()
 
 
 def damage(path: Path, share: int = 0, num_shares: int = 1) -> str | None:
@@ -208,6 +238,7 @@ class StepWriter(dcp.FileSystemWriter):
             )
         sums |= {name: sha256(self.path / name) for name in ("run.json", ".metadata")}
         write_through(self.path / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+        open_to_readers(self.path)
         self.path.rename(self.target)
         with suppress(OSError):  # not every file system can
             folder = os.open(self.target.parent, os.O_RDONLY)

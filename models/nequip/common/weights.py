@@ -2,7 +2,7 @@
 """Weights by name: read from a folder or the hub one at a time, and written into a model that may be sharded."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,13 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
+def listed(names: Iterable[str]) -> str:
+    """The first five names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more if names else "none"
+
+
 def copy_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Copy full CPU tensors by name into `model`, which may be sharded; one at a time is read from `values`.
 
@@ -30,7 +37,9 @@ def copy_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     tensors = named_tensors(model)
     missing, unexpected = sorted(tensors.keys() - values.keys()), sorted(values.keys() - tensors.keys())
     if missing or unexpected:
-        raise ValueError(f"These weights do not fit the model: missing {missing}, unexpected {unexpected}.")
+        raise ValueError(
+            f"These weights do not fit the model: missing {listed(missing)}; unexpected {listed(unexpected)}."
+        )
     fill(tensors, values.__getitem__)
 
 

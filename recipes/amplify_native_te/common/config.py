@@ -188,6 +188,25 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("recipe_dir", lambda: str(RECIPE), replace=True)
 
 
+def notes_on_continuing(config: DictConfig) -> list[str]:
+    """Sentences for a run that starts from weights with what is meant for a start from scratch."""
+    notes, files = (
+        [],
+        OmegaConf.to_container(config.dataset, resolve=True).get("load_dataset_kwargs", {}).get("data_files"),
+    )
+    if config.adamw_kwargs.lr > 1e-4:
+        notes.append(
+            f"adamw_kwargs.lr={config.adamw_kwargs.lr:g} is a rate for training from scratch and may undo what "
+            f"init_from={config.init_from} has learnt; to continue, about 1e-5 with a warm-up is usual."
+        )
+    if str(RECIPE / "data") in str(files):
+        notes.append(
+            f"dataset.load_dataset_kwargs.data_files={files} is the bundled sample, which makes init_from="
+            f"{config.init_from} no better; give your own data."
+        )
+    return notes
+
+
 def launch(main: Callable[[DictConfig], None]) -> None:
     """Run a `@hydra.main` function, and end the process if it is the script's.
 
@@ -216,7 +235,7 @@ def launch(main: Callable[[DictConfig], None]) -> None:
         except KeyboardInterrupt:  # later ones are StopSignal's
             stop_with("interrupted before the first step; nothing was changed.", 130)
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
-            stop_with(_one_sentence(error))
+            stop_with(one_sentence(error))
 
 
 def help_text(docstring: str) -> str:
@@ -231,7 +250,8 @@ def help_text(docstring: str) -> str:
     )
 
 
-def _one_sentence(error: Exception) -> str:
+def one_sentence(error: Exception) -> str:
+    """What Hydra complains of, in the words of this configuration."""
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
     if key and "is not in struct" in str(cause):

@@ -4,6 +4,7 @@
 It lives beside the parameters, split over the ranks as they are, under any strategy.
 """
 
+from collections.abc import Collection
 from contextlib import contextmanager
 
 import torch
@@ -77,8 +78,8 @@ class EMA:
         return {"num_updates": self.num_updates, "decay": self.decay} if self.enabled else {}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict, model: nn.Module) -> list[str]:
-        """Go on from there; where the checkpoint has no average, begin it at the weights that `model` has now.
+    def load_state_dict(self, state: dict, model: nn.Module, new: Collection[str] = ()) -> list[str]:
+        """Go on from there; averages that the checkpoint has not (`new`) begin at the weights that `model` has now.
 
         Returns what a reader of the log has to know.
         """
@@ -87,15 +88,15 @@ class EMA:
                 "The averaged weights are dropped (ema_decay=null): the last ones are validated and exported."
             ] * bool(state)
         self.num_updates = state.get("num_updates", 0)
-        if not state:
-            for average, weight in self._pairs(model):
-                average.copy_(weight)
+        for average, weight in self._pairs(model, new if state else self.averages):
+            average.copy_(weight)
         return ["The weights' average begins here (ema_decay): the checkpoint has none."] * (not state)
 
-    def _pairs(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """This rank's part of each average and of its parameter."""
+    def _pairs(self, model: nn.Module, names: Collection[str] | None = None) -> list[tuple[Tensor, Tensor]]:
+        """This rank's part of each average, or of some, and of its parameter."""
         parameters = dict(unwrapped(model).named_parameters())
-        return [(own_part(average), own_part(parameters[name]).detach()) for name, average in self.averages.items()]
+        names = self.averages if names is None else names
+        return [(own_part(self.averages[name]), own_part(parameters[name]).detach()) for name in names]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import errno
 import math
 import os
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,21 @@ def make_folder(key: str, folder: Path, rank: int) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"{key}={folder} cannot be written: {error.strerror}; give another folder.") from error
+
+
+def open_to_readers(folder: Path) -> None:
+    """Give all in a folder the modes that new files have here (umask): safetensors writes for its owner alone."""
+    probe = folder / ".probe"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # not every file system has modes
+            path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
+
+
+def moved_aside(path: Path) -> Path:
+    """Rename a file or folder to the first free `<name>.before_<n>`, and return that."""
+    target = next(t for n in count(1) if not (t := path.with_name(f"{path.name}.before_{n}")).exists())
+    path.rename(target)
+    return target

@@ -152,8 +152,7 @@ def finished(tmp_path_factory):
 )
 def test_an_earlier_run_stays_as_it_is(refused, finished, tmp_path, overrides, parts):
     shutil.copytree(finished, tmp_path / "ckpt")
-    if overrides:
-        shutil.rmtree(tmp_path / "ckpt" / "final_model")
+    shutil.rmtree(tmp_path / "ckpt" / ("final_model" if overrides else "step_3"))
     message = refused("checkpoint.ckpt_dir=ckpt", "checkpoint.save_final_model=true", *overrides)
     assert_in(message, *parts)
 

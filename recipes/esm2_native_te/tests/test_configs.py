@@ -181,15 +181,21 @@ ALIKE = ("L1_35M", "L1_150M", "L1_650M", "L1_3B", "L1_15B")  # but for numbers, 
     [
         pytest.param(name, "sample", marks=[pytest.mark.slow] if name in ALIKE else [])
         for name in NAMES
-        if name not in ("my_proteins", "uniref_clusters")
+        if name not in ("my_proteins", "continue", "uniref_clusters")
     ]
-    + [("my_proteins", "mine.fasta"), ("my_proteins", "mine.fasta.gz"), ("uniref_clusters", "clusters")],
+    + [
+        ("continue", "mine.fasta"),
+        ("my_proteins", "mine.fasta"),
+        ("my_proteins", "mine.fasta.gz"),
+        ("uniref_clusters", "clusters"),
+    ],
 )
 def test_two_steps_to_the_final_model(name, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = composed(name)
     overrides = [*OPEN.get(name, ()), *point_to_data(name, data, tmp_path), "num_train_steps=2"]
     overrides += ["checkpoint.ckpt_dir=run", "checkpoint.save_final_model=true"]
+    overrides += ["init_from=null"] if name == "continue" else []  # the hub is not asked here
     overrides += [f"use_sequence_packing={config['use_sequence_packing']}"]  # as the config has it, not as other tests
     if config["dataset"]["token_micro_batch_size"]:
         overrides += ["dataset.micro_batch_size=null", "dataset.token_micro_batch_size=256"]
@@ -200,6 +206,17 @@ def test_two_steps_to_the_final_model(name, data, tmp_path, monkeypatch):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     inputs = AutoTokenizer.from_pretrained(path / "final_model")("MKV<mask>", return_tensors="pt")
     assert torch.isfinite(model(**inputs).logits).all()
+
+
+def test_continuing_is_careful():
+    """What the guides ask for: published weights, a small rate with a warm-up, checkpoints, own data."""
+    config, scratch = composed("continue"), composed("my_proteins")
+    assert config["init_from"] == "facebook/esm2_t6_8M_UR50D" and config["model_tag"] == "esm2_t6_8M_UR50D"
+    assert config["adamw_kwargs"]["lr"] <= 1e-5 < scratch["adamw_kwargs"]["lr"]
+    assert 0 < config["lr_scheduler_kwargs"]["num_warmup_steps"] < config["num_train_steps"]
+    assert config["checkpoint"]["ckpt_dir"] == config["logger"]["log_dir"] == "continued"
+    assert config["dataset"]["load_dataset_kwargs"]["data_files"] is None
+    assert config["checkpoint"]["keep_best"] == "loss" and config["checkpoint"]["save_every_n_steps"]
 
 
 @pytest.mark.parametrize("kind", ["hf", "native"])

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from common.contract.running import LAST, RECIPE, TRAINERS, run_here, run_ranks
 from common.step_folder import read_weights
 from convert import save_native
+from dataset import ALPHABET
 from modeling_esm2 import Esm2Config, Esm2ForMaskedLM
 
 
@@ -153,3 +155,28 @@ def test_what_is_converted_is_there_as_a_whole_or_not_at_all(run, tmp_path, monk
     assert f"error: {words[-1]} exists; move it away" in refused(monkeypatch, capfd, "convert.py", *words)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "native").iterdir()}
     assert [path.name for path in tmp_path.iterdir()] == ["native"]
+
+
+def test_the_tokenizer_reads_what_training_reads(run):
+    """Lower case, gaps, stops and signs that are no residues."""
+    ours = AutoTokenizer.from_pretrained(run / "final_model")
+    signs = [*map(chr, range(1, 127)), "é", "Ω", "語"]
+    random = np.random.default_rng(0)
+    texts = ["MSKgeel", "A-C.D E\n", "MK*L**", "*", "", "".join(signs).replace("<", "")]
+    texts += ["".join(random.choice(signs, 60)).replace("<", "") for _ in range(200)]
+    for text in texts:
+        assert ours(text)["input_ids"] == [0, *ALPHABET.tokenize(text.encode()), 2], text
+    assert ours("mk<mask>l")["input_ids"] == [0, *ALPHABET.tokenize(b"MK"), 32, *ALPHABET.tokenize(b"L"), 2]
+
+
+@pytest.mark.parametrize(("trained_at", "from_one_at", "length"), [(96, None, 96), (2048, None, 2048), (96, 510, 510)])
+def test_its_lengths_are_the_trained_ones(run, tmp_path, trained_at, from_one_at, length):
+    more = [f"dataset.max_seq_length={trained_at}", "num_train_steps=1", "validation.max_rows=2"]
+    if from_one_at:
+        source = shutil.copytree(run / "final_model", tmp_path / "source")
+        config = json.loads((source / "config.json").read_text()) | {"max_position_embeddings": from_one_at + 2}
+        (source / "config.json").write_text(json.dumps(config))
+        more.append(f"init_from={source}")
+    final = run_here("train_ddp", tmp_path, *finished(tmp_path, *more)) / "final_model"
+    assert AutoTokenizer.from_pretrained(final).model_max_length == length
+    assert json.loads((final / "config.json").read_text())["max_position_embeddings"] == length + 2

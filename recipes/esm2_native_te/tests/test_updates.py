@@ -36,7 +36,7 @@ def test_updates_by_hand(eps, weight_decay, fused):
     values, moments = random.normal(size=5).tolist(), [(0.0, 0.0)] * 5
     weight = torch.nn.Parameter(torch.tensor(values, dtype=torch.float64))
     options = {"lr": 0.05, "betas": [0.8, 0.95], "eps": eps, "weight_decay": weight_decay}
-    optimizer = adamw([weight], **options, fused=fused)
+    optimizer = adamw(torch.nn.ParameterList([weight]), **options, fused=fused)
     for step in range(1, 13):
         gradient = (random.normal(size=5) * [1e-9, 1e-3, 0.1, 1, 100]).tolist()
         weight.grad = torch.tensor(gradient, dtype=torch.float64)

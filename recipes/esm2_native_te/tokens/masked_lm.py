@@ -129,6 +129,7 @@ def training_flops(
 
 UNIT = "tokens"  # of `Batch.counts`, by which throughput and progress go
 LOSS_NAME = "Masked-LM loss, nats"
+BETTER = {"loss": min, "perplexity": min, "accuracy": max}  # by which a best checkpoint can be kept
 
 
 @torch.no_grad()

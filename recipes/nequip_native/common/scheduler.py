@@ -2,12 +2,25 @@
 """The optimizer and the learning-rate schedule; what a model was published with, its configuration says."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Required, TypedDict
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from common.distributed import unwrapped
+
+
+class ParameterGroup(TypedDict, total=False):
+    """Parameters that train in another way, by patterns of their full names, as `*.bias` or `esm.embeddings.*`."""
+
+    names: Required[str | list[str]]
+    lr_factor: PositiveFloat  # their learning rate is so many times the others'
+    weight_decay: NonNegativeFloat
+    frozen: bool
 
 
 class Schedule(LambdaLR):
@@ -38,23 +51,65 @@ class Schedule(LambdaLR):
             group["lr"] = rate
         self._last_lr = rates
 
+    def get_last_lr(self) -> list[float]:
+        """The rate of what no group names."""
+        return [self.optimizer.defaults["lr"] * self.lr_lambdas[0](self.last_epoch)]
+
+
+def in_groups(model: Module, groups: list[ParameterGroup] | None) -> list[tuple[dict, list[Parameter]]]:
+    """What no group names, and then each group, with its parameters; the first that fits a name has it.
+
+    Raises ValueError for a pattern that fits no name.
+    """
+    found: list[tuple[dict, list[Parameter]]] = [({}, []), *((dict(group), []) for group in groups or [])]
+    patterns = [
+        [group["names"]] if isinstance(group["names"], str) else list(group["names"]) for group, _ in found[1:]
+    ]
+    parameters = dict(unwrapped(model).named_parameters())
+    for pattern in (pattern for some in patterns for pattern in some):
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            known = ", ".join([*parameters][:: max(1, len(parameters) // 4)][:5])
+            raise ValueError(f"adamw_kwargs.groups: no parameter is named {pattern}; some names are {known}.")
+    for name, parameter in parameters.items():
+        fits = (i for i, some in enumerate(patterns, 1) if any(fnmatchcase(name, pattern) for pattern in some))
+        found[next(fits, 0)][1].append(parameter)
+    return found
+
+
+def freeze(model: Module, groups: list[ParameterGroup] | None = None, **_) -> None:
+    """Let the groups that are `frozen` train no more; the further arguments are `adamw`'s.
+
+    Raises ValueError if nothing would train.
+    """
+    for group, parameters in in_groups(model, groups):
+        if group.get("frozen"):
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("adamw_kwargs.groups freeze all parameters; leave some to train.")
+
 
 def adamw(
-    parameters: Iterable[Parameter],
+    model: Module,
     *,
     lr: PositiveFloat,
     betas: list[float],
     eps: PositiveFloat,
     weight_decay: NonNegativeFloat,
     fused: bool = True,
+    groups: list[ParameterGroup] | None = None,
 ) -> AdamW:
-    """AdamW over what is to be trained; its moments have the parameters' own precision, FP32.
+    """AdamW over what is not frozen; its moments have the parameters' own precision, FP32.
 
     Raises ValueError unless there are two betas of at least 0 and below 1.
     """
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"adamw_kwargs.betas={betas} must be two numbers of at least 0 and below 1.")
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = []
+    for group, parameters in in_groups(model, groups):
+        own = {"lr": lr * group.get("lr_factor", 1), "weight_decay": group.get("weight_decay", weight_decay)}
+        if some := [parameter for parameter in parameters if parameter.requires_grad]:
+            trained.append({"params": some, **own})
     return AdamW(trained, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused)
 
 

@@ -140,6 +140,34 @@ def test_a_changed_config_is_told_and_can_be_allowed(straight, tmp_path, capsys)
     assert complete_steps(tmp_path)[-1] == LAST
 
 
+def test_a_finished_run_goes_on_and_its_final_model_is_kept(tmp_path, capsys):
+    def train(num_steps):
+        run_here("train_ddp", tmp_path, *save_to(tmp_path, "checkpoint.save_final_model=true"), num_steps)
+        return (tmp_path / "final_model" / "README.md").read_text(), capsys.readouterr().err
+
+    first, _ = train("num_train_steps=3")
+    assert "3 steps" in first
+    again, said = train("num_train_steps=3")
+    assert again == first and "Give more num_train_steps" in said and not list(tmp_path.glob("*.before_*"))
+    longer, said = train("num_train_steps=4")
+    assert "4 steps" in longer and "kept as final_model.before_1" in said
+    assert (tmp_path / "final_model.before_1" / "README.md").read_text() == first
+    train("num_train_steps=5")
+    assert (tmp_path / "final_model.before_2" / "README.md").read_text() == longer
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_what_is_saved_is_as_readable_as_other_new_files(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        final = "checkpoint.save_final_model=true"
+        run_here("train_ddp", tmp_path, *save_to(tmp_path, final), "num_train_steps=1", "validation.max_rows=2")
+    finally:
+        os.umask(before)
+    for path in [p for name in ("step_1", "final_model") for p in (tmp_path / name, *(tmp_path / name).rglob("*"))]:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
 def start(trainer, num_ranks, path, *overrides):
     command = [*torchrun(num_ranks), f"{trainer}.py", *TINY, f"logger.log_dir={path}", *save_to(path), *overrides]
     return subprocess.Popen(

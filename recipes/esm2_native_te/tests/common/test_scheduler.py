@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch.nn import Parameter
+from torch.nn import Parameter, ParameterList
 
 from common import scheduler
 
@@ -33,7 +33,7 @@ def parameter(**options) -> Parameter:
 
 def learning_rates(**kwargs):
     """The rate with which step 1, 2, ... is made, for any step at once."""
-    optimizer = adamw([parameter()])
+    optimizer = adamw(ParameterList([parameter()]))
     (fraction_of_peak,) = linear_schedule(optimizer, **kwargs).lr_lambdas
     return lambda step: optimizer.defaults["lr"] * fraction_of_peak(step - 1)
 
@@ -76,7 +76,7 @@ def test_other_shapes():
 
 def test_amplifys_cosine():
     """As their code has it: a line times half a cosine wave, above the floor."""
-    (fraction,) = scheduler.damped_cosine_schedule(adamw([parameter()]), **AMPLIFY).lr_lambdas
+    (fraction,) = scheduler.damped_cosine_schedule(adamw(ParameterList([parameter()])), **AMPLIFY).lr_lambdas
     assert [fraction(s) for s in (0, 1, 500, 1000, 900_000, 999_999)] == pytest.approx([0, 0.001, 0.5, 1, 0.1, 0.1])
     w, end, r = 1000, 900_000, 0.1
     for s in (1001, 50_000, 450_500, 899_999):
@@ -84,13 +84,13 @@ def test_amplifys_cosine():
         expected = r + (1 - r) * line * (1 + math.cos(math.pi * (s - w) / (end - w))) / 2
         assert fraction(s) == pytest.approx(expected, rel=1e-12)
     stage_2 = AMPLIFY | {"num_warmup_steps": 0, "min_lr_fraction": 1.0}
-    (constant,) = scheduler.damped_cosine_schedule(adamw([parameter()]), **stage_2).lr_lambdas
+    (constant,) = scheduler.damped_cosine_schedule(adamw(ParameterList([parameter()])), **stage_2).lr_lambdas
     assert {constant(s) for s in (0, 1, 700_000, 2_000_000)} == {1.0}
 
 
 def test_a_resumed_schedule_goes_on():
     def start():
-        optimizer = adamw([parameter()])
+        optimizer = adamw(ParameterList([parameter()]))
         return optimizer, linear_schedule(optimizer, num_warmup_steps=3, num_training_steps=20)
 
     def go_on(optimizer, schedule, steps):
@@ -112,14 +112,14 @@ def test_a_resumed_schedule_goes_on():
 @pytest.mark.parametrize("warmup", [90, 91, 1000])
 def test_a_warm_up_longer_than_the_schedule(warmup):
     with pytest.raises(ValueError) as error:
-        linear_schedule(adamw([parameter()]), num_warmup_steps=warmup, num_training_steps=100)
+        linear_schedule(adamw(ParameterList([parameter()])), num_warmup_steps=warmup, num_training_steps=100)
     for part in (f"lr_scheduler_kwargs.num_warmup_steps={warmup}", "less than 90", "num_training_steps=100"):
         assert part in str(error.value)
 
 
 def test_the_optimizer_has_what_is_trained():
     trained, frozen = parameter(), parameter(requires_grad=False)
-    optimizer = adamw([trained, frozen])
+    optimizer = adamw(ParameterList([trained, frozen]))
     (group,) = optimizer.param_groups
     assert isinstance(optimizer, torch.optim.AdamW)
     assert group["params"] == [trained]
@@ -130,7 +130,7 @@ def test_the_optimizer_has_what_is_trained():
 def test_one_step_by_hand():
     weight = Parameter(torch.tensor([1.0, 1.0]))
     weight.grad = torch.tensor([0.5, -2.0])
-    optimizer = adamw([weight], lr=0.1)
+    optimizer = adamw(ParameterList([weight]), lr=0.1)
     optimizer.step()
     # Decoupled decay, then a step of lr against the gradient's sign: the first one has no other length.
     expected = 1.0 - 0.1 * 0.01 - 0.1 * weight.grad.sign()
@@ -141,24 +141,24 @@ def test_one_step_by_hand():
 @pytest.mark.parametrize("betas", [[0.9], [0.9, 0.98, 0.99], [0.9, 1.0], [-0.1, 0.98], []])
 def test_betas_that_are_none(betas):
     with pytest.raises(ValueError, match=r"adamw_kwargs\.betas=.* must be two numbers of at least 0 and below 1"):
-        adamw([parameter()], betas=betas)
+        adamw(ParameterList([parameter()]), betas=betas)
 
 
 def test_a_warm_up_that_outlasts_the_run_is_said():
-    schedule = linear_schedule(adamw([parameter()]), num_warmup_steps=2000)
+    schedule = linear_schedule(adamw(ParameterList([parameter()])), num_warmup_steps=2000)
     sentence = schedule.note(3)
     assert "num_warmup_steps=2000" in sentence and "num_train_steps=3," in sentence
     assert schedule.note(2001) is None
 
 
 def test_a_resume_goes_on_at_the_place_with_the_rates_of_now():
-    optimizer = adamw([parameter()], lr=1.0)
+    optimizer = adamw(ParameterList([parameter()]), lr=1.0)
     schedule = linear_schedule(optimizer, num_warmup_steps=4, num_training_steps=100)
     for _ in range(2):
         optimizer.step()
         schedule.step()
     state = schedule.state_dict()
-    changed = adamw([parameter()], lr=1e-3)
+    changed = adamw(ParameterList([parameter()]), lr=1e-3)
     resumed = linear_schedule(changed, num_warmup_steps=6, num_training_steps=100)
     resumed.load_state_dict(state)
     assert resumed.get_last_lr() == [1e-3 * 3 / 6] == [changed.param_groups[0]["lr"]]
