@@ -145,7 +145,7 @@ class Benchmark:
             data = facts["data"]
             self.job |= {key: data[key] for key in ("passes", "micro_rows")}
             chosen, left_out = contestants(facts, self.arguments.overrides, self.arguments.quick)
-            if self.arguments.only is not None:
+            if self.arguments.only is not None or self.arguments.without:
                 chosen[1:] = [c for c in chosen[1:] if self.asked(c.name)]
                 left_out = {name: reason for name, reason in left_out.items() if self.asked(name)}
             self.rounds(chosen, facts)
@@ -159,8 +159,9 @@ class Benchmark:
         return self.entry(facts, data, left_out)
 
     def asked(self, name: str) -> bool:
-        """Whether --only names this contestant."""
-        return any(part in name for part in self.arguments.only)
+        """Whether --only names this contestant, or nothing, and --without does not."""
+        only, without = self.arguments.only, self.arguments.without
+        return (only is None or any(part in name for part in only)) and not any(part in name for part in without)
 
     def prepared(self) -> dict:
         """What a process finds out about machine and data before the first contestant. Raises Failed."""
@@ -381,6 +382,9 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
         "--only", nargs="*", metavar="TEXT", help="beside ours only those whose name has one of these in it"
+    )
+    parser.add_argument(
+        "--without", nargs="*", default=(), metavar="TEXT", help="and those whose name has none of these in it"
     )
     parser.add_argument("--quick", action="store_true", help="the tiny model, two rounds, little of everything")
     parser.add_argument(
