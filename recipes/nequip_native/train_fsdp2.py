@@ -20,8 +20,8 @@ import metrics
 from build_model import build_model, build_precision, materialize, model_config, sharded_parts, training_flops
 from checkpoint import Checkpointer
 from common.anomalies import Anomalies
-from common.config import launch
-from common.distributed import Distributed, StopSignal, passes_per_step, process_group
+from common.config import joined, launch
+from common.distributed import Distributed, StopSignal, passes_per_step
 from common.ema import EMA
 from common.gradients import Strategy, add_gradients, clip_grad_norm_
 from common.loss_schedules import LossSchedules
@@ -36,7 +36,7 @@ from keys import check_config, lr_schedule
 def main(config: DictConfig) -> None:
     """Check the configuration, join the other ranks, train."""
     check_config(config)
-    with process_group(config.seed, config.deterministic) as distributed:
+    with joined(config) as distributed:
         train(config, distributed)
 
 

@@ -28,6 +28,9 @@ from common.distributed import Distributed, ignore_signals, signals_ignored
 from common.epoch_plan import EpochPlan, Grouping, MicroBatch, RankSampler, permuted
 
 
+MOST_WORKERS = 512
+
+
 def read(source, micro_batch: MicroBatch) -> dict:
     """What a collator takes: the micro-batch's name, and an item for each of its rows."""
     return {"name": tuple(micro_batch[:3]), "items": source.read(micro_batch.rows, micro_batch.epoch)}
@@ -163,6 +166,8 @@ class Loader:
         collate: Callable[[dict], Batch],
         num_workers: int,
     ):
+        if num_workers > MOST_WORKERS:
+            raise ValueError(f"{section}.num_workers={num_workers} must be at most {MOST_WORKERS}: processes a rank.")
         self.distributed, self.section, self.num_workers = distributed, section, num_workers
         self.notes: list[str] = []  # for the log
         self.sources: list[str] = []  # what is read, and from where

@@ -75,8 +75,9 @@ def _as_meant(config: DictConfig, callables: Mapping[str, Callable]) -> None:
     typed = _typed()
     for key, value in flat(OmegaConf.to_container(config, resolve=True)).items():
         for one in value if isinstance(value, list) else [value]:
-            if type(one) is int and abs(one) >= 2**63:
-                raise ValueError(f"{key}={one} must be less than 2^63, 9223372036854775808.")
+            bits = 63 if key.endswith(("seed", "max_rows")) else 31
+            if type(one) is int and abs(one) >= 2**bits:
+                raise ValueError(f"{key}={one} must be less than 2^{bits}, {2**bits}.")
         if isinstance(value, str) and "://" in value and FOLDER_KEY.search(key):
             raise ValueError(f"{key}={redacted(value)}: nothing is written to an address; give a folder.")
         if isinstance(value, str) and value.startswith("~"):

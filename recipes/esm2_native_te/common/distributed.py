@@ -177,6 +177,10 @@ class Distributed:
             raise
         except ValueError as error:
             mistake = error
+        except RuntimeError as error:
+            if "calculation overflowed" not in str(error):
+                raise
+            mistake = ValueError("the model's sizes make a tensor that no memory holds; give smaller ones.")
         self._exchange(mistake)
 
     def _exchange(self, mistake: ValueError | None, value=None) -> list:

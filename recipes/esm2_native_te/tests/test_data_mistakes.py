@@ -4,6 +4,8 @@
 import pytest
 from protein_files import PROTEINS, assert_refused, make_loader, read, write
 
+from common.open_data import one_sentence
+
 
 def missing(folder):
     return {"path": "parquet", "data_files": str(folder / "none.parquet"), "split": "train"}
@@ -94,3 +96,28 @@ def test_a_stream_whose_later_rows_are_all_empty_does_not_spin(distributed, tmp_
     loader = make_loader(distributed, kwargs[0] | files, num_workers=2)
     with pytest.raises(ValueError, match="no rows for rank 0, worker 1"):
         read(loader, 50)
+
+
+def test_a_cache_that_cannot_be_used(distributed, tmp_path):
+    (tmp_path / "file").touch()
+    kwargs = good(tmp_path) | {"cache_dir": str(tmp_path / "file")}
+    assert_refused(
+        ["dataset.load_dataset_kwargs", "cannot be written", "HF_HOME"], lambda: make_loader(distributed, kwargs)
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("FileSystem does not appear to support flock"), OSError(37, "No locks available")]
+)
+def test_a_cache_without_locks(error):
+    with pytest.raises(ValueError, match=r"dataset.* has no file locks; set HF_HOME"), one_sentence("dataset", {}):
+        raise error
+
+
+def test_forms_that_are_refused(distributed, tmp_path):
+    kwargs = good(tmp_path)
+    parts = ["dataset.load_dataset_kwargs.split=train[:50%] cannot be with streaming=true", "split=train and files"]
+    assert_refused(parts, lambda: make_loader(distributed, kwargs | {"streaming": True, "split": "train[:50%]"}))
+    file = kwargs["data_files"]
+    parts = [f"path={file} is a file; give its format, as path=parquet, and data_files={file}"]
+    assert_refused(parts, lambda: make_loader(distributed, kwargs | {"path": file, "data_files": None}))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows by `datasets.load_dataset`, where a user's mistake is one sentence."""
 
+import errno
 import gzip
 import os
 from collections.abc import Iterator, Mapping
@@ -49,6 +50,7 @@ def open_rows(
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     readers.register()
     name, path = f"{section}.load_dataset_kwargs", load_dataset_kwargs.get("path")
+    check_form(name, load_dataset_kwargs)
     kwargs = load_dataset_kwargs.copy()
     for column in (columns or {}).values():
         others = load_dataset_kwargs.get("columns") or labels
@@ -86,6 +88,18 @@ def open_rows(
         if rows.column_names is not None:
             check_column(section, key, column, rows.column_names)
     return rows
+
+
+def check_form(name: str, kwargs: dict) -> None:
+    """Raise ValueError for a file in the place of a format, and for a part of a stream."""
+    path, split = kwargs.get("path"), kwargs.get("split")
+    if isinstance(path, str) and Path(path).expanduser().is_file():
+        raise ValueError(f"{name}.path={path} is a file; give its format, as path=parquet, and data_files={path}.")
+    if kwargs.get("streaming") and isinstance(split, str) and "[" in split:
+        raise ValueError(
+            f"{name}.split={split} cannot be with streaming=true, which reads a split from its begin to its end; give "
+            f"split={split.partition('[')[0]} and files of their own for validation, or streaming=false."
+        )
 
 
 # ---- files
@@ -255,9 +269,24 @@ def one_sentence(
             sentence += (
                 f", or name its encoding: +{name}.encoding=latin-1." if path in ("csv", "json", "text") else "."
             )
+        elif place := unwritable(load_dataset_kwargs, error):
+            sentence = f"{name}: {place}; set HF_HOME or HF_DATASETS_CACHE to a folder that can be written and locked."
         else:
             sentence = f"{name}: datasets cannot load {redacted(load_dataset_kwargs)}: {reason}"
         raise ValueError(sentence) from error
+
+
+def unwritable(kwargs: dict, error: Exception) -> str | None:
+    """Which cache cannot be used and why, if that is what is wrong."""
+    cache = Path(kwargs.get("cache_dir") or datasets.config.HF_DATASETS_CACHE).absolute()
+    for one in filter(None, (error, error.__cause__, error.__context__)):
+        if "flock" in str(one) or getattr(one, "errno", None) in (errno.ENOLCK, errno.ENOSYS):
+            return f"the cache {cache} has no file locks"
+        if isinstance(one, OSError) and isinstance(one.filename, str):
+            file = Path(one.filename).absolute()
+            if file.is_relative_to(cache) or cache.is_relative_to(file):
+                return f"the cache {cache} cannot be written ({one.strerror})"
+    return None
 
 
 def check_column(section: str, key: str, column: str, names: list[str]) -> None:

@@ -45,6 +45,8 @@ for number, name in ((1, "stdout"), (2, "stderr")):
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 # datasets logs each error that it raises as well.
 os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+# The hub's library tells of each attempt, and raises when it gives up.
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 for name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13

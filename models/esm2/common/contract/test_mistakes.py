@@ -20,6 +20,7 @@ EVERY_RECIPES = [
     (["seed"], ["seed cannot be read", "key=value"]),
     (["--num_train_steps", "6"], ["--num_train_steps 6 cannot be read", "num_train_steps=6"]),
     (["seed=1,2"], ["seed=1,2 can mean several things: a list is seed=[1,2]"]),
+    (["num_train_steps=99999999999"], ["num_train_steps=99999999999 must be less than 2^31"]),
     (["seed=18446744073709551616"], ["seed=18446744073709551616 must be less than 2^63"]),
     (
         ["checkpoint.ckpt_dir=s3://b/r"],
