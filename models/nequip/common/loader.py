@@ -201,7 +201,8 @@ class Loader:
             return self.sources
         epochs = config.num_train_steps * config.micro_batches_per_step / max(1, self.plan.num_micro_batches)
         steps = f"{config.num_train_steps:,} steps of {config.micro_batches_per_step} micro-batches"
-        return [*self.sources, f"{self.section}: {steps} are {epochs:,.1f} epochs"]
+        shown = f"{epochs:,.1f}" if epochs >= 1 else f"{epochs:.2g}"
+        return [*self.sources, f"{self.section}: {steps} are {shown} epochs"]
 
     def state_dict(self) -> dict:
         """What is left to read, the same on every rank; JSON."""

@@ -37,6 +37,7 @@ class Csv(Narrow, csv.Csv):
             return
         for shard, files in enumerate(files_iterables):
             for file in files:
+                # pandas as datasets has it there, which also reads packed files and addresses
                 for number, frame in enumerate(csv.pd.read_csv(file, iterator=True, **self._options(file))):
                     yield Key(shard, number), self.narrowed(pa.Table.from_pandas(frame, preserve_index=False), file)
 
