@@ -57,8 +57,11 @@ def sum_at_centre(values: Tensor, centre: Tensor, num_atoms: int) -> Tensor:
 def neighbor_product(x: Tensor, weights: Tensor, coupling: Tensor, path: Tensor, edges: Tensor) -> Tensor:
     """Sum over each atom's edges of weights [E, P, U] times coupling [E, I, K] times the neighbour's x: [A, K, U]."""
     neighbors = x.index_select(0, edges[1])
-    messages = coupling.transpose(1, 2) * neighbors if x.shape[1] == 1 else coupling.transpose(1, 2) @ neighbors
-    return sum_at_centre(messages * weights.index_select(1, path), edges[0], x.shape[0])
+    if x.shape[1] == 1:  # scalars are weighted before they are spread over components
+        messages = coupling.transpose(1, 2) * (neighbors * weights).index_select(1, path)
+    else:
+        messages = (coupling.transpose(1, 2) @ neighbors) * weights.index_select(1, path)
+    return sum_at_centre(messages, edges[0], x.shape[0])
 
 
 def centre_product(x: Tensor, matrices: Tensor, centre: Tensor) -> Tensor:
