@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dynamics and relaxation with a final model, as users start them."""
+
+import json
+
+import pytest
+from ase.io import Trajectory, read
+from safetensors.torch import save_file
+
+import md
+import relax
+from atoms.first_weights import init_parameters
+from build_model import KINDS
+from common import RECIPE
+from export import calculator_source
+
+
+@pytest.fixture(scope="module")
+def final_model(tmp_path_factory):
+    """A potential with first weights and the nuclei's repulsion: smooth, and good for nothing else."""
+    config_class, model_class = KINDS["nequip"]
+    config = config_class(
+        elements=["Al", "Ni", "Cu"], cutoff=4.0, num_neighbors=20.0, energy_scales=[0.1] * 3, energy_shifts=[0.0] * 3,
+        num_layers=2, num_features=[6, 4], num_element_features=3, radial_width=8, zbl="metal", dtype="float64",
+    )  # fmt: skip
+    model, folder = model_class(config), tmp_path_factory.mktemp("final_model")
+    init_parameters(model, 0)
+    save_file(dict(model.state_dict()), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    (folder / "calculator.py").write_text(calculator_source("nequip"))
+    return folder
+
+
+def test_energy_is_kept_and_a_trajectory_and_a_picture_are_left(final_model, tmp_path):
+    structure = RECIPE / "data" / "validation.extxyz"
+    fine = md.run(final_model, structure, tmp_path / "fine", 300.0, 40, 0.5, False, 1, 0)
+    coarse = md.run(final_model, structure, tmp_path / "run", 300.0, 20, 1.0, False, 5, 0)
+    assert fine["swing_mev_per_atom"] < 0.5 * coarse["swing_mev_per_atom"] < 1 and (tmp_path / "run.png").exists()
+    assert len(Trajectory(tmp_path / "run.traj")) == 5
+    with pytest.raises(ValueError, match="must be above 0"):
+        md.run(final_model, structure, tmp_path / "run", 300.0, 0, 1.0, False, 5, 0)
+
+
+def test_what_does_not_get_there_is_said(final_model, tmp_path):
+    from ase.io import write
+
+    write(tmp_path / "two.xyz", read(RECIPE / "data" / "validation.extxyz", ":2"))
+    failed = relax.run(final_model, tmp_path / "two.xyz", tmp_path / "relaxed.xyz", 1e-4, 4, False)
+    relaxed = read(tmp_path / "relaxed.xyz", ":")
+    assert failed == 2 and not any(atoms.info["converged"] for atoms in relaxed)
+    assert {"potential_energy"} <= set(relaxed[0].info)
+
+
+def test_a_folder_that_is_no_final_model(tmp_path):
+    with pytest.raises(ValueError, match=r"is no final model: it has no calculator\.py"):
+        md.calculator(tmp_path)
