@@ -30,7 +30,6 @@ LINES = (  # of a trainer, and what stands there instead
     (r", backend=precision.backend", ""),
     (r"    prepare\(.*\n", ""),
     (r"config.seed, pretrained, ", "config.seed, "),
-    (r"config.deterministic", "False"),
     (r"(    parts = .*)}\n",
      r'    schedules = LossSchedules(config.loss_schedules)\n\1, "loss_schedules": schedules}\n'),
     (r"distributed, config.seed\)\n", "distributed, config.seed, **schedules.coefficients(step, epoch))\n"),

@@ -107,7 +107,7 @@ def _is_text(key: str, callables: Mapping[str, Callable]) -> bool:
 @contextmanager
 def joined(config: DictConfig):
     """Join the ranks of a run, which then have one configuration. Stops them where they cannot have."""
-    with process_group(config.seed, config.deterministic) as distributed:
+    with process_group(config.seed, config.get("deterministic", False)) as distributed:
         with distributed.fail_together():
             agree(config, distributed)
         yield distributed
