@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a run with many structures takes until its first batch, what that costs in memory, and how fast data comes.
+
+python ci/benchmarks/structures_start.py                 # ten minutes, 8 GB of disk; writes docs/results
+python ci/benchmarks/structures_start.py --quick --output quick.json
+
+Made-up alloys of 50 atoms lie in a Parquet file, in the columns of our rows, so that "convert" is what `datasets`
+does; part of them also in an extxyz, which ASE reads. A process of its own opens them when they are new ("convert":
+neighbours, statistics and checks of every structure, once), and another again ("start"). Each gives the seconds from
+the loader's beginning to its first batch, and the largest resident set of a process. Structures are then read and
+their neighbours found for a while, by one worker.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "nequip_native"
+sys.path[:0] = [str(RECIPE), str(Path(__file__).parent)]
+from common import quiet  # noqa: E402, F401  # isort: skip
+import numpy as np  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+from command_line import Failed, add_files, check_files, parse_with_overrides, run_or_read  # noqa: E402
+
+from atoms.structures import SCHEMA  # noqa: E402
+from common.run_facts import cpu_name, versions  # noqa: E402
+
+
+OUTPUT, NAME = ROOT / "docs" / "results" / "structures_start.json", "structures_start"
+FULL = {"num_structures": 1_000_000, "num_extxyz": 20_000, "num_atoms": 50, "cutoff": 5.0, "batches": 200}
+QUICK = FULL | {"num_structures": 3_000, "num_extxyz": 300, "batches": 5}
+AT_ONCE = 20_000  # structures that are made up at once
+STAGES = {
+    "convert": "Parquet to Arrow, then all of it looked through: the first start",
+    "start": "a later start",
+    "extxyz": "the extxyz: read by ASE, then looked through",
+}
+
+
+def alloys(random: np.random.Generator, number: int, num_atoms: int) -> tuple[np.ndarray, ...]:
+    """Elements, positions (A), cells and forces of rattled alloys on a simple cubic lattice with vacancies."""
+    lattice = np.stack(np.meshgrid(*[np.arange(4)] * 3), -1).reshape(-1, 3) * 2.6
+    places = np.argsort(random.random((number, len(lattice))), axis=1)[:, :num_atoms]
+    positions = lattice[places] + random.normal(0, 0.1, (number, num_atoms, 3))
+    forces = random.normal(size=positions.shape)
+    numbers = random.choice(np.array([13, 28, 29], np.uint8), (number, num_atoms))
+    return numbers, positions, np.tile(np.eye(3) * 10.4, (number, 1, 1)), forces - forces.mean(1, keepdims=True)
+
+
+def as_table(
+    numbers: np.ndarray, positions: np.ndarray, cells: np.ndarray, forces: np.ndarray, first: int
+) -> pa.Table:
+    """Rows as the recipe has them."""
+    number = len(numbers)
+
+    def lists(values: np.ndarray, kind: pa.DataType) -> pa.ListArray:
+        values = values.reshape(number, -1)
+        offsets = np.arange(number + 1, dtype=np.int32) * values.shape[1]
+        return pa.ListArray.from_arrays(offsets, pa.array(values.ravel(), kind))
+
+    columns = {
+        "numbers": lists(numbers, pa.uint8()), "positions": lists(positions, pa.float64()),
+        "cell": lists(cells, pa.float64()), "pbc": lists(np.ones((number, 3), bool), pa.bool_()),
+        "energy": pa.array(numbers.astype(float).sum(1) * -0.1), "forces": lists(forces, pa.float64()),
+        "source": pa.array(["made up"] * number), "key": pa.array([str(first + i) for i in range(number)]),
+    }  # fmt: skip
+    return pa.table(
+        [columns.get(name, pa.nulls(number, kind)) for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)],
+        schema=SCHEMA,
+    )
+
+
+def write(folder: Path, settings: dict) -> None:
+    """Both files."""
+    import ase
+    import ase.io
+    from ase.calculators.singlepoint import SinglePointCalculator
+
+    random = np.random.default_rng(0)
+    with pq.ParquetWriter(folder / "alloys.parquet", SCHEMA) as writer:
+        for first in range(0, settings["num_structures"], AT_ONCE):
+            number = min(AT_ONCE, settings["num_structures"] - first)
+            made = alloys(random, number, settings["num_atoms"])
+            writer.write_table(as_table(*made, first))
+    frames = []
+    for numbers, positions, cell, forces in zip(
+        *alloys(random, settings["num_extxyz"], settings["num_atoms"]), strict=True
+    ):
+        frames.append(ase.Atoms(numbers, positions, cell=cell, pbc=True))
+        frames[-1].calc = SinglePointCalculator(frames[-1], energy=-0.1 * numbers.astype(float).sum(), forces=forces)
+    ase.io.write(folder / "alloys.extxyz", frames)
+
+
+def stage(name: str, folder: Path, settings: dict) -> None:
+    """One process: open the data, take a batch, and print what it cost."""
+    from common.distributed import end_of_process, process_group
+    from dataset import TrainLoader
+
+    kwargs = {"path": "parquet", "data_files": str(folder / "alloys.parquet"), "split": "train"}
+    if name == "extxyz":
+        kwargs = {"path": "structures", "data_files": str(folder / "alloys.extxyz")}
+    with end_of_process(), process_group(0) as alone:
+        started = time.perf_counter()
+        loader = TrainLoader(
+            alone, 0, settings["cutoff"], None, load_dataset_kwargs=kwargs, atom_micro_batch_size=500, num_workers=1
+        )
+        opened, batches = time.perf_counter(), iter(loader)
+        next(batches)
+        first = time.perf_counter()
+        num_atoms = sum(batch.counts["atoms"] for batch in islice(batches, settings["batches"]))
+        ended = time.perf_counter()
+        most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        found = {"open_s": opened - started, "first_batch_s": first - started, "memory_gib": most / 2**20,
+                 "atoms_per_s": num_atoms / (ended - first)}  # fmt: skip
+        print(json.dumps(found))
+
+
+def measure(asked: argparse.Namespace) -> dict:
+    """All stages, each a process of its own. Raises Failed where one does."""
+    settings, stages = QUICK if asked.quick else FULL, {}
+    with tempfile.TemporaryDirectory(prefix=NAME) as scratch:
+        folder = Path(scratch)
+        write(folder, settings)
+        environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        for name in STAGES:
+            command = [sys.executable, __file__, "--stage", name, str(folder), json.dumps(settings)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise Failed(f"{name}: {done.stderr[-1000:]}")
+            stages[name] = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": {"name": cpu_name(), "cores": os.cpu_count()},
+        "versions": versions(), "settings": settings, "stages": stages,
+    }  # fmt: skip
+
+
+def table(numbers: dict) -> str:
+    """A row for each stage."""
+    settings = numbers["settings"]
+    lines = ["| what | structures | seconds to the first batch | largest process, GiB | then atoms/s, one worker |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for name, what in STAGES.items():
+        one = numbers["stages"][name]
+        number = settings["num_extxyz" if name == "extxyz" else "num_structures"]
+        cells = [
+            what,
+            f"{number:,}",
+            f"{one['first_batch_s']:.1f}",
+            f"{one['memory_gib']:.1f}",
+            f"{one['atoms_per_s']:,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    told = ", ".join(f"{name} {version}" for name, version in numbers["versions"].items())
+    facts = f"Made-up alloys of {settings['num_atoms']} atoms, cutoff {settings['cutoff']} A; "
+    machine = f"{numbers['machine']['name']}, {numbers['machine']['cores']} cores, {numbers['date']}; {told}."
+    return "\n".join([*lines, "", f"{facts}micro-batches of 500 atoms. {machine}"])
+
+
+def main(arguments: list[str]) -> int:
+    """Run or read, then print, write or check."""
+    if arguments[:1] == ["--stage"]:
+        stage(arguments[1], Path(arguments[2]), json.loads(arguments[3]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few structures")
+    add_files(parser, OUTPUT)
+    found = parse_with_overrides(parser, arguments)
+    check_files(parser, found, runs=False)
+    if not (found.source or found.output):
+        found.output = OUTPUT
+    return run_or_read(found, measure, NAME, table)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
