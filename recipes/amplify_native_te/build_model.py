@@ -2,6 +2,7 @@
 """From a model's name to a model, its first or pretrained weights, and the arithmetic of a step."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,16 +13,14 @@ from transformers import EuroBertConfig
 import modeling_amplify
 from common.batch import Batch
 from common.distributed import Distributed
-from common.precision import agreed_precision
 from common.weights import copy_parameters
 from convert_amplify import eurobert_config, read_config
+from dataset import open_validation
 from modeling_amplify import SIZES, AmplifyConfig, AmplifyForMaskedLM
-from tokens.backends import agreed_layer_backend
+from pretrained import open_model
 from tokens.context_parallel import ContextParallel
-from tokens.formats import FP4, FP8
-from tokens.low_precision import LowPrecision
+from tokens.low_precision import LowPrecision, build_precision
 from tokens.masked_lm import init_parameters
-from tokens.quant_stats import QuantStats
 from tokens.starting_weights import SHAPE, first_line
 
 
@@ -51,22 +50,6 @@ def model_config(
     else:
         raise ValueError(f"model_tag={model_tag}: no local folder and none of {', '.join(SIZES)}.")
     return AmplifyConfig(**{**config, **overrides})
-
-
-def build_precision(config: DictConfig, shape: AmplifyConfig, distributed: Distributed) -> LowPrecision:
-    """How the run computes, the same on all ranks, by the keys `precision`, `fp8_*`, `fp4_*`, `quant_stats_config`."""
-    asked, head_dim = shape.layer_backend, shape.head_dim
-    backend, note = agreed_layer_backend(distributed, asked, head_dim)
-    shape.layer_backend = backend if asked == "auto" and backend == "torch" else asked
-    # On CPUs narrower models gain too little to give up FP32's exactness.
-    bits, bits_note = agreed_precision(distributed, config.precision, bf16_pays=shape.hidden_size >= 256)
-    return LowPrecision(
-        distributed.device, bits, backend, shape.num_hidden_layers,
-        {"hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size},
-        shape.hidden_size >= 256,
-        FP8(**config.fp8_config), FP4(**config.fp4_config), config.fp8_layers, config.fp4_layers,
-        QuantStats(**config.quant_stats_config), filter(None, (note, bits_note)),
-    )  # fmt: skip
 
 
 def build_model(shape: AmplifyConfig, distributed: Distributed) -> AmplifyForMaskedLM:
@@ -114,6 +97,21 @@ def materialize(
         init_parameters(model, seed)
     else:
         copy_parameters(model, pretrained)
+
+
+def open_evaluation(config: DictConfig, source: str, distributed: Distributed) -> tuple:
+    """For `evaluate.py`: a model that is there, what `config.validation` names, and how a forward pass is made."""
+    size = config.cp_size
+    distributed = distributed.in_groups("cp_size", 1 if distributed.num_ranks % size else size)
+    shape, weights, _ = open_model(source)
+    shape.layer_backend = config.layer_backend
+    precision = build_precision(config, shape, distributed)
+    multiple = precision.multiple * distributed.group_size
+    validator = open_validation(distributed, config.use_sequence_packing, multiple, **config.validation)
+    model = build_model(shape, distributed)
+    prepare(model, config, precision)
+    materialize(model, shape, config.seed, weights, distributed.device)
+    return model, validator, partial(precision.forward, autocast=True)
 
 
 def facts(shape: AmplifyConfig, saved: dict | None = None) -> dict:

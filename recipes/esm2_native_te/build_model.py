@@ -2,6 +2,7 @@
 """From a model's name to a model: ours, or Hugging Face's own `EsmForMaskedLM` as the reference."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,18 +14,15 @@ from transformers import EsmConfig, EsmForMaskedLM
 import modeling_esm2
 from common.batch import Batch
 from common.distributed import Distributed
-from common.precision import agreed_precision
 from common.weights import copy_parameters, named_tensors
 from convert import DECODER, hf_config, native_to_hf
+from dataset import open_validation
 from modeling_esm2 import SIZES, Esm2Config, Esm2ForMaskedLM
-from pretrained import read_config
-from tokens.backends import agreed_layer_backend
+from pretrained import open_model, read_config
 from tokens.context_parallel import ContextParallel
-from tokens.formats import FP4, FP8
 from tokens.layers import sequence_index
-from tokens.low_precision import LowPrecision
+from tokens.low_precision import LowPrecision, build_precision
 from tokens.masked_lm import MaskedLMOutput, init_parameters
-from tokens.quant_stats import QuantStats
 from tokens.starting_weights import SHAPE, first_line
 
 
@@ -99,24 +97,6 @@ def reference_config(shape: Esm2Config) -> EsmConfig:
     return hf_config(shape)
 
 
-def build_precision(config: DictConfig, shape: Esm2Config, distributed: Distributed) -> LowPrecision:
-    """How the run computes, the same on all ranks, by the keys `precision`, `fp8_*`, `fp4_*`, `quant_stats_config`."""
-    asked, head_dim = shape.layer_backend, shape.head_dim
-    backend, note = asked, None
-    if asked != "transformers":
-        backend, note = agreed_layer_backend(distributed, asked, head_dim)
-        shape.layer_backend = backend if asked == "auto" and backend == "torch" else asked
-    # On CPUs narrower models gain too little to give up FP32's exactness.
-    bits, bits_note = agreed_precision(distributed, config.precision, bf16_pays=shape.hidden_size >= 256)
-    return LowPrecision(
-        distributed.device, bits, backend, shape.num_hidden_layers,
-        {"hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size},
-        shape.hidden_size >= 256,
-        FP8(**config.fp8_config), FP4(**config.fp4_config), config.fp8_layers, config.fp4_layers,
-        QuantStats(**config.quant_stats_config), filter(None, (note, bits_note)),
-    )  # fmt: skip
-
-
 def build_model(shape: Esm2Config, distributed: Distributed) -> Esm2ForMaskedLM | ReferenceEsmForMaskedLM:
     """The model without storage; `materialize` gives it its numbers once it is split over the ranks.
 
@@ -171,6 +151,21 @@ def materialize(
         init_parameters(model, seed)
     else:
         copy_parameters(model, pretrained)
+
+
+def open_evaluation(config: DictConfig, source: str, distributed: Distributed) -> tuple:
+    """For `evaluate.py`: a model that is there, what `config.validation` names, and how a forward pass is made."""
+    size = config.cp_size
+    distributed = distributed.in_groups("cp_size", 1 if distributed.num_ranks % size else size)
+    shape, weights, _ = open_model(source)
+    shape.layer_backend = config.layer_backend
+    precision = build_precision(config, shape, distributed)
+    multiple = precision.multiple * distributed.group_size
+    validator = open_validation(distributed, config.use_sequence_packing, multiple, **config.validation)
+    model = build_model(shape, distributed)
+    prepare(model, config, precision)
+    materialize(model, shape, config.seed, weights, distributed.device)
+    return model, validator, partial(precision.forward, autocast=True)
 
 
 def facts(shape: Esm2Config, saved: dict | None = None) -> dict:

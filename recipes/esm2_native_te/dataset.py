@@ -24,6 +24,13 @@ from tokens.protein_rows import Alphabet, open_proteins
 VOCABULARY = (RECIPE / "tokenizer" / "vocab.txt").read_text().split()
 ALPHABET = Alphabet(VOCABULARY, "<cls>", "<eos>", unknown="X")
 VALIDATION_SEED = 0  # not the run's: the same residues are masked in every validation of every run
+# What evaluate.py takes where no run says it.
+WITHOUT_A_RUN = (
+    "validation.load_dataset_kwargs={path: ???, name: null, data_files: null, split: train}",
+    "dataset.token_micro_batch_size=8192",
+    "dataset.max_seq_length=8192",
+)
+EXAMPLE = "validation.load_dataset_kwargs.path=fasta validation.load_dataset_kwargs.data_files=my.fasta"
 
 
 class SequenceRows(protein_rows.SequenceRows):

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure a model as the trainers' validation does, without training: any data, any number of ranks.
 
-    python evaluate.py my_proteins                        # a run: its newest checkpoint, its own validation data
-    python evaluate.py my_proteins/step_400 validation.load_dataset_kwargs.data_files=other.fasta
+    python evaluate.py my_run                             # a run: its newest checkpoint, its own validation data
+    python evaluate.py my_run/step_400 validation.load_dataset_kwargs.data_files=other_file
     torchrun --nproc_per_node=2 evaluate.py MODEL --config-name CONFIG key=value ...
 
-MODEL is a run's folder, a checkpoint, a final model, another folder of a model, or a name on the hub. The keys are the
-trainers', first as the run had them, else as --config-name has (defaults). One line of JSON goes to standard output.
+MODEL is a run's folder, a checkpoint, a final model, or what else the recipe starts from. The keys are the trainers',
+first as the run had them, else as --config-name has (defaults); another file is read whole unless `split` is given
+too. One line of JSON goes to standard output.
 """
 
 from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
+import argparse
 import json
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -22,15 +23,19 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from build_model import build_model, build_precision, materialize, prepare
+from build_model import open_evaluation
 from common.command import command
+from common.command_line import typed_text
 from common.config import FOLDER, one_sentence, register_resolvers
 from common.distributed import Distributed, end_of_process, process_group
+from common.own_data import read_whole
 from common.redaction import HIDDEN
 from common.step_folder import complete_steps
-from dataset import open_validation
+from dataset import EXAMPLE, WITHOUT_A_RUN
 from keys import check_config
-from pretrained import open_model
+
+
+DATA = "validation.load_dataset_kwargs"
 
 
 def find_run(source: str) -> tuple[str, dict | None]:
@@ -57,27 +62,28 @@ def read_settings(source: str, run: dict | None, config_name: str, overrides: li
     GlobalHydra.instance().clear()
     try:
         if run is None:
-            if config_name == "defaults":
-                given = "validation.load_dataset_kwargs={path: ???, name: null, data_files: null, split: train}"
-                overrides = [given, "dataset.token_micro_batch_size=8192", "dataset.max_seq_length=8192", *overrides]
+            given = WITHOUT_A_RUN if config_name == "defaults" else ()
             with initialize_config_dir(str(FOLDER), version_base=None):
-                config = compose(config_name, overrides)
+                config = compose(config_name, [*given, *overrides])
         else:
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / "of_the_run.yaml").write_text(OmegaConf.to_yaml(without_hidden(run)))
                 with initialize_config_dir(folder, version_base=None):
                     config = compose("of_the_run", overrides)
+        missing = OmegaConf.missing_keys(config)
+        if not config.validation.load_dataset_kwargs or (unset := sorted(k for k in missing if k.startswith(DATA))):
+            key = unset[0] if config.validation.load_dataset_kwargs else f"{DATA}.path"
+            raise ValueError(f"{key} is not set, so there is no data; give {EXAMPLE}.")
+        read_whole(config, typed_text(overrides))
+        OmegaConf.update(config, "validation", OmegaConf.to_container(config.validation, resolve=True))
+        for key, value in {"model_tag": source, "num_train_steps": 1}.items():
+            if key in missing:  # of no use here
+                OmegaConf.update(config, key, value)
+        config.dataset.load_dataset_kwargs = {"path": "none"}  # nothing is trained on
+        if "mix" in config.dataset:
+            config.dataset.mix = None
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_sentence(error)) from error
-    missing = OmegaConf.missing_keys(config)
-    for key, value in {"model_tag": source, "num_train_steps": 1, "dataset.load_dataset_kwargs.path": "none"}.items():
-        if key in missing:  # of no use here
-            OmegaConf.update(config, key, value)
-    if not config.validation.load_dataset_kwargs or "validation.load_dataset_kwargs.path" in missing:
-        raise ValueError(
-            "validation.load_dataset_kwargs.path is not set, so there is no data; give it and data_files, as "
-            "validation.load_dataset_kwargs.path=fasta validation.load_dataset_kwargs.data_files=my.fasta."
-        )
     return config
 
 
@@ -87,41 +93,40 @@ def without_hidden(config: dict) -> dict:
     return {key: value for key, value in shown.items() if value != HIDDEN}
 
 
-def evaluate(distributed: Distributed, config: DictConfig, source: str) -> dict:
+def evaluate(distributed: Distributed, config: DictConfig, source: str, out: Path = Path("outputs")) -> dict:
     """The metrics of a model on what `config.validation` names, the same on all ranks."""
     with distributed.fail_together():
-        size = config.get("cp_size", 1)
-        distributed = distributed.in_groups("cp_size", 1 if distributed.num_ranks % size else size)
-        shape, weights, _ = open_model(source)
-        shape.layer_backend = config.layer_backend
-        precision = build_precision(config, shape, distributed)
-        multiple = precision.multiple * distributed.group_size
-        layout = {"packed": config.use_sequence_packing, "pad_to_multiple_of": multiple}
-        validator = open_validation(distributed, **layout, **config.validation)
-        model = build_model(shape, distributed)
-    prepare(model, config, precision)
-    materialize(model, shape, config.seed, weights, distributed.device)
-    return validator.run(model, partial(precision.forward, autocast=True))
+        model, validator, forward = open_evaluation(config, source, distributed)
+    found = validator.run(model, forward)
+    if hasattr(validator.metrics, "report"):
+        with distributed.fail_together():
+            validator.metrics.report(distributed, found, source, out)
+    return found
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line: one model, and keys, which are the words with = in them. Raises ValueError for others."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="MODEL key=value", help="in any order")
+    parser.add_argument("--config-name", default="defaults", help="for a model whose run is not beside it")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for plots, if there are any")
+    options = parser.parse_intermixed_args(words)
+    sources = [word for word in options.words if "=" not in word]
+    options.overrides = [word for word in options.words if "=" in word]
+    if len(sources) != 1:
+        raise ValueError(f"one model, and then key=value, not {' '.join(sources) or 'no model'}; see --help.")
+    options.source = sources[0]
+    return options
 
 
 def main(words: list[str]) -> None:
     """The command line. Raises ValueError for a mistake in it."""
-    if not words or {"-h", "--help"} & set(words):
-        print(__doc__)
-        return
-    config_name = "defaults"
-    if "--config-name" in words[:-1]:
-        place = words.index("--config-name")
-        _, config_name = words[place], words[place + 1]
-        words = words[:place] + words[place + 2 :]
-    sources, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
-    if len(sources) != 1:
-        raise ValueError(f"one model, and then key=value, not {' '.join(sources) or 'no model'}; see --help.")
-    source, run = find_run(sources[0])
-    config = read_settings(source, run, config_name, overrides)
+    options = parse(words)
+    source, run = find_run(options.source)
+    config = read_settings(source, run, options.config_name, options.overrides)
     check_config(config)
     with process_group(config.seed, config.deterministic) as distributed:
-        result = evaluate(distributed, config, source)
+        result = evaluate(distributed, config, source, options.out)
         if distributed.is_main:
             print(json.dumps({"model": source, **result}))
 

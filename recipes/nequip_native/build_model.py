@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a model's name and the data's numbers to a model: NequIP or Allegro."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import torch
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from safetensors.torch import load_file
 
 import modeling_allegro
 import modeling_nequip
+from atoms.ase_calculator import read_config
 from atoms.elements import SYMBOLS
 from atoms.first_weights import init_parameters
 from atoms.losses import loss_terms
@@ -20,7 +24,10 @@ from atoms.potential import Potential, PotentialConfig
 from common.batch import Batch
 from common.distributed import Distributed
 from common.precision import Precision
+from common.step_folder import damage, read_weights
 from common.weights import copy_parameters
+from dataset import open_validation
+from metrics import Recorded
 from modeling_allegro import Allegro, AllegroConfig
 from modeling_nequip import NequIP, NequIPConfig
 
@@ -173,6 +180,40 @@ def materialize(
         init_parameters(model, seed)
     else:
         copy_parameters(model, pretrained)
+
+
+def open_potential(folder: Path) -> Potential:
+    """The model of a checkpoint `step_<n>` or of a final model. Raises ValueError for another folder."""
+    if (folder / ".metadata").exists():
+        if reason := damage(folder):
+            raise ValueError(f"{folder} is no whole checkpoint: {reason}; give a step_<n> folder that is.")
+        values, weights = json.loads((folder / "run.json").read_text())["model"], read_weights(folder)
+    elif (folder / "config.json").exists() and (folder / "model.safetensors").exists():
+        values, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    else:
+        raise ValueError(f"{folder} is no run with checkpoints, no step_<n> and no final_model; give one of these.")
+    if values.get("model_type") not in KINDS:
+        raise ValueError(f"{folder}: its model_type is {values.get('model_type')}, not {' or '.join(KINDS)}.")
+    config_class, model_class = KINDS[values["model_type"]]
+    model = model_class(read_config(config_class, values))
+    model.load_state_dict(weights)
+    return model
+
+
+def open_evaluation(config: DictConfig, source: str, distributed: Distributed) -> tuple:
+    """For `evaluate.py`: a model that is there, what `config.validation` names, and how a forward pass is made."""
+    model = open_potential(Path(source)).to(distributed.device).requires_grad_(False)
+    shape = model.config
+    precision = build_precision(config, distributed.device)
+    symbols = shape.elements
+    pairs = (
+        {f"{a}-{b}": shape.pair_cutoffs[i][j] for i, a in enumerate(symbols) for j, b in enumerate(symbols)}
+        if shape.pair_cutoffs
+        else None
+    )
+    validator = open_validation(distributed, Cutoffs(shape.cutoff, pairs), symbols, **config.validation)
+    validator.metrics = Recorded(validator.metrics)
+    return model, validator, precision.forward
 
 
 def facts(shape: PotentialConfig, saved: dict | None = None) -> dict:

@@ -26,6 +26,13 @@ from common.validation import Validator
 from metrics import Errors
 
 
+# What evaluate.py takes where no run says it.
+WITHOUT_A_RUN = (
+    "model_tag=nequip_S",  # nothing is built of it
+    "validation.load_dataset_kwargs={path: structures, data_files: ???, split: train}",
+    "dataset.atom_micro_batch_size=1000",
+)
+EXAMPLE = "validation.load_dataset_kwargs.data_files=my.xyz"
 READ = ("numbers", "positions", "cell", "pbc", "energy", "forces", "stress", "charge", "spin")
 
 

@@ -18,10 +18,8 @@ from common import quiet  # noqa: F401  # isort: skip
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from atoms.ase_calculator import read_config
 from atoms.exported import write_program
-from atoms.potential import Potential
-from build_model import KINDS
+from build_model import KINDS, open_potential
 from common import RECIPE
 from common.command import command, writing
 from common.files import open_to_readers
@@ -91,17 +89,9 @@ def export(step_folder: Path, target: Path, pt2: bool = False) -> None:
         (partial / "calculator.py").write_text(calculator_source(model["model_type"]))
         (partial / "README.md").write_text(model_card(run))
         if pt2:
-            write_program(open_potential(model, weights), partial / "potential.pt2")
+            write_program(open_potential(step_folder), partial / "potential.pt2")
         open_to_readers(partial)
         partial.rename(target)
-
-
-def open_potential(values: dict, weights: dict) -> Potential:
-    """The model of a checkpoint."""
-    config_class, model_class = KINDS[values["model_type"]]
-    model = model_class(read_config(config_class, values))
-    model.load_state_dict(weights)
-    return model
 
 
 def calculator_source(kind: str) -> str:

@@ -4,13 +4,18 @@
 Means are over all frames, atoms or components of the whole set, on any number of ranks, and never means of means.
 """
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from atoms.parity import parity_plot
 from common.batch import Batch
+from common.command import writing
+from common.distributed import Distributed
 
 
 UNIT = "atoms"  # of `Batch.counts`, by which throughput and progress go
@@ -73,6 +78,55 @@ class Errors:
             for label in labels:
                 found |= {f"{k}/{name}": v for k, v in _errors(label, *(sums[n][i] for n in _names(label))).items()}
         return found | {"num_structures": int(sums["structures"])}
+
+
+class Recorded(Errors):
+    """Also keeps what was true and what was predicted, by micro-batch: a rank without one repeats another's."""
+
+    def __init__(self, errors: Errors):
+        super().__init__(errors.elements, errors.data_sets)
+        self.seen: dict[tuple, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+        self.types: dict[tuple, np.ndarray] = {}
+
+    def batch_sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """As without, by a model that is asked once."""
+        outputs = []
+
+        def asked(**inputs):
+            outputs.append(model(**inputs))
+            return outputs[0]
+
+        sums = super().batch_sums(asked, batch)
+        inputs, output = batch.inputs, outputs[0]
+        num_atoms = torch.bincount(inputs["structure"], minlength=len(inputs["energy"]))
+        found = {
+            "energy_per_atom": (inputs["energy"] / num_atoms, output.energies / num_atoms),
+            "forces": (inputs["forces"], output.forces), "stress": (inputs["stress"], output.stress),
+        }  # fmt: skip
+        self.seen[batch.name] = {k: tuple(one.detach().cpu().double().numpy() for one in v) for k, v in found.items()}
+        self.types[batch.name] = inputs["types"].cpu().numpy()
+        return sums
+
+    def report(self, distributed: Distributed, errors: dict, source: str, folder: Path) -> None:
+        """A table for the reader, `errors.json`, and `parity.png` of what all ranks have seen; all ranks call it."""
+        ranks = distributed.gather((self.seen, self.types))
+        if not distributed.is_main:
+            return
+        seen = {name: one for others, _ in ranks for name, one in others.items()}
+        types = {name: one for _, others in ranks for name, one in others.items()}
+        both = {
+            label: tuple(np.concatenate([seen[name][label][i].ravel() for name in sorted(seen)]) for i in (0, 1))
+            for label in ("energy_per_atom", "forces", "stress")
+        }
+        symbols = np.repeat(np.array(self.elements)[np.concatenate([types[name] for name in sorted(types)])], 3)
+        title = f"{source} on {errors['num_structures']:,} structures"
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "errors.json").write_text(json.dumps(errors, indent=1) + "\n")
+            parity_plot(folder / "parity.png", both, UNITS, {"forces": symbols}, title)
+        for name, value in errors.items():
+            distributed.say(f"{name:30} {value:,}" if isinstance(value, int) else f"{name:30} {value:.6f}")
+        distributed.say(f"written: {folder}/errors.json, {folder}/parity.png")
 
 
 PARTS = ("number", "absolute", "square", "max")

@@ -20,7 +20,8 @@ class Validator:
 
     `metrics` is the recipe's metrics.py, or an object: `batch_sums(model, batch)` gives what one batch adds up, as
     tensors on the device, of the same shapes in all batches, and `summary(sums)` what the sums of all rows mean, as
-    numbers or arrays. Of what is named `max_...` the largest is taken, which is 0 at least.
+    numbers or arrays. Of what is named `max_...` the largest is taken, which is 0 at least. `evaluate.py` also calls
+    `report(distributed, summary, source, folder)`, where there is one, for tables and plots.
     """
 
     def __init__(

@@ -6,8 +6,11 @@ from contextlib import ExitStack, contextmanager
 from math import lcm
 
 import torch
+from omegaconf import DictConfig
 
-from common.precision import Precision
+from common.distributed import Distributed
+from common.precision import Precision, agreed_precision
+from tokens.backends import agreed_layer_backend
 from tokens.formats import FP4, FP8, RECIPES, Layers, Section, layers_by_section, ranges
 from tokens.quant_stats import QuantStats
 from tokens.te_formats import in_te_recipe, te_scaling
@@ -138,3 +141,24 @@ class LowPrecision(Precision):
                 # theirs inside; not all do, because after each the next module counts as first, and updates too.
                 stack.enter_context(te.autocast(enabled=True, recipe=self.scalings[self._outer_recipe]))
             yield
+
+
+def build_precision(config: DictConfig, shape, distributed: Distributed) -> LowPrecision:
+    """How the run computes, the same on all ranks, by the keys `precision`, `fp8_*`, `fp4_*`, `quant_stats_config`.
+
+    `shape` is the model's configuration; where no fast kernels can be had for `layer_backend: auto`, it says so after.
+    """
+    asked, head_dim = shape.layer_backend, shape.head_dim
+    backend, note = asked, None
+    if asked != "transformers":  # Hugging Face's own layers
+        backend, note = agreed_layer_backend(distributed, asked, head_dim)
+        shape.layer_backend = backend if asked == "auto" and backend == "torch" else asked
+    # On CPUs narrower models gain too little to give up FP32's exactness.
+    bits, bits_note = agreed_precision(distributed, config.precision, bf16_pays=shape.hidden_size >= 256)
+    return LowPrecision(
+        distributed.device, bits, backend, shape.num_hidden_layers,
+        {"hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size},
+        shape.hidden_size >= 256,
+        FP8(**config.fp8_config), FP4(**config.fp4_config), config.fp8_layers, config.fp4_layers,
+        QuantStats(**config.quant_stats_config), filter(None, (note, bits_note)),
+    )  # fmt: skip

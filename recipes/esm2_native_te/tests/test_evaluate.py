@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation without training: the trainer's numbers, for any model, data and number of ranks."""
+"""Evaluation without training, on other data and of models without a run; the rest is in the contract."""
 
 import json
 import shutil
 
 import pyarrow.parquet as pq
 import pytest
-from omegaconf import OmegaConf
 
 import evaluate
-from common.contract import ranks
 from common.contract.running import RECIPE, TINY, metrics, run_here
 
 
@@ -46,25 +44,9 @@ def same(found, expected):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("source", [".", "step_4", "final_model"])
-def test_it_gives_the_trainers_numbers(run, capfd, source):
-    same(measured(capfd, run / source), trained(run))
-
-
 def test_a_run_is_found_by_its_log_too(run, capfd, tmp_path):
     shutil.copy(run / "config.yaml", tmp_path)
     same(measured(capfd, tmp_path), trained(run))
-
-
-def on_a_rank(distributed, config, source):
-    return evaluate.evaluate(distributed, config, source)
-
-
-def test_two_ranks_give_them_too(run, tmp_path):
-    source, config = evaluate.find_run(str(run))
-    found = ranks.call_on_ranks(tmp_path, on_a_rank, 2, OmegaConf.create(config), source)
-    same(found[0], trained(run))
-    assert found[0] == found[1]
 
 
 def test_a_finished_run_validates_on_other_data_as_evaluate_does(run, other, capfd, tmp_path):

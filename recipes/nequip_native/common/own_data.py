@@ -19,6 +19,7 @@ def take_own(config: DictConfig, typed: Collection[str] = ()) -> None:
 
     With other data for training, the sample is nothing to validate on either, unless one of the keys `typed` names it.
     """
+    read_whole(config, typed)
     for key, kwargs in _named(config):
         if _of_sample(kwargs) and _names_other(kwargs):
             OmegaConf.update(config, f"{key}.data_files", None)
@@ -28,6 +29,15 @@ def take_own(config: DictConfig, typed: Collection[str] = ()) -> None:
     for key, kwargs in list(_named(config)):
         if key.startswith("validation.") and _of_sample(kwargs):
             OmegaConf.update(config, key, None)
+
+
+def read_whole(config: DictConfig, typed: Collection[str]) -> None:
+    """Of other data for validation, named by the keys `typed`, take all: a part as train[95%:] is of training's."""
+    section, trained = (OmegaConf.select(config, f"{name}.{KWARGS}") or {} for name in ("validation", "dataset"))
+    named = [key for key in ("path", "data_files", "data_dir") if f"validation.{KWARGS}.{key}" in typed]
+    differ = any(OmegaConf.select(section, key) != OmegaConf.select(trained, key) for key in named)
+    if differ and f"validation.{KWARGS}.split" not in typed and "split" in section:
+        section.split = str(section.split).partition("[")[0]
 
 
 def no_validation(config: DictConfig) -> str | None:

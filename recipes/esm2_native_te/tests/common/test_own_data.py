@@ -53,6 +53,20 @@ def test_ones_own_files_are_not_validated_on_the_sample():
     assert taken({"data_files": "x.parquet"}, typed=typed) == ("x.parquet", SAMPLE_TOO)
 
 
+def test_another_file_for_validation_is_read_whole():
+    def split(typed, **validation):
+        data = {"path": "fasta", "data_files": "x.fasta", "split": "train[:95%]"}
+        named = {"path": "fasta", "data_files": "${dataset.load_dataset_kwargs.data_files}", "split": "train[95%:]"}
+        kwargs = {"dataset": {"load_dataset_kwargs": data}, "validation": {"load_dataset_kwargs": named | validation}}
+        config = OmegaConf.create(kwargs)
+        take_own(config, [f"validation.load_dataset_kwargs.{key}" for key in typed])
+        return config.validation.load_dataset_kwargs.split
+
+    assert split([]) == split(["data_files"], data_files="x.fasta") == "train[95%:]"
+    assert split(["data_files"], data_files="y.fasta") == split(["path"], path="csv") == "train"
+    assert split(["data_files", "split"], data_files="y.fasta") == "train[95%:]"
+
+
 def test_mixtures():
     mix = {"a": {"load_dataset_kwargs": {"data_files": SAMPLE}}}
     assert taken({}, mix=mix) == (SAMPLE, SAMPLE_TOO)
