@@ -26,7 +26,7 @@ from common.command_line import as_written, check_launcher, for_hydra, typed_tex
 from common.distributed import Distributed, end_of_process, process_group, stop_with
 from common.files import flat, names
 from common.own_data import take_own
-from common.redaction import redacted
+from common.redaction import SECTIONS, redacted
 from common.type_hints import as_text, misfit
 
 
@@ -76,7 +76,7 @@ def _as_meant(config: DictConfig, callables: Mapping[str, Callable]) -> None:
     for key, value in flat(OmegaConf.to_container(config, resolve=True)).items():
         for one in value if isinstance(value, list) else [value]:
             bits = 63 if key.endswith(("seed", "max_rows")) else 31
-            if type(one) is int and abs(one) >= 2**bits:
+            if type(one) is int and abs(one) >= 2**bits and not _is_text(key, callables) and _hint(key, callables):
                 raise ValueError(f"{key}={one} must be less than 2^{bits}, {2**bits}.")
         if isinstance(value, str) and "://" in value and FOLDER_KEY.search(key):
             raise ValueError(f"{key}={redacted(value)}: nothing is written to an address; give a folder.")
@@ -97,11 +97,17 @@ def _is_text(key: str, callables: Mapping[str, Callable]) -> bool:
     section, _, name = key.rpartition(".")
     if section.endswith("load_dataset_kwargs"):
         return name in ("path", "name", "data_dir", "data_files", "split", "cache_dir", "revision")
-    if section not in callables:
-        return False
-    callable_ = callables[section]
-    hint = get_type_hints(callable_.__init__ if isinstance(callable_, type) else callable_).get(name)
+    hint = _hint(key, callables)
     return misfit(key, "text", hint) is None and misfit(key, 1, hint) is not None if hint else False
+
+
+def _hint(key: str, callables: Mapping[str, Callable]) -> Any:
+    """The type of a key, None for one that its section does not name."""
+    section, _, name = key.rpartition(".")
+    if section not in callables:
+        return None
+    callable_ = callables[section]
+    return get_type_hints(callable_.__init__ if isinstance(callable_, type) else callable_).get(name)
 
 
 @contextmanager
@@ -120,7 +126,8 @@ def agree(config: DictConfig, distributed: Distributed) -> None:
     """
     found = distributed.gather(flat(OmegaConf.to_container(config, resolve=True)))
     for key in sorted({key for values in found for key in values}):
-        values = [redacted(values.get(key), key.rpartition(".")[2]) for values in found]
+        *above, name = key.split(".")
+        values = [redacted(values.get(key), name, bool({*above} & {*SECTIONS})) for values in found]
         others = [(rank, value) for rank, value in enumerate(values) if repr(value) != repr(values[0])]
         if not others:
             continue

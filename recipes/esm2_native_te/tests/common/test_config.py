@@ -24,6 +24,7 @@ from pydantic import (
 )
 from typing_extensions import TypeAliasType
 
+import common.config
 from common.config import check_config, check_section, help_text, keyword_only
 from common.type_hints import describe, misfit
 
@@ -266,6 +267,13 @@ def test_a_key_that_is_gone(capsys, key):
     with pytest.raises(SystemExit):
         check({k: v for k, v in GOOD.items() if k != key})
     assert f"error: {key} was taken out of the configuration" in capsys.readouterr().err
+
+
+def test_a_name_may_be_a_large_number(monkeypatch):
+    values = OmegaConf.create({**GOOD, "name": 202611292314})  # a folder named by the time, say
+    monkeypatch.setattr(common.config, "_typed", lambda: {"name": "202611292314"})
+    check_config(values, top_level, {"reader": Reader, "start": start}, lambda config: None)
+    assert values.name == "202611292314"
 
 
 def test_pairs_are_last(capsys):
