@@ -107,6 +107,7 @@ class Checkpointer:
                 wants = "save_final_model=true" if save_final_model else f"save_every_n_steps={save_every_n_steps}"
                 raise ValueError(f"checkpoint.{wants} needs checkpoint.ckpt_dir; give it a folder to write to.")
             return
+        self.config = distributed.gather(self.config)[0]  # where files lie may differ, and no rank decides by that
         make_folder("checkpoint.ckpt_dir", self.folder, distributed.rank)
         if distributed.is_main:
             lock(self.folder.resolve())
