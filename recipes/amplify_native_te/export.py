@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from common import RECIPE
 from common.command import command, writing
 from common.files import open_to_readers
-from common.own_data import validated_on, weights_of
+from common.own_data import data_names, validated_on, weights_of
 from convert_amplify import save
 from pretrained import open_step
 
@@ -81,8 +81,6 @@ def model_card(run: dict) -> str:
     validation = counts["validation"] or {}
     mix = (config["dataset"].get("mix") or {}).values()
     kwargs = [config["dataset"]["load_dataset_kwargs"] | (of.get("load_dataset_kwargs") or {}) for of in mix or [{}]]
-    files = [data.get("data_files") or data["path"] for data in kwargs]
-    files = [file for some in files for file in ([some] if isinstance(some, str) else some)]
     shown = {k: v for k, v in config.items() if k not in ("checkpoint", "logger", "validation", "wandb_init_args")}
     # A card gets published; where files lay on the machine it was written on is nobody's business.
     shown = json.loads(re.sub(r'"/[^"]*/([^"/]*)"', r'"\1"', json.dumps(shown)))
@@ -91,7 +89,7 @@ def model_card(run: dict) -> str:
         step=run["step"],
         start=f"`{shown['init_from']}`" if shown["init_from"] else "random weights",
         num_tokens=counts["num_tokens"],
-        data=", ".join(Path(file).name for file in files),
+        data=", ".join(map(data_names, kwargs)),
         weights=weights_of(run),
         validation_data=validated_on(run),
         config=OmegaConf.to_yaml(OmegaConf.create(shown)),

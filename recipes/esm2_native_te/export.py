@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from common import RECIPE
 from common.command import command, writing
 from common.files import open_to_readers
-from common.own_data import validated_on, weights_of
+from common.own_data import data_names, validated_on, weights_of
 from convert import save_hf
 from dataset import ALPHABET, VOCABULARY
 from modeling_esm2 import Esm2Config
@@ -98,8 +98,6 @@ def model_card(run: dict) -> str:
     """What the model is and how it came about, in Markdown."""
     config, counts = run["config"], run.get("logger", run)  # older files have it at the top
     validation = counts["validation"] or {}
-    data = config["dataset"]["load_dataset_kwargs"]
-    files = data.get("data_files") or data["path"]
     shown = {k: v for k, v in config.items() if k not in ("checkpoint", "logger", "validation", "wandb_init_args")}
     # A card gets published; where files lay on the machine it was written on is nobody's business.
     shown = json.loads(re.sub(r'"/[^"]*/([^"/]*)"', r'"\1"', json.dumps(shown)))
@@ -108,7 +106,7 @@ def model_card(run: dict) -> str:
         step=run["step"],
         start=f"`{shown['init_from']}`" if shown["init_from"] else "random weights",
         num_tokens=counts["num_tokens"],
-        data=", ".join(Path(file).name for file in ([files] if isinstance(files, str) else files)),
+        data=data_names(config["dataset"]["load_dataset_kwargs"]),
         weights=weights_of(run),
         validation_data=validated_on(run),
         config=OmegaConf.to_yaml(OmegaConf.create(shown)),

@@ -23,6 +23,7 @@ from build_model import KINDS, open_potential
 from common import RECIPE
 from common.command import command, writing
 from common.files import open_to_readers
+from common.own_data import data_names, validated_on, weights_of
 from common.step_folder import damage, read_weights
 
 
@@ -46,7 +47,8 @@ tags: [interatomic-potential, {kind}]
 # {model_tag}, {step:,} steps
 
 An interatomic potential for **{elements}** ({architecture}, cutoff {cutoff} A, {dtype}), trained for {step:,} steps
-({num_atoms:,} atoms) on `{data}`. Energies are in eV, forces in eV/A, stress in eV/A^3 with ASE's sign.
+({num_atoms:,} atoms) on `{data}`. Weights: {weights}. Energies are in eV, forces in eV/A, stress in eV/A^3 with ASE's
+sign.
 
 {errors}
 
@@ -113,8 +115,6 @@ def calculator_source(kind: str) -> str:
 def model_card(run: dict) -> str:
     """What the model is and how it came about, in Markdown."""
     config, model, counts = run["config"], run["model"], run["logger"]
-    data = config["dataset"]["load_dataset_kwargs"]
-    files = data.get("data_files") or data["path"]
     shown = {k: v for k, v in config.items() if k not in ("checkpoint", "logger", "validation", "wandb_init_args")}
     # A card gets published; where files lay on the machine it was written on is nobody's business.
     shown = json.loads(re.sub(r'"/[^"]*/([^"/]*)"', r'"\1"', json.dumps(shown)))
@@ -122,14 +122,15 @@ def model_card(run: dict) -> str:
         kind=model["model_type"], model_tag=shown["model_tag"], step=run["step"],
         elements=", ".join(model["elements"]),
         architecture={"nequip": "NequIP", "allegro": "Allegro"}[model["model_type"]], cutoff=model["cutoff"],
-        dtype=model["dtype"], num_atoms=counts["num_atoms"], errors=error_table(counts["validation"] or {}, model),
-        data=", ".join(Path(file).name for file in ([files] if isinstance(files, str) else files)),
+        dtype=model["dtype"], num_atoms=counts["num_atoms"], errors=error_table(run),
+        data=data_names(config["dataset"]["load_dataset_kwargs"]), weights=weights_of(run),
         config=OmegaConf.to_yaml(OmegaConf.create(shown)),
     )  # fmt: skip
 
 
-def error_table(validation: dict, model: dict) -> str:
+def error_table(run: dict) -> str:
     """The last validation's errors, of all and by element."""
+    model, validation = run["model"], run["logger"]["validation"] or {}
     rows = [("energy per atom, eV", "energy_per_atom"), ("forces, eV/A", "forces"), ("stress, eV/A^3", "stress")]
     rows += [(f"forces on {element}, eV/A", f"forces_{{}}/{element}") for element in model["elements"]]
     lines = []
@@ -141,7 +142,7 @@ def error_table(validation: dict, model: dict) -> str:
             lines.append(f"| {title} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
     if not lines:
         return "It was not validated."
-    head = [f"Errors on {validation['num_structures']:,} other structures:", ""]
+    head = [f"Errors on {validation['num_structures']:,} structures of {validated_on(run)}:", ""]
     head += ["| | mean | root mean square | largest |", "|---|---|---|---|"]
     return "\n".join([*head, *lines])
 

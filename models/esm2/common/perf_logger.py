@@ -66,7 +66,7 @@ class PerfLogger:
         self.num_steps, self.num_units, self.validation = config.num_train_steps, 0, {}
         # What figures of a validation are of, for whoever reads them elsewhere.
         kwargs = OmegaConf.to_container(config, resolve=True).get("validation", {}).get("load_dataset_kwargs")
-        self.validated_on, self.weights = data_names(kwargs), "averaged" if config.get("ema_decay") else None
+        self.validated_on, self.weights = data_names(redacted(kwargs)), "averaged" if config.get("ema_decay") else None
         self.best: dict = {}  # the lowest loss of a validation, its step, and training's loss before it
         self.losses = (0.0, 0)  # of training since the last validation: their sum, and how many
         self.wandb = self.bar = None

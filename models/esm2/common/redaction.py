@@ -23,7 +23,10 @@ def redacted(value: Any, name: str = "", inside: bool = False) -> Any:
         return [redacted(item, name, inside) for item in value]
     if not isinstance(value, str):
         return value
-    return HIDDEN if inside or NAMES.search(name) else re.sub(r"://[^/@\s]+@", f"://{HIDDEN}@", value)
+    if inside or NAMES.search(name):
+        return HIDDEN
+    value = re.sub(r"://[^/@\s]+@", f"://{HIDDEN}@", value)
+    return re.sub(r"(://[^?\s]*\?)[^\s=&]+=\S*", rf"\1{HIDDEN}", value)  # a link that is signed lets anybody in
 
 
 def redacted_command(words: list[str]) -> list[str]:

@@ -247,7 +247,7 @@ def one_sentence(
     """Whatever `datasets` raises in the block becomes a ValueError of one sentence that names `section`."""
     load_dataset_kwargs = plain(load_dataset_kwargs)
     name, path = f"{section}.load_dataset_kwargs", load_dataset_kwargs.get("path")
-    files = load_dataset_kwargs.get("data_files")
+    files = redacted(load_dataset_kwargs.get("data_files"))
     try:
         yield
     except Exception as error:  # whatever its readers raise: Arrow's, JSON's, the system's, the hub's and its own

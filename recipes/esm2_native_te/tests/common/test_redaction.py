@@ -63,6 +63,8 @@ def test_what_is_a_secret_and_what_is_not():
         ("c={tokens: [z]}", "c={'tokens': ['***']}"),
         ("c={storage_options: {user: u}}", "c={'storage_options': {'user': '***'}}"),
         ("d=[https://user:pw@host/x]", "d=['https://***@host/x']"),
+        ("d=https://host/x.csv?sig=a%2B&se=1", "d=https://host/x.csv?***"),
+        ("d=s3://bucket/x?.csv", "d=s3://bucket/x?.csv"),  # a pattern
         *((word, word) for word in ("train.py", "seed=1", "--config-name", "a.token_micro_batch_size=4096",
                                     "a.token_dropout=true", "a=[unfinished", "x={k: v}")),
     ],
