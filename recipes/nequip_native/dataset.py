@@ -251,7 +251,7 @@ def open_validation(
     if load_dataset_kwargs is None:
         return Validator(distributed, None, None, Errors(elements, []), every_n_steps)
     grouping, by = grouping_of(section, micro_batch_size, atom_micro_batch_size, edge_micro_batch_size)
-    rows, found, kept, _ = open_source(
+    rows, found, kept, notes = open_source(
         distributed,
         section,
         cutoffs,
@@ -268,5 +268,5 @@ def open_validation(
     plan, _ = plan_of(section, source, grouping, by, None, window_rows)
     collate = GraphCollator(section, cutoffs, elements, max_neighbors, with_data_sets=True)
     validator = Validator(distributed, plan, collate, Errors(elements, source.data_sets), every_n_steps)
-    validator.facts.append(f"{section}: {amount_of(found, kept)} of {whence(load_dataset_kwargs)}")
+    validator.facts += [f"{section}: {amount_of(found, kept)} of {whence(load_dataset_kwargs)}", *notes]
     return validator

@@ -262,10 +262,13 @@ def survey(distributed: Distributed, section: str, rows: datasets.Dataset, cutof
             processes = num_processes or max(1, (os.cpu_count() or 1) // distributed.num_local_ranks)
             processes = processes if len(tasks) > 4 else 1
             note = f"{section}: neighbours, statistics, checks"
-            for _ in in_processes(chunk_to_file, tasks, processes, note, not distributed.is_main, len(mine)):
-                pass
+            own: dict[int, dict] = {}
+            with writable(section, target):  # also where another run has finished meanwhile, and removed the parts
+                for _ in in_processes(chunk_to_file, tasks, processes, note, not distributed.is_main, len(mine)):
+                    pass
+                own = {i: read_chunk(parts / f"{i}.npz") for i in mine}
         chunks: dict[int, dict] = {}
-        for found in distributed.gather({i: read_chunk(parts / f"{i}.npz") for i in mine}):
+        for found in distributed.gather(own):
             chunks |= found
         with distributed.shared_errors():
             if distributed.local_rank == 0 and not target.is_dir():

@@ -56,6 +56,18 @@ def test_statistics_are_exact(rows, distributed):
     )
 
 
+def test_another_run_was_faster(rows, distributed, monkeypatch):
+    survey_to_file = module.chunk_to_file
+
+    def late(*arguments):
+        monkeypatch.setattr(module, "chunk_to_file", survey_to_file)
+        survey(distributed, "dataset", rows[1], Cutoffs(4.0))  # it keeps what it has found, and removes the parts
+        return survey_to_file(*arguments)
+
+    monkeypatch.setattr(module, "chunk_to_file", late)
+    assert statistics(survey(distributed, "dataset", rows[1], Cutoffs(4.0)), ["Al", "Ni", "Cu"])[0]
+
+
 @pytest.mark.parametrize("one_node", [True, False])
 def test_any_number_of_ranks(one_node, rows, monkeypatch, tmp_path, distributed):
     monkeypatch.setattr(module, "CHUNK", 4)
