@@ -238,10 +238,10 @@ def test_copy_refuses(make_model):
     values = dict(model.state_dict())
     with pytest.raises(ValueError, match=r"lm_head\.bias has shape"):
         copy_parameters(model, values | {"lm_head.bias": torch.zeros(32)})
-    with pytest.raises(ValueError, match=r"unexpected \['head'\]"):
+    with pytest.raises(ValueError, match="unexpected head"):
         copy_parameters(model, values | {"head": torch.zeros(1)})
     del values["lm_head.bias"]
-    with pytest.raises(ValueError, match=r"missing \['lm_head.bias'\]"):
+    with pytest.raises(ValueError, match=r"missing lm_head\.bias"):
         copy_parameters(model, values)
 
 
