@@ -8,8 +8,10 @@ import yaml
 
 
 HIDDEN = "***"
-# Names of keys whose text is secret; numbers and switches, as of pad_token_id, are not.
-NAMES = re.compile(r"(^|[_.-])(tokens?|password|passwd|secrets?|keys?|credentials?|auth(orization)?)($|[_.-])", re.I)
+# Names of keys whose text is secret; numbers and switches, as of pad_token_id, are not, nor what labels are called.
+NAMES = re.compile(
+    r"(^|[_.-])(tokens?|password|passwd|secrets?|(?<!label_)keys?|credentials?|auth(orization)?)($|[_.-])", re.I
+)
 SECTIONS = ("storage_options", "download_config")  # all text in them
 
 

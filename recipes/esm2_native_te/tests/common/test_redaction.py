@@ -50,7 +50,7 @@ def test_what_is_a_secret_and_what_is_not():
     }  # fmt: skip
     assert "'a'" not in repr(redacted(config))
     plain = {"pad_token_id": 1, "token_dropout": True, "token": None, "sequence_column": "x", "monkey": "x",
-             "tokenizer": "x", "token_micro_batch_size": 4096}  # fmt: skip
+             "tokenizer": "x", "token_micro_batch_size": 4096, "label_keys": {"energy": "REF_energy"}}  # fmt: skip
     assert redacted(plain) == plain
 
 
