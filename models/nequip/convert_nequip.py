@@ -3,8 +3,15 @@
 
 Theirs are flat, one block after the other for each irrep; ours have a name for each. What they keep although it can
 reach no energy is left out here and comes back as zeros.
+
+    python convert_nequip.py --to-native best.ckpt my_folder        # of nequip-train
+    python convert_nequip.py --to-nequip my_folder my_file.pt
+
+`my_folder` has config.json, model.safetensors and calculator.py, as a final model; `my_file.pt` their section `model`
+and their state dict.
 """
 
+from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -12,6 +19,7 @@ import torch
 from torch import Tensor
 
 from atoms.irreps import SCALAR, harmonics
+from atoms.package_files import converter
 from atoms.packages import (
     common_arguments,
     common_config,
@@ -169,3 +177,10 @@ def native_to_nequip(weights: Mapping[str, Tensor], config: NequIPConfig) -> dic
     found["bessel_encode.bessel_weights"] = numbers.view(1, -1)
     found |= common_weights(weights, config)
     return {f"model.func.{name}": value for name, value in found.items()}
+
+
+if __name__ == "__main__":
+    converter(
+        "nequip", __doc__, NequIPConfig, NequIP, config_from_nequip, nequip_to_native, nequip_arguments,
+        native_to_nequip,
+    )  # fmt: skip

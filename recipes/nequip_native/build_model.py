@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a model's name and the data's numbers to a model: NequIP or Allegro."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -11,11 +10,9 @@ from typing import Literal
 import torch
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
-from safetensors.torch import load_file
 
 import modeling_allegro
 import modeling_nequip
-from atoms.ase_calculator import read_config
 from atoms.elements import SYMBOLS
 from atoms.first_weights import init_parameters
 from atoms.losses import loss_terms
@@ -24,18 +21,13 @@ from atoms.potential import Potential, PotentialConfig
 from common.batch import Batch
 from common.distributed import Distributed
 from common.precision import Precision
-from common.step_folder import damage, read_weights
 from common.weights import copy_parameters
 from dataset import open_validation
 from metrics import Recorded
-from modeling_allegro import Allegro, AllegroConfig
-from modeling_nequip import NequIP, NequIPConfig
+from pretrained import KINDS, MEASURED, continued, form, named_cutoffs, open_pretrained, read_saved
 
 
-KINDS = {"nequip": (NequIPConfig, NequIP), "allegro": (AllegroConfig, Allegro)}
 SIZES = modeling_nequip.SIZES | modeling_allegro.SIZES
-# What training data says, unless the configuration does; a resumed run goes on with what it began with.
-MEASURED = ("num_neighbors", "energy_scales", "energy_shifts")
 
 
 @dataclass
@@ -47,6 +39,7 @@ class Wanted:
     cutoffs: Cutoffs
     elements: list[str] | None
     given: dict
+    begun: PotentialConfig | None
 
     def on(self, elements: list[str], statistics: Mapping) -> PotentialConfig:
         """The model's configuration for training data with these elements and numbers."""
@@ -54,6 +47,8 @@ class Wanted:
             "num_neighbors": max(statistics["num_neighbors_mean"], 1.0),
             "energy_scales": statistics["forces_rms"] or 1.0, "energy_shifts": statistics["per_element_energy"],
         }  # fmt: skip
+        if self.begun is not None:
+            measured = continued(self.begun, elements, statistics)
         values = {name: by_element(name, self.given[name], elements, measured[name]) for name in MEASURED}
         pairs = self.cutoffs.matrix(elements).tolist() if self.cutoffs.pairs else None
         return KINDS[self.kind][0](
@@ -76,8 +71,9 @@ def by_element(name: str, given, elements: list[str], measured):
 def model_config(
     model_tag: str,
     precision: str,
+    init_from: str | None = None,
     *,
-    cutoff: PositiveFloat,
+    cutoff: PositiveFloat | None = 5.0,
     pair_cutoffs: dict[str, float] | None = None,
     elements: list[str] | None = None,
     num_neighbors: PositiveFloat | dict[str, float] | None = None,
@@ -102,9 +98,10 @@ def model_config(
     train_bessels: bool | None = None,
     cutoff_power: PositiveInt | None = None,
 ) -> Wanted:
-    """The section `model_kwargs`: a published size with what is overridden; null is what the size has.
+    """The section `model_kwargs`: a published size, or a model's, with what is overridden; null is what that has.
 
-    Raises ValueError for a size that there is not, and for a key that its kind of model does not have.
+    With `init_from` elements and measured numbers are, unless given, its own. Raises ValueError for a size that there
+    is not, and for a key that its kind of model does not have.
     """
     architecture = {
         "parity": parity, "num_layers": num_layers, "num_features": num_features,
@@ -113,9 +110,19 @@ def model_config(
         "mlp_width": mlp_width, "radial": radial, "num_bessels": num_bessels, "train_bessels": train_bessels,
         "cutoff_power": cutoff_power,
     }  # fmt: skip
-    if model_tag not in SIZES:
-        raise ValueError(f"model_tag={model_tag} must be one of {', '.join(SIZES)}.")
-    kind = model_tag.partition("_")[0]
+    if model_tag not in SIZES and not Path(model_tag).exists():
+        raise ValueError(f"model_tag={model_tag} must be one of {', '.join(SIZES)}, or the folder of a model.")
+    like = None if model_tag in SIZES else begin_from("model_tag", model_tag)
+    begun = None if init_from is None else begin_from("init_from", init_from)
+    kind = like.model_type if like else model_tag.partition("_")[0]
+    if cutoff is None and like is None:
+        raise ValueError("model_kwargs.cutoff=null needs a model_tag that names a model; for a size give a number.")
+    if like is not None:
+        cutoff = like.cutoff if cutoff is None else cutoff
+        pair_cutoffs = named_cutoffs(like) if pair_cutoffs is None else pair_cutoffs
+        zbl = like.zbl if zbl is None else zbl
+    if begun is not None and elements is None:
+        elements = begun.elements
     known = {field.name for field in fields(KINDS[kind][0])}
     overrides = {name: value for name, value in architecture.items() if value is not None}
     if foreign := sorted(set(overrides) - known):
@@ -131,10 +138,19 @@ def model_config(
     except ValueError as error:
         raise ValueError(f"model_kwargs.pair_cutoffs: {error}") from error
     overrides = {name: list(value) if name == "num_features" else value for name, value in overrides.items()}
-    options = SIZES[model_tag] | overrides
+    options = (SIZES[model_tag] if like is None else form(like)) | overrides
+    options.pop("cutoff", None)
     options |= {"train_scales": train_scales, "train_shifts": train_shifts, "zbl": zbl, "dtype": DTYPES[precision]}
     given = {"num_neighbors": num_neighbors, "energy_scales": energy_scales, "energy_shifts": energy_shifts}
-    return Wanted(kind, options, cutoffs, list(elements) if elements else None, given)
+    return Wanted(kind, options, cutoffs, list(elements) if elements else None, given, begun)
+
+
+def begin_from(key: str, source: str) -> PotentialConfig:
+    """Its configuration. Raises ValueError that names the key."""
+    try:
+        return open_pretrained(source)[0]
+    except ValueError as error:
+        raise ValueError(f"{key}={source} cannot be used: {error}") from error
 
 
 DTYPES = {"fp32": "float32", "tf32": "float32", "fp64": "float64"}
@@ -142,7 +158,7 @@ DTYPES = {"fp32": "float32", "tf32": "float32", "fp64": "float64"}
 
 def cutoffs_and_elements(config: DictConfig) -> tuple[Cutoffs, list[str] | None]:
     """What reading structures has to know of the model."""
-    wanted = model_config(config.model_tag, config.precision, **config.model_kwargs)
+    wanted = model_config(config.model_tag, config.precision, config.init_from, **config.model_kwargs)
     return wanted.cutoffs, wanted.elements
 
 
@@ -184,18 +200,8 @@ def materialize(
 
 def open_potential(folder: Path) -> Potential:
     """The model of a checkpoint `step_<n>` or of a final model. Raises ValueError for another folder."""
-    if (folder / ".metadata").exists():
-        if reason := damage(folder):
-            raise ValueError(f"{folder} is no whole checkpoint: {reason}; give a step_<n> folder that is.")
-        values, weights = json.loads((folder / "run.json").read_text())["model"], read_weights(folder)
-    elif (folder / "config.json").exists() and (folder / "model.safetensors").exists():
-        values, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-    else:
-        raise ValueError(f"{folder} is no run with checkpoints, no step_<n> and no final_model; give one of these.")
-    if values.get("model_type") not in KINDS:
-        raise ValueError(f"{folder}: its model_type is {values.get('model_type')}, not {' or '.join(KINDS)}.")
-    config_class, model_class = KINDS[values["model_type"]]
-    model = model_class(read_config(config_class, values))
+    config, weights = read_saved(folder)
+    model = KINDS[config.model_type][1](config)
     model.load_state_dict(weights)
     return model
 
@@ -205,13 +211,9 @@ def open_evaluation(config: DictConfig, source: str, distributed: Distributed) -
     model = open_potential(Path(source)).to(distributed.device).requires_grad_(False)
     shape = model.config
     precision = build_precision(config, distributed.device)
-    symbols = shape.elements
-    pairs = (
-        {f"{a}-{b}": shape.pair_cutoffs[i][j] for i, a in enumerate(symbols) for j, b in enumerate(symbols)}
-        if shape.pair_cutoffs
-        else None
+    validator = open_validation(
+        distributed, Cutoffs(shape.cutoff, named_cutoffs(shape)), shape.elements, **config.validation
     )
-    validator = open_validation(distributed, Cutoffs(shape.cutoff, pairs), symbols, **config.validation)
     validator.metrics = Recorded(validator.metrics)
     return model, validator, precision.forward
 

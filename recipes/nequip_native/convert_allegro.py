@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of the package `nequip-allegro` (0.8) to ours and back."""
+"""Weights of the package `nequip-allegro` (0.8) to ours and back.
 
+    python convert_allegro.py --to-native best.ckpt my_folder        # of nequip-train
+    python convert_allegro.py --to-allegro my_folder my_file.pt
+
+`my_folder` has config.json, model.safetensors and calculator.py, as a final model; `my_file.pt` their section `model`
+and their state dict.
+"""
+
+from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from atoms.package_files import converter
 from atoms.packages import (
     common_arguments,
     common_config,
@@ -131,3 +140,10 @@ def native_to_allegro(weights: Mapping[str, Tensor], config: AllegroConfig) -> d
         found["radial_chemical_embed.bessel_encode.bessel_weights"] = numbers.view(1, -1)
     found |= common_weights(weights, config)
     return {f"model.func.{name}": value for name, value in found.items()}
+
+
+if __name__ == "__main__":
+    converter(
+        "allegro", __doc__, AllegroConfig, Allegro, config_from_allegro, allegro_to_native, allegro_arguments,
+        native_to_allegro,
+    )  # fmt: skip

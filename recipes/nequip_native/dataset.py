@@ -212,7 +212,7 @@ def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:
     """What a run with this configuration trains on, in its order; for commands that train nothing."""
     from build_model import model_config
 
-    wanted = model_config(config.model_tag, config.precision, **config.model_kwargs)
+    wanted = model_config(config.model_tag, config.precision, config.init_from, **config.model_kwargs)
     return TrainLoader(distributed, config.seed, wanted.cutoffs, wanted.elements, **config.dataset).plan
 
 
@@ -224,7 +224,10 @@ def check_elements(section: str, found: Survey, elements: list[str] | None) -> l
     if unknown := [symbol for symbol in elements if symbol not in NUMBERS]:
         raise ValueError(f"{unknown[0]} is no symbol of an element.")
     if missing := [symbol for symbol in present if symbol not in elements]:
-        raise ValueError(f"{section}: there is {missing[0]} in the data, and the model knows {', '.join(elements)}.")
+        raise ValueError(
+            f"{section}: there is {missing[0]} in the data, and the model knows {', '.join(elements)}; "
+            f"model_kwargs.elements=[{','.join([*elements, *missing])}] adds it."
+        )
     return list(elements)
 
 

@@ -16,30 +16,16 @@ from pathlib import Path
 
 from common import quiet  # noqa: F401  # isort: skip
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 
+from atoms.calculator_file import write_potential
 from atoms.exported import write_program
-from build_model import KINDS, open_potential
-from common import RECIPE
+from build_model import open_potential
 from common.command import command, writing
 from common.files import open_to_readers
 from common.own_data import data_names, validated_on, weights_of
-from common.step_folder import damage, read_weights
+from common.step_folder import damage
 
 
-# In this order their sources make one file.
-SOURCES = (
-    "atoms/elements.py", "atoms/irreps.py", "atoms/spherical_harmonics.py", "atoms/radial.py", "atoms/zbl.py",
-    "atoms/tensor_product.py", "atoms/potential.py", "modeling_{kind}.py", "atoms/ase_calculator.py",
-)  # fmt: skip
-HEAD = '''# SPDX-License-Identifier: Apache-2.0
-"""An interatomic potential as an ASE calculator. Needs torch, ase and vesin; energies in eV, lengths in A.
-
-from calculator import PotentialCalculator
-atoms.calc = PotentialCalculator()  # of the folder that this file is in
-"""
-
-'''
 CARD = """---
 library_name: ase
 tags: [interatomic-potential, {kind}]
@@ -81,35 +67,17 @@ def export(step_folder: Path, target: Path, pt2: bool = False) -> None:
     if target.exists():
         raise ValueError(f"{target} exists; move it away or give another name.")
     run = json.loads((step_folder / "run.json").read_text())
-    weights, model = read_weights(step_folder), run["model"]
+    potential = open_potential(step_folder)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with writing(target):
         partial.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial / "model.safetensors")
-        (partial / "config.json").write_text(json.dumps(model, indent=1) + "\n")
-        (partial / "calculator.py").write_text(calculator_source(model["model_type"]))
+        write_potential(partial, potential.config, type(potential), potential.state_dict())
         (partial / "README.md").write_text(model_card(run))
         if pt2:
-            write_program(open_potential(step_folder), partial / "potential.pt2")
+            write_program(potential, partial / "potential.pt2")
         open_to_readers(partial)
         partial.rename(target)
-
-
-def calculator_source(kind: str) -> str:
-    """All that a calculator of this kind of model needs, in one file."""
-    imports, bodies = set(), []
-    for name in SOURCES:
-        text = (RECIPE / name.format(kind=kind)).read_text()
-        text = re.sub(r"\A# SPDX[^\n]*\n(\"\"\".*?\"\"\"\n)?", "", text, flags=re.DOTALL)
-        # What other files of ours are imported is in this one already.
-        text = re.sub(r"^from atoms[.\w]* import (\([^)]*\)|.*)\n", "", text, flags=re.MULTILINE)
-        lines = re.findall(r"^(?:from|import) .*\n", text, flags=re.MULTILINE)
-        imports |= set(lines)
-        bodies.append(re.sub(r"^(?:from|import) .*\n", "", text, flags=re.MULTILINE).strip("\n"))
-    config_class, model_class = (one.__name__ for one in KINDS[kind])
-    tail = f'POTENTIALS["{kind}"] = ({config_class}, {model_class})\n'
-    return HEAD + "".join(sorted(imports)) + "\n\n" + "\n\n\n".join([*bodies, tail])
 
 
 def model_card(run: dict) -> str:

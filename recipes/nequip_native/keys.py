@@ -24,6 +24,7 @@ from dataset import TrainLoader, open_validation
 def top_level(
     *,
     model_tag: str,
+    init_from: str | None = None,
     num_train_steps: PositiveInt,
     precision: Literal["fp32", "tf32", "fp64"] = "fp32",
     micro_batches_per_step: PositiveInt | None = None,
@@ -85,7 +86,9 @@ def check_config(config: DictConfig) -> None:
 
 def check_pairs(config: DictConfig) -> None:
     """Raise ValueError for values that cannot be together, on any hardware."""
-    model_config(config.model_tag, config.precision, **config.model_kwargs)
+    model_config(config.model_tag, config.precision, config.init_from, **config.model_kwargs)
+    if config.checkpoint.trained_only:
+        raise ValueError("checkpoint.trained_only=true has no use here: potentials are small, and saved whole.")
     schedules = LossSchedules(config.loss_schedules)
     if unknown := [name for name in schedules.schedules if name not in WEIGHTS]:
         raise ValueError(f"loss_schedules.{unknown[0]} is no weight of the loss; those are {', '.join(WEIGHTS)}.")

@@ -29,6 +29,7 @@ from common.run_end import end_run
 from common.scheduler import adamw, freeze
 from dataset import TrainLoader, open_validation
 from keys import check_config, lr_schedule
+from pretrained import read_pretrained
 
 
 @hydra.main(version_base=None, config_path=f"{Path(__file__).parent}/hydra_config", config_name="L0_sanity")
@@ -44,7 +45,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     with distributed.fail_together():  # a user's mistake shows here, on all ranks, before anything is built
         passes = passes_per_step(config.micro_batches_per_step, distributed)
         config.micro_batches_per_step = passes * distributed.num_data_ranks  # where it was null: a resume must know
-        wanted = model_config(config.model_tag, config.precision, **config.model_kwargs)
+        wanted = model_config(config.model_tag, config.precision, config.init_from, **config.model_kwargs)
         precision = build_precision(config, distributed.device)
         loader = TrainLoader(distributed, config.seed, wanted.cutoffs, wanted.elements, **config.dataset)
         validator = open_validation(distributed, wanted.cutoffs, loader.elements, **config.validation)
@@ -52,12 +53,13 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         model = build_model(shape, config.loss_kwargs, distributed)  # on the meta device: no storage yet
         freeze(model, **config.adamw_kwargs)
         checkpointer = Checkpointer(distributed, config, shape, model, **config.checkpoint)
+        pretrained = checkpointer.first_weights(partial(read_pretrained, config, shape, loader.notes))
         anomalies = Anomalies(distributed, config.logger.log_dir, **config.anomalies)
         flops = partial(training_flops, shape)
         logger = PerfLogger(distributed, config, model, flops, precision, metrics, __file__, **config.logger)
 
     # ---- DDP: gradients are averaged in buckets while the backward pass goes on.
-    materialize(model, config.seed, None, distributed.device)
+    materialize(model, config.seed, pretrained, distributed.device)
     model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = adamw(model, **config.adamw_kwargs)
     # It averages over ranks, and the loss is already divided by all labels.

@@ -30,6 +30,7 @@ from common.run_end import end_run
 from common.scheduler import adamw, freeze
 from dataset import TrainLoader, open_validation
 from keys import check_config, lr_schedule
+from pretrained import read_pretrained
 
 
 @hydra.main(version_base=None, config_path=f"{Path(__file__).parent}/hydra_config", config_name="L0_sanity")
@@ -45,7 +46,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     with distributed.fail_together():  # a user's mistake shows here, on all ranks, before anything is built
         passes = passes_per_step(config.micro_batches_per_step, distributed)
         config.micro_batches_per_step = passes * distributed.num_data_ranks  # where it was null: a resume must know
-        wanted = model_config(config.model_tag, config.precision, **config.model_kwargs)
+        wanted = model_config(config.model_tag, config.precision, config.init_from, **config.model_kwargs)
         precision = build_precision(config, distributed.device)
         loader = TrainLoader(distributed, config.seed, wanted.cutoffs, wanted.elements, **config.dataset)
         validator = open_validation(distributed, wanted.cutoffs, loader.elements, **config.validation)
@@ -53,6 +54,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         model = build_model(shape, config.loss_kwargs, distributed)  # on the meta device: no storage yet
         freeze(model, **config.adamw_kwargs)
         checkpointer = Checkpointer(distributed, config, shape, model, **config.checkpoint)
+        pretrained = checkpointer.first_weights(partial(read_pretrained, config, shape, loader.notes))
         anomalies = Anomalies(distributed, config.logger.log_dir, **config.anomalies)
         flops = partial(training_flops, shape)
         logger = PerfLogger(distributed, config, model, flops, precision, metrics, __file__, **config.logger)
@@ -60,7 +62,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     # ---- FSDP2: split as one, because forces are a derivative inside the forward pass, which needs all parameters.
     for part in sharded_parts(model):  # inputs are not cast: positions are float64
         fully_shard(part, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    materialize(model, config.seed, None, distributed.device)
+    materialize(model, config.seed, pretrained, distributed.device)
     optimizer = adamw(model, **config.adamw_kwargs)
     strategy = Strategy(precision.forward, distributed.num_ranks, nullcontext)  # sharded gradients are summed at once
     # ----

@@ -2,7 +2,6 @@
 """An ASE calculator for a folder with `config.json` and `model.safetensors`: energy, forces, stress of a potential."""
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 from vesin import NeighborList
 
-from atoms.potential import Potential, PotentialConfig
+from atoms.potential import Potential, read_config
 
 
 # By the kind of model, classes of its configuration and of itself; who brings a model adds it.
@@ -29,12 +28,6 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
                                count=max(torch.Size(entry["shape"]).numel(), 0)).view(entry["shape"]).clone()
         for name, entry in header.items() if name != "__metadata__"
     }  # fmt: skip
-
-
-def read_config(config_class: type[PotentialConfig], values: dict) -> PotentialConfig:
-    """What `config.json` says of the model."""
-    known = {field.name for field in fields(config_class)}
-    return config_class(**{name: value for name, value in values.items() if name in known})
 
 
 def graph(

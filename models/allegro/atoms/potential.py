@@ -5,7 +5,7 @@ Signs and units are ASE's: eV, eV/A, stress = dE/dstrain / V in eV/A^3. Vectors,
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import sqrt
 from typing import NamedTuple
 
@@ -43,6 +43,12 @@ class PotentialConfig:
     @property
     def torch_dtype(self) -> torch.dtype:
         return {"float32": torch.float32, "float64": torch.float64}[self.dtype]
+
+
+def read_config(config_class: type[PotentialConfig], values: dict) -> PotentialConfig:
+    """What `config.json` says of the model."""
+    known = {field.name for field in fields(config_class)}
+    return config_class(**{name: value for name, value in values.items() if name in known})
 
 
 class Output(NamedTuple):

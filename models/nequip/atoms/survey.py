@@ -322,8 +322,9 @@ def statistics(found: Survey, elements: list[str]) -> tuple[dict, list[str]]:
     atoms, neighbours, force_atoms, squares = (
         found.total(name) for name in ("atoms", "neighbours", "force_atoms", "force_squares")
     )
-    energies, rank = solve(found.total("normal"), found.total("right"))
-    present = np.flatnonzero(np.diag(found.total("normal")))
+    normal, right = found.total("normal"), found.total("right")
+    energies, rank = solve(normal, right)
+    present = np.flatnonzero(np.diag(normal))
     notes = []
     if found.total("energies") and rank < len(present):
         notes.append(
@@ -338,6 +339,7 @@ def statistics(found: Survey, elements: list[str]) -> tuple[dict, list[str]]:
         "num_neighbors_mean": float(neighbours.sum() / max(atoms.sum(), 1)),
         "num_neighbors_per_type": mean[index].tolist(),
         "per_element_energy": energies[index].tolist(), "per_element_energy_rank": rank,
+        "energy_normal": normal[np.ix_(index, index)].tolist(), "energy_right": right[index].tolist(),
         "energy_per_atom_mean": float(found.total("energy_sum") / max(found.total("energies"), 1)),
         "forces_rms": float(np.sqrt(squares.sum() / max(3 * force_atoms.sum(), 1))),
         "forces_rms_per_type": rms[index].tolist(),

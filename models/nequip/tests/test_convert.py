@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of the package to ours and back, and what is refused."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from golden import COMMON, set_waves
@@ -52,3 +56,39 @@ def test_what_does_not_fit_is_refused():
     wider = NequIPConfig(**COMMON | ODD | {"num_element_features": 7})
     with pytest.raises(ValueError, match="do not fit"):
         nequip_to_native(native_to_nequip(made(ODD)[1], config), wider)
+
+
+def run(monkeypatch, capsys, *words) -> tuple[int, str]:
+    """The command's exit code and what it says."""
+    monkeypatch.setattr(sys, "argv", ["convert_nequip.py", *map(str, words)])
+    try:
+        runpy.run_path(str(Path(__file__).parents[1] / "convert_nequip.py"), run_name="__main__")
+        code = 0
+    except SystemExit as stopped:
+        code = stopped.code
+    return code, "".join(capsys.readouterr())
+
+
+def test_the_command_writes_a_whole_model_or_says_why_not(monkeypatch, capsys, tmp_path):
+    config, weights, theirs = made(ODD)
+    torch.save({"model": nequip_arguments(config), "state_dict": theirs}, tmp_path / "theirs.pt")
+    code, said = run(monkeypatch, capsys, "--to-native", tmp_path / "theirs.pt", tmp_path / "ours")
+    assert code == 0 and said.startswith(f"{tmp_path / 'ours'} is written; open it: calculator.py in it")
+    code, said = run(monkeypatch, capsys, "--to-nequip", tmp_path / "ours", tmp_path / "back.pt")
+    assert code == 0 and said.startswith(f"{tmp_path / 'back.pt'} is written; open it")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    again = nequip_to_native(back["state_dict"], config_from_nequip(back["model"], back["state_dict"]))
+    for name, value in weights.items():
+        if not name.startswith("added_"):
+            torch.testing.assert_close(again[name], value, rtol=1e-15, atol=1e-15)
+    before = sorted(tmp_path.iterdir())
+    for words, sentence in (
+        (("--to-native", tmp_path / "theirs.pt", tmp_path / "ours"), "exists; move it away"),
+        (("--to-nequip", tmp_path / "ours", tmp_path / "back.pt"), "exists; move it away"),
+        (("--to-native", tmp_path / "none.ckpt", tmp_path / "new"), "none.ckpt: No such file"),
+        (("--to-native", tmp_path / "ours" / "config.json", tmp_path / "new"), "is no checkpoint of tensors"),
+        (("--to-nequip", tmp_path, tmp_path / "new.pt"), "config.json: No such file"),
+    ):
+        code, said = run(monkeypatch, capsys, *words)
+        assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and sentence in said
+    assert sorted(tmp_path.iterdir()) == before

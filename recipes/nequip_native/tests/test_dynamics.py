@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dynamics and relaxation with a final model, as users start them."""
 
-import json
-
 import pytest
 from ase.io import Trajectory, read
-from safetensors.torch import save_file
 
 import md
 import relax
+from atoms.calculator_file import write_potential
 from atoms.first_weights import init_parameters
 from build_model import KINDS
 from common import RECIPE
-from export import calculator_source
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +22,7 @@ def final_model(tmp_path_factory):
     )  # fmt: skip
     model, folder = model_class(config), tmp_path_factory.mktemp("final_model")
     init_parameters(model, 0)
-    save_file(dict(model.state_dict()), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    (folder / "calculator.py").write_text(calculator_source("nequip"))
+    write_potential(folder, config, model_class, model.state_dict())
     return folder
 
 

@@ -25,6 +25,10 @@ OPEN_CONFIGS = {
         "model_tag=nequip_S", "num_train_steps=200", "dataset.load_dataset_kwargs.data_files=x.extxyz",
         "dataset.micro_batch_size=2",
     ],
+    "finetune": [
+        "init_from=null", "model_tag=nequip_S", "model_kwargs.cutoff=5.0",
+        "dataset.load_dataset_kwargs.data_files=x.extxyz",
+    ],
     "my_structures": ["dataset.load_dataset_kwargs.data_files=x.extxyz"],
 }  # fmt: skip
 # What ranks and workers of tests need not import again.
@@ -75,7 +79,8 @@ def open_checkpoint(step_folder: Path):
     """The same by the model that was trained."""
     import torch
 
-    from atoms.ase_calculator import graph, read_config
+    from atoms.ase_calculator import graph
+    from atoms.potential import read_config
     from build_model import KINDS
     from common.step_folder import read_weights
 

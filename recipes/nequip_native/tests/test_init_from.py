@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training begins as the pretrained potential, whatever its form, and says what it has kept."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ase.io import read
+from omegaconf import OmegaConf
+
+from atoms.calculator_file import write_potential
+from atoms.final_model import calculator
+from atoms.first_weights import init_parameters
+from build_model import KINDS, model_config
+from common import RECIPE
+from common.contract.running import run_here
+from convert_allegro import allegro_arguments, native_to_allegro
+from convert_nequip import native_to_nequip, nequip_arguments
+from pretrained import open_pretrained, read_pretrained
+
+
+SMALL = {
+    "nequip": {"num_layers": 2, "num_features": [6, 4], "num_element_features": 3, "radial_width": 8},
+    "allegro": {"l_max": 1, "num_scalars": 6, "num_tensors": 4, "embedding_width": 5, "mlp_width": 7,
+                "readout_width": 3},
+}  # fmt: skip
+THEIRS = {"nequip": (nequip_arguments, native_to_nequip), "allegro": (allegro_arguments, native_to_allegro)}
+
+
+def potential(folder: Path, elements: list[str], kind: str = "nequip", **more):
+    """A final model with first weights and numbers that no data has."""
+    config_class, model_class = KINDS[kind]
+    number = len(elements)
+    config = config_class(
+        elements=elements, cutoff=3.7, num_neighbors=17.0, energy_scales=[0.1, 0.3, 0.2][:number],
+        energy_shifts=[-1.0, 2.0, 0.5][:number], dtype="float64", **SMALL[kind] | more,
+    )  # fmt: skip
+    model = model_class(config)
+    init_parameters(model, 7)
+    if more.get("train_shifts"):
+        with torch.no_grad():
+            model.added_shifts += torch.tensor([0.25, -0.5, 0.125])
+    folder.mkdir()
+    write_potential(folder, config, model_class, model.state_dict())
+    return config, model
+
+
+@pytest.fixture
+def refused(tmp_path, capfd):
+    """The sentence that a run ends with."""
+
+    def ask(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            run_here("train_ddp", tmp_path / "log", *words)
+        return capfd.readouterr().err
+
+    return ask
+
+
+def predictions(folder: Path) -> np.ndarray:
+    found, potential = [], calculator(folder)
+    for atoms in read(RECIPE / "data" / "validation.extxyz", ":3"):
+        atoms.calc = potential
+        found += [atoms.get_potential_energy(), *atoms.get_forces().ravel()]
+    return np.array(found)
+
+
+def like(source: Path) -> list[str]:
+    """The model of the source, in a run that must move nothing."""
+    nulls = [f"model_kwargs.{key}=null" for key in ("num_features", "num_element_features", "radial_width", "cutoff")]
+    return [
+        *nulls, f"init_from={source}", f"model_tag={source}", "precision=fp64", "num_train_steps=1",
+        "adamw_kwargs.lr=1e-30", "validation.every_n_steps=null",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["nequip", "allegro"])
+def test_step_0_is_the_pretrained_model(kind, tmp_path, capsys):
+    config, _ = potential(tmp_path / "old", ["Ni", "Cu", "Al"], kind, train_shifts=True)
+    run_here(
+        "train_ddp", tmp_path / "log", *like(tmp_path / "old"), f"checkpoint.ckpt_dir={tmp_path / 'new'}",
+        "checkpoint.save_final_model=true",
+    )  # fmt: skip
+    before, after = predictions(tmp_path / "old"), predictions(tmp_path / "new" / "final_model")
+    assert np.ptp(before) > 0.1 and np.abs(after - before).max() < 1e-12
+    found, _ = open_pretrained(str(tmp_path / "new"))  # a run's newest checkpoint
+    assert (found.elements, found.num_neighbors, found.cutoff) == (config.elements, 17.0, 3.7)
+    said = "".join(capsys.readouterr())
+    assert f"Step 0 is init_from={tmp_path / 'old'}. Kept of it: elements Ni Cu Al; num_neighbors" in said
+
+
+@pytest.mark.parametrize("kind", ["nequip", "allegro"])
+def test_a_file_of_the_package_is_the_same_model(kind, tmp_path):
+    config, model = potential(tmp_path / "old", ["Ni", "Cu", "Al"], kind)
+    arguments, to_package = THEIRS[kind]
+    state, weights = to_package(model.state_dict(), config), model.state_dict()
+    torch.save({"model": arguments(config), "state_dict": state}, tmp_path / "theirs.pt")
+    found, same = open_pretrained(str(tmp_path / "theirs.pt"))
+    assert all(torch.equal(same[name], weights[name]) for name in weights)
+    assert (found.energy_shifts, found.num_neighbors, found.zbl) == (config.energy_shifts, 17.0, None)
+    (tmp_path / "theirs.pt").write_bytes(b"c\nos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(ValueError, match="no checkpoint of tensors and plain values"):
+        open_pretrained(str(tmp_path / "theirs.pt"))
+
+
+def test_averaged_weights_of_the_package_are_taken(tmp_path):
+    config, model = potential(tmp_path / "old", ["Ni", "Cu", "Al"], train_bessels=True)
+    state = {f"model.sole_model.{k}": v for k, v in native_to_nequip(model.state_dict(), config).items()}
+    order = [k for k in state if not k.endswith(("_rmax_recip", "scales", "shifts"))]
+    state |= {f"ema.ema_weight_{i}": 2 * state[k] for i, k in enumerate(order)}
+    found = {"hyper_parameters": {"model": nequip_arguments(config)}, "state_dict": state}
+    torch.save(found, tmp_path / "best.ckpt")
+    _, weights = open_pretrained(str(tmp_path / "best.ckpt"))
+    torch.testing.assert_close(weights["elements"], 2 * model.state_dict()["elements"])
+    del state["ema.ema_weight_2"]
+    torch.save(found, tmp_path / "best.ckpt")
+    with pytest.raises(ValueError, match="which is which cannot be told"):
+        open_pretrained(str(tmp_path / "best.ckpt"))
+
+
+@pytest.mark.parametrize(("kind", "more"), [("nequip", {}), ("allegro", {}), ("allegro", {"radial": "spline"})])
+def test_new_elements_by_the_stated_rule(kind, more, tmp_path):
+    potential(tmp_path / "old", ["Ni", "Al"], kind, **more)
+    source, elements = str(tmp_path / "old"), ["Al", "Cu", "Ni"]
+    # Structures of Al1Cu1 at 5 eV and Ni2Cu3 at 7: by the shifts of the old, 3 eV are left for Cu, and 9 for 3 Cu.
+    counts, energies = np.array([[1, 1, 0], [0, 3, 2]]), np.array([5.0, 7.0])
+    statistics = {"num_neighbors_mean": 9.0, "forces_rms": 3.0, "per_element_energy": [0, 0, 0]}
+    statistics |= {"energy_normal": (counts.T @ counts).tolist(), "energy_right": (counts.T @ energies).tolist()}
+    wanted = model_config(source, "fp64", source, cutoff=None, elements=elements)
+    shape = wanted.on(elements, statistics)
+    assert shape.num_neighbors == 17.0 and shape.energy_scales == pytest.approx([0.3, 0.2, 0.1])
+    assert shape.energy_shifts == pytest.approx([2.0, 3.0, -1.0])
+    notes = []
+    state = read_pretrained(OmegaConf.create({"init_from": source, "seed": 3}), shape, notes)
+    assert "New elements: Cu; first weights by the seed, energy_shifts by least squares" in notes[1]
+    assert "(Cu 3.0000 eV)" in notes[1]
+    new = KINDS[kind][1](shape)
+    new.load_state_dict(state)
+    (tmp_path / "new").mkdir()
+    write_potential(tmp_path / "new", shape, KINDS[kind][1], state)
+    atoms = read(RECIPE / "data" / "validation.extxyz", "0")
+    atoms.set_chemical_symbols(["Ni", "Al"] * (len(atoms) // 2) + ["Ni"] * (len(atoms) % 2))
+    energies = []
+    for name in ("old", "new"):
+        atoms.calc = calculator(tmp_path / name)
+        energies.append(atoms.get_potential_energy())
+    assert energies[1] == pytest.approx(energies[0], abs=1e-11)
+
+
+def test_what_cannot_be_begun_from(tmp_path, refused):
+    potential(tmp_path / "old", ["Ni", "Al"])
+    source = tmp_path / "old"
+    message = refused(*like(source))
+    assert "there is Cu in the data, and the model knows Ni, Al; model_kwargs.elements=[Ni,Al,Cu] adds it" in message
+    message = refused(f"init_from={source}", "model_kwargs.elements=[Al,Ni,Cu]")
+    assert f"init_from={source} cannot be used: it has cutoff=3.7" in message and f"give model_tag={source}" in message
+    message = refused("init_from=none")
+    assert "init_from=none cannot be used: none is no run with checkpoints, no step_<n> and no final_model" in message
+
+
+def test_another_init_from_is_no_resume(tmp_path, refused):
+    for name in ("old", "other"):
+        potential(tmp_path / name, ["Ni", "Cu", "Al"])
+    kept = f"checkpoint.ckpt_dir={tmp_path / 'run'}"
+    run_here("train_ddp", tmp_path / "log", *like(tmp_path / "old"), kept)
+    message = refused(*like(tmp_path / "old"), f"init_from={tmp_path / 'other'}", kept, "num_train_steps=2")
+    assert "init_from was old and is other" in message or f"init_from was {tmp_path / 'old'}" in message
