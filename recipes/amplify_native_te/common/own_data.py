@@ -54,7 +54,9 @@ def data_names(kwargs: dict | None) -> str:
     found = [
         file for file in _texts(kwargs.get("data_files")) or [kwargs.get("data_dir") or kwargs.get("path")] if file
     ]
-    return ", ".join(str(f) if str(f).count("/") == 1 and f[:1] not in "/.~" else Path(f).name for f in found)
+    shown = ", ".join(str(f) if str(f).count("/") == 1 and f[:1] not in "/.~" else Path(f).name for f in found)
+    split = str(kwargs.get("split") or "")
+    return f"{shown}, {split}" if "[" in split else shown
 
 
 def validated_on(run: dict) -> str:

@@ -75,6 +75,7 @@ def test_mixtures():
 
 def test_what_others_read_has_names_alone():
     assert data_names({"path": "csv", "data_files": {"train": ["/home/me/a.csv", "b.csv"]}}) == "a.csv, b.csv"
+    assert data_names({"path": "fasta", "data_files": "a.fa", "split": "train[:95%]"}) == "a.fa, train[:95%]"
     assert data_names({"path": "me/set"}) == "me/set" and data_names({"path": "/home/me/set"}) == "set"
     run = {"step": 9, "config": {}, "logger": {"validation": {"step": 6, "data": "a.csv", "loss": 1.0}}}
     assert validated_on(run) == "`a.csv`, after 6 steps"
