@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import EuroBertConfig
 
 from common.command import command, new_folder
-from common.weights import LazyTensors, local_folder, named_type, open_weights, read
+from common.weights import LazyTensors, listed, local_folder, named_type, open_weights, read
 from modeling_amplify import AmplifyConfig, swiglu_width
 
 
@@ -64,58 +64,77 @@ def pairs(x_RC: Tensor, num_heads: int) -> Tensor:
     return x_RC.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def to_native(state_dict: Mapping[str, Tensor], config: AmplifyConfig, format: str) -> LazyTensors:
-    """The native state dict for one in a format of FORMATS.
+def with_prefix(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The names of a `EuroBertForMaskedLM` where those of an `EuroBertModel`, without a head, are given."""
+    if any(name.startswith("model.") for name in state_dict):
+        return state_dict
+    return LazyTensors({f"model.{name}": read(state_dict, name) for name in state_dict})
+
+
+def sources(config: AmplifyConfig, format: str) -> dict[str, tuple[str, ...]]:
+    """The tensors in a format of FORMATS that each native tensor is made of."""
+    at, found = FORMATS.index(format), {}
+    layer = {native: (names[at],) for native, names in LAYER_NAMES.items()}
+    layer |= {QKV: Q_K_V_NAMES[at], FC1: SWIGLU_NAMES[at]}
+    for i in range(config.num_hidden_layers):
+        for native, names in layer.items():
+            found[f"amplify.layer.{i}.{native}"] = tuple(f"{LAYERS[at]}.{i}.{name}" for name in names)
+    return {native: (names[at],) for native, names in NAMES.items()} | found
+
+
+def zero_names(config: AmplifyConfig, format: str) -> list[str]:
+    """The biases of a format that AMPLIFY does not have."""
+    at = FORMATS.index(format)
+    return [f"{LAYERS[at]}.{i}.{name}" for i in range(config.num_hidden_layers) for name in ZERO_NAMES[at]]
+
+
+def to_native(
+    state_dict: Mapping[str, Tensor], config: AmplifyConfig, format: str, strict: bool = True
+) -> LazyTensors:
+    """The native state dict for one in a format of FORMATS; not `strict`: what can be made of what there is.
 
     Raises ValueError for missing or unexpected names, and for biases that are not 0 where AMPLIFY has none.
     """
-    at, heads = FORMATS.index(format), config.num_attention_heads
-    expected, found = set(from_native({}, config, format)), set(state_dict)
-    missing, unexpected = sorted(expected - found), sorted(found - expected)
-    if missing or unexpected:
-        raise ValueError(f"The checkpoint is no {format} of this size: missing {missing}, unexpected {unexpected}.")
-    prefixes = [f"{LAYERS[at]}.{i}." for i in range(config.num_hidden_layers)]
-    for name in (prefix + zero for prefix in prefixes for zero in ZERO_NAMES[at]):
-        if state_dict[name].any():
+    heads, found = config.num_attention_heads, set(state_dict)
+    expected, zeros = set(from_native({}, config, format)), zero_names(config, format)
+    missing, unexpected = expected - found, found - expected
+    if strict and (missing or unexpected):
+        raise ValueError(
+            f"This is no {format} of that size: missing {listed(missing)}; unexpected {listed(unexpected)}."
+        )
+    for name in zeros:
+        if name in found and state_dict[name].any():
             raise ValueError(f"{name} is not 0, and AMPLIFY has no such bias.")
 
-    def fuse_qkv(prefix: str) -> Tensor:
-        q_k_v = [state_dict[prefix + name] for name in Q_K_V_NAMES[at]]
-        if format == "amplify":
-            q_k_v[:2] = [halves(x, heads) for x in q_k_v[:2]]
-        return torch.stack([x.unflatten(0, (heads, -1)) for x in q_k_v], dim=1).flatten(0, 2)
+    def make(native: str, names: tuple[str, ...]) -> Tensor:
+        parts = [state_dict[name] for name in names]
+        if native.endswith(QKV):
+            if format == "amplify":
+                parts[:2] = [halves(x, heads) for x in parts[:2]]
+            return torch.stack([x.unflatten(0, (heads, -1)) for x in parts], dim=1).flatten(0, 2)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    makers = {native: read(state_dict, names[at]) for native, names in NAMES.items()}
-    for i, prefix in enumerate(prefixes):
-        own = f"amplify.layer.{i}."
-        makers |= {own + native: read(state_dict, prefix + names[at]) for native, names in LAYER_NAMES.items()}
-        makers[own + QKV] = partial(fuse_qkv, prefix)
-        makers[own + FC1] = lambda p=prefix: torch.cat([state_dict[p + name] for name in SWIGLU_NAMES[at]])
-    return LazyTensors(makers)
+    makers = {native: partial(make, native, names) for native, names in sources(config, format).items()}
+    return LazyTensors({n: makers[n] for n, names in sources(config, format).items() if found.issuperset(names)})
 
 
 def from_native(state_dict: Mapping[str, Tensor], config: AmplifyConfig, format: str) -> LazyTensors:
     """The way back."""
-    at, heads = FORMATS.index(format), config.num_attention_heads
+    heads = config.num_attention_heads
 
-    def split_qkv(own: str, index: int) -> Tensor:
-        x = state_dict[own + QKV].unflatten(0, (heads, 3, -1))[:, index].flatten(0, 1)
-        return pairs(x, heads) if format == "amplify" and index < 2 else x
-
-    def split_fc1(own: str, index: int) -> Tensor:
-        return state_dict[own + FC1].chunk(len(SWIGLU_NAMES[at]))[index].clone()
+    def split(native: str, index: int, number: int) -> Tensor:
+        if native.endswith(QKV):
+            x = state_dict[native].unflatten(0, (heads, 3, -1))[:, index].flatten(0, 1)
+            return pairs(x, heads) if format == "amplify" and index < 2 else x
+        return state_dict[native].chunk(number)[index].clone() if number > 1 else state_dict[native]
 
     def zeros(name: str) -> Tensor:
         return torch.zeros(config.hidden_size if "down" in name else config.intermediate_size)
 
-    makers = {names[at]: read(state_dict, native) for native, names in NAMES.items()}
-    for i in range(config.num_hidden_layers):
-        own, prefix = f"amplify.layer.{i}.", f"{LAYERS[at]}.{i}."
-        makers |= {prefix + names[at]: read(state_dict, own + native) for native, names in LAYER_NAMES.items()}
-        makers |= {prefix + name: partial(split_qkv, own, j) for j, name in enumerate(Q_K_V_NAMES[at])}
-        makers |= {prefix + name: partial(split_fc1, own, j) for j, name in enumerate(SWIGLU_NAMES[at])}
-        makers |= {prefix + name: partial(zeros, name) for name in ZERO_NAMES[at]}
-    return LazyTensors(makers)
+    makers = {}
+    for native, names in sources(config, format).items():
+        makers |= {name: partial(split, native, i, len(names)) for i, name in enumerate(names)}
+    return LazyTensors(makers | {name: partial(zeros, name) for name in zero_names(config, format)})
 
 
 def read_config(folder: Path) -> tuple[AmplifyConfig, str]:

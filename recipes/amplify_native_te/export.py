@@ -16,12 +16,14 @@ from pathlib import Path
 from common import quiet  # noqa: F401  # isort: skip
 from omegaconf import OmegaConf
 
-from common import RECIPE
+from collator import VOCABULARY
 from common.command import command, writing
 from common.files import open_to_readers
 from common.own_data import data_names, validated_on, weights_of
 from convert_amplify import save
-from pretrained import open_step
+from dataset import ALPHABET
+from pretrained import open_step, trained_length
+from tokens.residue_tokenizer import save_tokenizer
 
 
 CARD = """---
@@ -65,11 +67,12 @@ def export(step_folder: Path, target: Path) -> None:
         raise ValueError(f"{target} exists; move it away or give another name.")
     config, weights = open_step(step_folder)
     run = json.loads((step_folder / "run.json").read_text())
+    config.max_position_embeddings = trained_length(config, run)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save(weights, config, "eurobert", partial)
-    shutil.copytree(RECIPE / "tokenizer", partial, dirs_exist_ok=True)
+    save_tokenizer(partial, VOCABULARY, ALPHABET, config.max_position_embeddings)
     (partial / "README.md").write_text(model_card(run))
     open_to_readers(partial)
     partial.rename(target)

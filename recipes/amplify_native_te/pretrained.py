@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from common.weights import LazyTensors, open_weights
-from convert_amplify import from_native, read_config, to_native
+from convert_amplify import from_native, read_config, to_native, with_prefix
 from modeling_amplify import AmplifyConfig, AmplifyForMaskedLM
 from tokens.starting_weights import Family, joined_weights, ours_in, ways_in
 
@@ -14,15 +14,8 @@ def read_folder(folder: Path, strict: bool) -> tuple[AmplifyConfig, LazyTensors,
     weights, (config, kind) = open_weights(folder), read_config(folder)
     if kind == "native":
         return ours_in(FAMILY, config, weights, strict)
-    known = from_native({}, config, kind)
-    if strict or not known.keys() - weights.keys():
-        unknown = [] if strict else [name for name in weights if name not in known]
-        return (
-            config,
-            to_native({name: weights[name] for name in weights if name not in unknown}, config, kind),
-            unknown,
-        )
-    raise ValueError("it lacks some tensors; write it as a native folder to take what there is.")
+    weights, known = with_prefix(weights) if kind == "eurobert" else weights, set(from_native({}, config, kind))
+    return config, to_native(weights, config, kind, strict), [name for name in weights if name not in known]
 
 
 def adopt(shape: AmplifyConfig, found: AmplifyConfig) -> None:
@@ -32,4 +25,4 @@ def adopt(shape: AmplifyConfig, found: AmplifyConfig) -> None:
 
 OF_VOCABULARY = ("amplify.embeddings.weight", "decoder.weight", "decoder.bias")
 FAMILY = Family(AmplifyConfig, AmplifyForMaskedLM, read_folder, OF_VOCABULARY, adopt, joined_weights)
-open_step, open_model, open_pretrained, read_pretrained, shapes = ways_in(FAMILY)
+open_step, open_model, open_pretrained, read_pretrained, shapes, trained_length = ways_in(FAMILY)

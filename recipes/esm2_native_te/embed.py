@@ -31,8 +31,8 @@ from common.kept_steps import fingerprint
 from common.precision import Precision, agreed_precision
 from common.weights import LazyTensors, copy_parameters, listed, named_tensors, read
 from dataset import SequenceRows
-from modeling_esm2 import Esm2Model
-from pretrained import open_model
+from pretrained import FAMILY, open_model, trained_length
+from tokens.masked_lm import TokenModel
 from tokens.protein_rows import LABELS, open_proteins
 
 
@@ -41,17 +41,18 @@ ROWS_PER_PART = 512  # of what is written at once, and not computed again after 
 LONGEST = 2**31 - 1
 
 
-def open_encoder(source: str, layer_backend: str, device: torch.device) -> tuple[Esm2Model, str]:
+def open_encoder(source: str, layer_backend: str, device: torch.device) -> tuple[TokenModel, str]:
     """The encoder with its weights, and a fingerprint of them. Raises ValueError for a source that lacks some."""
     shape, weights, _ = open_model(source, strict=False)
     shape.layer_backend = layer_backend
     with torch.device("meta"):
-        model = Esm2Model(shape)
+        model = FAMILY.model(shape).base_model
     sizes = {name: tensor.shape for name, tensor in named_tensors(model).items()}
-    missing = [n for n in sizes if f"esm.{n}" not in weights and not n.startswith("contact_head.")]  # that is not used
+    theirs = {name: f"{model.base_model_prefix}.{name}" for name in sizes}
+    missing = [n for n in sizes if theirs[n] not in weights and not n.startswith("contact_head.")]  # that is not used
     if missing:
-        raise ValueError(f"{source} lacks {listed(missing)}, so it is no encoder of an ESM-2.")
-    found = {n: read(weights, f"esm.{n}") for n in sizes if f"esm.{n}" in weights}
+        raise ValueError(f"{source} lacks {listed(missing)}, so it is no whole encoder.")
+    found = {name: read(weights, theirs[name]) for name in sizes if theirs[name] in weights}
     values = LazyTensors({name: found.get(name, partial(torch.zeros, size)) for name, size in sizes.items()})
     model.to_empty(device=device)
     copy_parameters(model, values)
@@ -84,8 +85,8 @@ def batches(sizes: np.ndarray, max_tokens: int) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def vectors(model: Esm2Model, precision: Precision, tokens: list[np.ndarray]) -> list[np.ndarray]:
-    """Of each protein, given as <cls> residues <eos>, a vector for each residue, [residues, width]."""
+def vectors(model: TokenModel, precision: Precision, tokens: list[np.ndarray]) -> list[np.ndarray]:
+    """Of each protein, given with the tokens of start and end, a vector for each residue, [residues, width]."""
     lengths = [len(some) for some in tokens]
     packed = {
         "input_ids": torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
@@ -141,7 +142,7 @@ def embed(distributed: Distributed, options: argparse.Namespace) -> None:
             if json.loads((parts / "job.json").read_text()) != job:
                 raise ValueError(f"{parts} was begun with another file, model or option; remove it to start anew.")
     sizes, count = source.sizes(np.arange(len(source)), 0), -(-len(source) // ROWS_PER_PART)
-    longest, trained = int(sizes.max(initial=0)), model.config.max_position_embeddings - 2
+    longest, trained = int(sizes.max(initial=0)), trained_length(model.config)
     if longest > trained:
         distributed.say(
             f"{int((sizes > trained).sum()):,} of {len(source):,} proteins are longer than the {trained:,} tokens "

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from common import quiet  # noqa: F401  # isort: skip
 from omegaconf import OmegaConf
-from transformers import PreTrainedTokenizerFast
 
 from common import RECIPE
 from common.command import command, writing
@@ -23,9 +22,8 @@ from common.files import open_to_readers
 from common.own_data import data_names, validated_on, weights_of
 from convert import save_hf
 from dataset import ALPHABET, VOCABULARY
-from modeling_esm2 import Esm2Config
-from pretrained import open_step
-from tokens.residue_tokenizer import residue_tokenizer
+from pretrained import FAMILY, open_step, trained_length
+from tokens.residue_tokenizer import save_tokenizer
 
 
 CARD = """---
@@ -69,29 +67,17 @@ def export(step_folder: Path, target: Path) -> None:
         raise ValueError(f"{target} exists; move it away or give another name.")
     config, weights = open_step(step_folder)
     run = json.loads((step_folder / "run.json").read_text())
-    config.max_position_embeddings = trained_length(run, config) + 2  # as published models count them
+    length = trained_length(config, run)
+    config.max_position_embeddings = length + FAMILY.more_positions
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_hf(weights, config, partial)
-    tokenizer(config.max_position_embeddings - 2).save_pretrained(partial)
-    names = partial / "tokenizer_config.json"
-    names.write_text(names.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))  # for 4.x as well
+    save_tokenizer(partial, VOCABULARY, ALPHABET, length)
     shutil.copy(RECIPE / "tokenizer" / "vocab.txt", partial)
     (partial / "README.md").write_text(model_card(run))
     open_to_readers(partial)
     partial.rename(target)
-
-
-def trained_length(run: dict, config: Esm2Config) -> int:
-    """Tokens of the longest sequences that this run, or what it started from, was trained on."""
-    own = run["config"]["dataset"]["max_seq_length"]
-    return max(own, config.max_position_embeddings - 2) if run["config"]["init_from"] else own
-
-
-def tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """For `transformers`; it reads a protein as training does."""
-    return residue_tokenizer(VOCABULARY, ALPHABET.residues, max_length)
 
 
 def model_card(run: dict) -> str:

@@ -54,5 +54,5 @@ def to_ours(weights: Mapping[str, Tensor], base: Mapping[str, Tensor], config: E
     return hf_to_native({**base, **weights}, config)
 
 
-FAMILY = Family(Esm2Config, Esm2ForMaskedLM, read_folder, (EMBEDDING, "lm_head.bias"), adopt, to_ours)
-open_step, open_model, open_pretrained, read_pretrained, shapes = ways_in(FAMILY)
+FAMILY = Family(Esm2Config, Esm2ForMaskedLM, read_folder, (EMBEDDING, "lm_head.bias"), adopt, to_ours, 2)
+open_step, open_model, open_pretrained, read_pretrained, shapes, trained_length = ways_in(FAMILY)

@@ -26,7 +26,8 @@ class Family(NamedTuple):
 
     `read_folder(folder, strict)` gives configuration, our weights and the names that are not ours; `adopt(shape,
     found)` takes over what no key says; `to_ours(weights, base, config)` names a checkpoint's weights as ours, with
-    those of `base` that it leaves out. `of_vocabulary` are the tensors that have a row a token.
+    those of `base` that it leaves out. `of_vocabulary` are the tensors that have a row a token. `more_positions` are
+    those that a configuration counts beyond the longest sequence.
     """
 
     config: type
@@ -35,6 +36,7 @@ class Family(NamedTuple):
     of_vocabulary: tuple[str, ...]
     adopt: Callable
     to_ours: Callable
+    more_positions: int = 0
 
 
 def first_line(error: Exception) -> str:
@@ -156,6 +158,16 @@ def read_pretrained(family: Family, config: DictConfig, shape, notes: list[str])
     return weights
 
 
+def trained_length(family: Family, config, run: dict | None = None) -> int:
+    """Tokens of the longest sequences that a model, or the `run` of a checkpoint and its start, was trained on."""
+    known = config.max_position_embeddings - family.more_positions
+    if run is None:
+        return known
+    own = run["config"]["dataset"]["max_seq_length"]
+    return max(own, known) if run["config"]["init_from"] else own
+
+
 def ways_in(family: Family) -> list[Callable]:
-    """`open_step`, `open_model`, `open_pretrained`, `read_pretrained` and `shapes` of one family."""
-    return [partial(way, family) for way in (open_step, open_model, open_pretrained, read_pretrained, shapes)]
+    """`open_step`, `open_model`, `open_pretrained`, `read_pretrained`, `shapes` and `trained_length` of one family."""
+    ways = (open_step, open_model, open_pretrained, read_pretrained, shapes, trained_length)
+    return [partial(way, family) for way in ways]

@@ -9,17 +9,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, pipeline
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer, pipeline
 
+import embed
 from collator import FIRST_RESIDUE, MASK, NUM_RESIDUES, VOCABULARY, mask_tokens
 from common import RECIPE
 from common.config import register_resolvers
 from common.contract.ranks import excess_chi_square
 from common.contract.running import TINY, curve, metrics, run_here, run_ranks
+from convert_amplify import save
 from dataset import ALPHABET, TrainLoader
 from export import export
 from keys import check_config
+from pretrained import FAMILY, open_pretrained, open_step, shapes
+from tokens.starting_weights import empty_model
 
 
 sys.path.insert(0, str(RECIPE / "data"))
@@ -100,17 +104,68 @@ def test_crops_show_both_ends():
     assert (crops[:, -2] == long[-1]).mean() == pytest.approx(1 / starts, rel=0.25)
 
 
-def test_the_tokenizer_agrees():
-    tokenizer = AutoTokenizer.from_pretrained(RECIPE / "tokenizer")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    more = ["checkpoint.save_final_model=true", "use_sequence_packing=true", "num_train_steps=2"]
+    return run_here("train_ddp", path, f"checkpoint.ckpt_dir={path}", *more)
+
+
+def test_the_exported_tokenizer_reads_what_training_reads(run):
+    tokenizer = AutoTokenizer.from_pretrained(run / "final_model")
     assert tokenizer.convert_ids_to_tokens(range(27)) == VOCABULARY and len(tokenizer) == 27
-    sequence = "MKVLAWXB|EVQLC"
-    assert tokenizer(sequence)["input_ids"] == [BOS, *ALPHABET.tokenize(sequence.encode()), EOS]
+    assert tokenizer.model_max_length == 96
+    assert json.loads((run / "final_model" / "config.json").read_text())["max_position_embeddings"] == 96
+    signs, random = [*map(chr, range(1, 127)), "é", "語"], np.random.default_rng(0)
+    texts = ["MKVLAWXB|EVQLC", "mkv|Lax-", "A-C.D E\n", "MK*L**", "*", "", "".join(signs).replace("<", "")]
+    texts += ["".join(random.choice(signs, 60)).replace("<", "") for _ in range(100)]
+    for text in texts:
+        assert tokenizer(text)["input_ids"] == [BOS, *ALPHABET.tokenize(text.encode()), EOS], text
+    assert tokenizer("mk<mask>|")["input_ids"] == [BOS, *ALPHABET.tokenize(b"MK"), MASK, CHAIN, EOS]
 
 
-def test_the_final_model_fills_masks_and_comes_back(tmp_path):
-    run = ["checkpoint.save_final_model=true", "use_sequence_packing=true"]
-    run_here("train_ddp", tmp_path, f"checkpoint.ckpt_dir={tmp_path}", "num_train_steps=2", *run)
-    folder = tmp_path / "final_model"
+def test_embeddings_are_what_transformers_gives(run, tmp_path):
+    proteins = ["MSKGEELFTGVVPILVELDGDVNG", "mkv-", "EVQLVESG|DIQMTQ", "", "W" * 120]
+    (tmp_path / "my.fasta").write_text("".join(f">p{i}\n{s}\n" for i, s in enumerate(proteins)))
+    tokenizer = AutoTokenizer.from_pretrained(run / "final_model")
+    model = AutoModel.from_pretrained(run / "final_model").eval()
+    for source in ("final_model", "step_2"):
+        options = ["--per-residue", "--tokens=60", "--layer-backend=torch", "--precision=fp32"]
+        embed.main([str(tmp_path / "my.fasta"), str(run / source), str(tmp_path / f"{source}.parquet"), *options])
+        for protein, line in zip(proteins, pq.read_table(tmp_path / f"{source}.parquet").to_pylist(), strict=True):
+            if not protein:
+                assert line["embedding"] is None
+                continue
+            with torch.no_grad():
+                expected = model(**tokenizer(protein, return_tensors="pt")).last_hidden_state[0, 1:-1].numpy()
+            np.testing.assert_allclose(line["residue_embeddings"], expected, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(line["embedding"], expected.mean(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "published", "eurobert"])
+def test_a_folder_that_lacks_some_tensors_starts_in_part(run, tmp_path, kind):
+    shape, whole = open_step(run / "step_2")
+    if kind == "encoder":
+        AutoModel.from_pretrained(run / "final_model").save_pretrained(tmp_path / "source")
+    else:
+        save(whole, shape, {"published": "amplify"}.get(kind, kind), tmp_path / "source")
+        weights = load_file(tmp_path / "source" / "model.safetensors")
+        left_out = ("decoder", "lm_head", "transformer_encoder.1.q.", "model.layers.1.self_attn.q_proj")
+        kept = {name: x for name, x in weights.items() if not name.startswith(left_out)}
+        save_file(kept | {"x": torch.ones(1)}, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing .*init_from_partial=true takes what fits"):
+        open_pretrained(str(tmp_path / "source"), shape)
+    weights, note = open_pretrained(str(tmp_path / "source"), shape, partial=True, seed=3)
+    new = {"decoder.weight", "decoder.bias"}
+    new |= set() if kind == "encoder" else {"amplify.layer.1.self_attention.layernorm_qkv.weight"}
+    assert all(name in note for name in new) and (kind == "encoder" or "left out: x" in note), note
+    for name, size in shapes(shape).items():
+        first = empty_model(FAMILY, shape).initial_value(name, size, 3)
+        assert torch.equal(weights[name], first if name in new else whole[name]), name
+
+
+def test_the_final_model_fills_masks_and_comes_back(run, tmp_path):
+    folder = run / "final_model"
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["EuroBertForMaskedLM"]
     assert "train.parquet, oas.parquet, scop.parquet" in (folder / "README.md").read_text()
     guesses = pipeline("fill-mask", str(folder))("MKV<mask>A|EVQ")

@@ -76,15 +76,16 @@ def open_final_model(folder: Path):
 def open_checkpoint(step_folder: Path):
     """The same logits by the model that was trained."""
     import torch
-    from transformers import AutoTokenizer
 
-    from common import RECIPE
+    from collator import VOCABULARY
     from common.step_folder import read_weights
+    from dataset import ALPHABET
     from modeling_amplify import AmplifyConfig, AmplifyForMaskedLM
+    from tokens.residue_tokenizer import residue_tokenizer
 
     model = AmplifyForMaskedLM(AmplifyConfig(**json.loads((step_folder / "run.json").read_text())["model"]))
     model.load_state_dict(read_weights(step_folder))
-    inputs = AutoTokenizer.from_pretrained(RECIPE / "tokenizer")(PROTEIN, return_tensors="pt")
+    inputs = residue_tokenizer(VOCABULARY, ALPHABET, 2048)(PROTEIN, return_tensors="pt")
     with torch.no_grad():
         return model.eval()(**inputs).logits
 

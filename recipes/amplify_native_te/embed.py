@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embeddings of proteins: one vector a protein, and with --per-residue one a residue, as a parquet file.
+
+    python embed.py my.fasta MODEL out.parquet
+    torchrun --nproc_per_node=2 embed.py my.fasta MODEL out.parquet --per-residue
+
+MODEL is a final model, a checkpoint, a run's folder, or a name on the hub. A protein's vector is the mean of its
+residues' after the last layer. Stopped, the same command goes on. Columns: `row` in the file, `id` (or name,
+accession, entry) where there is one, `num_residues`, `embedding`, `residue_embeddings`; rows as in the file, null
+where a sequence is empty.
+"""
+
+from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
+import argparse
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+
+from common.command import command, writing
+from common.distributed import Distributed, end_of_process, process_group
+from common.kept_steps import fingerprint
+from common.precision import Precision, agreed_precision
+from common.weights import LazyTensors, copy_parameters, listed, named_tensors, read
+from dataset import SequenceRows
+from pretrained import FAMILY, open_model, trained_length
+from tokens.masked_lm import TokenModel
+from tokens.protein_rows import LABELS, open_proteins
+
+
+FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+ROWS_PER_PART = 512  # of what is written at once, and not computed again after an interruption
+LONGEST = 2**31 - 1
+
+
+def open_encoder(source: str, layer_backend: str, device: torch.device) -> tuple[TokenModel, str]:
+    """The encoder with its weights, and a fingerprint of them. Raises ValueError for a source that lacks some."""
+    shape, weights, _ = open_model(source, strict=False)
+    shape.layer_backend = layer_backend
+    with torch.device("meta"):
+        model = FAMILY.model(shape).base_model
+    sizes = {name: tensor.shape for name, tensor in named_tensors(model).items()}
+    theirs = {name: f"{model.base_model_prefix}.{name}" for name in sizes}
+    missing = [n for n in sizes if theirs[n] not in weights and not n.startswith("contact_head.")]  # that is not used
+    if missing:
+        raise ValueError(f"{source} lacks {listed(missing)}, so it is no whole encoder.")
+    found = {name: read(weights, theirs[name]) for name in sizes if theirs[name] in weights}
+    values = LazyTensors({name: found.get(name, partial(torch.zeros, size)) for name, size in sizes.items()})
+    model.to_empty(device=device)
+    copy_parameters(model, values)
+    return model.eval(), fingerprint(values, None, source)
+
+
+def open_sequences(distributed: Distributed, file: str, column: str) -> tuple[datasets.Dataset, SequenceRows]:
+    """The rows of a file, FASTA unless its name says otherwise, and where their sequences are."""
+    kind = FORMATS.get(Path(file.removesuffix(".gz")).suffix, "fasta")
+    column = "sequence" if kind == "fasta" else column
+    with distributed.main_first():
+        rows = open_proteins("data", {"path": kind, "data_files": file, "split": "train"}, column)
+    source = SequenceRows("data", rows, column, LONGEST, seed=0)
+    source.build_index(distributed)
+    return rows, source
+
+
+def batches(sizes: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Rows that have residues, from short to long, so many at once that their tokens are at most `max_tokens`."""
+    order = np.argsort(sizes, kind="stable")
+    groups: list[list[int]] = []
+    total = max_tokens
+    for row in order[sizes[order] > 0]:
+        total += sizes[row]
+        if total > max_tokens:
+            groups.append([])
+            total = sizes[row]
+        groups[-1].append(row)
+    return [np.array(group) for group in groups]
+
+
+@torch.no_grad()
+def vectors(model: TokenModel, precision: Precision, tokens: list[np.ndarray]) -> list[np.ndarray]:
+    """Of each protein, given with the tokens of start and end, a vector for each residue, [residues, width]."""
+    lengths = [len(some) for some in tokens]
+    packed = {
+        "input_ids": torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
+        "cu_seqlens": torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
+    }
+    packed = {name: tensor.to(precision.device) for name, tensor in packed.items()}
+    with precision.forward(autocast=True):
+        hidden = model(**packed, max_seqlen=max(lengths), seq_lens=lengths).last_hidden_state
+    return [some[1:-1] for some in np.split(hidden.float().cpu().numpy(), np.cumsum(lengths)[:-1])]
+
+
+def table(rows: np.ndarray, ids: list | None, found: dict[int, np.ndarray], width: int, per_residue: bool, half: bool):
+    """The columns of some rows; `found` are the vectors of residues by row."""
+    kind, dtype = (pa.float16(), np.float16) if half else (pa.float32(), np.float32)
+    columns = {"row": pa.array(rows, pa.int64())}
+    if ids is not None:
+        columns["id"] = pa.array(ids, pa.string())
+    empty = np.zeros((0, width), dtype)
+    each = [found.get(int(row), empty) for row in rows]
+    columns["num_residues"] = pa.array([len(one) for one in each], pa.int32())
+    absent = pa.array([len(one) == 0 for one in each])
+    means = np.stack([one.mean(0) if len(one) else np.zeros(width) for one in each]).astype(dtype)
+    columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(means.ravel(), kind), width, mask=absent)
+    if per_residue:
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(each).astype(dtype).ravel(), kind), width)
+        offsets = pa.array(np.cumsum([0, *map(len, each)]), pa.int64())
+        columns["residue_embeddings"] = pa.LargeListArray.from_arrays(offsets, flat, mask=absent)
+    return pa.table(columns)
+
+
+def embed(distributed: Distributed, options: argparse.Namespace) -> None:
+    """All of it; every rank takes its share of the parts."""
+    target, device = Path(options.target), distributed.device
+    parts = target.with_name(f"{target.name}.parts")
+    with distributed.fail_together():
+        if target.exists():
+            raise ValueError(f"{target} exists; move it away or give another name.")
+        if options.tokens < 1:
+            raise ValueError(f"--tokens={options.tokens} must be at least 1.")
+        rows, source = open_sequences(distributed, options.file, options.column)
+        model, weights = open_encoder(options.model, options.layer_backend, device)
+        wide = model.config.hidden_size >= 256
+        bits, _ = agreed_precision(distributed, options.precision, bf16_pays=wide)
+        precision = Precision(device, bits, bf16_pays=wide)
+        job = {"data": source.identity, "model": weights, "per_residue": options.per_residue, "half": options.half}
+        job |= {"column": options.column, "bf16": precision.dtype is not None, "rows_per_part": ROWS_PER_PART}
+        with writing(target):
+            if distributed.is_main:
+                parts.mkdir(parents=True, exist_ok=True)
+                if not (parts / "job.json").exists():
+                    (parts / "job.json").write_text(json.dumps(job))
+            distributed.gather(None)
+            if json.loads((parts / "job.json").read_text()) != job:
+                raise ValueError(f"{parts} was begun with another file, model or option; remove it to start anew.")
+    sizes, count = source.sizes(np.arange(len(source)), 0), -(-len(source) // ROWS_PER_PART)
+    longest, trained = int(sizes.max(initial=0)), trained_length(model.config)
+    if longest > trained:
+        distributed.say(
+            f"{int((sizes > trained).sum()):,} of {len(source):,} proteins are longer than the {trained:,} tokens "
+            f"that the model was trained on, up to {longest - 2:,} residues: they are embedded whole."
+        )
+    own = range(distributed.rank, count, distributed.num_ranks)
+    with tqdm(total=int(sizes.sum()), unit=" residues", unit_scale=True, disable=not distributed.is_main) as bar:
+        for number in range(count):
+            some = np.arange(number * ROWS_PER_PART, min((number + 1) * ROWS_PER_PART, len(source)))
+            file = parts / f"part_{number:06d}.parquet"
+            if number in own and not file.exists():
+                found: dict[int, np.ndarray] = {}
+                for batch in batches(sizes[some], options.tokens):
+                    tokens = source.read(some[batch], 0)
+                    found |= zip(some[batch].tolist(), vectors(model, precision, tokens), strict=True)
+                    bar.update(int(sizes[some[batch]].sum()) * min(distributed.num_ranks, count))
+                names = next((name for name in LABELS if name in rows.column_names), None)
+                ids = [str(name) for name in rows[some][names]] if names else None
+                done = table(some, ids, found, model.config.hidden_size, options.per_residue, options.half)
+                pq.write_table(done, file.with_suffix(".partial"))
+                file.with_suffix(".partial").rename(file)
+    with distributed.fail_together():
+        distributed.gather(None)  # all parts are there
+        if distributed.is_main:
+            with writing(target):
+                join(parts, count, target)
+    distributed.say(f"{len(source):,} proteins, {model.config.hidden_size} numbers each: {target}")
+
+
+def join(parts: Path, count: int, target: Path) -> None:
+    """The parts in their order as one file, which appears only when it is complete."""
+    partial_file = parts / "all.partial"
+    files = [parts / f"part_{number:06d}.parquet" for number in range(count)]
+    with pq.ParquetWriter(partial_file, pq.read_schema(files[0])) as writer:
+        for file in files:
+            writer.write_table(pq.read_table(file))
+    partial_file.rename(target)
+    shutil.rmtree(parts)
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="FASTA, also .gz; or .parquet, .csv, .tsv, .json, .arrow")
+    parser.add_argument("model")
+    parser.add_argument("target", help="the parquet file to write")
+    parser.add_argument("--per-residue", action="store_true", help="a vector for each residue as well")
+    parser.add_argument("--half", action="store_true", help="16-bit numbers instead of 32")
+    parser.add_argument("--column", default="sequence", help="where sequences are, if the file is no FASTA")
+    parser.add_argument("--tokens", type=int, default=8192, help="how many go through the model at once")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--layer-backend", choices=("auto", "te", "cpp", "torch"), default="auto")
+    return parser.parse_args(words)
+
+
+def main(words: list[str]) -> None:
+    """In a process group of its own."""
+    options = parse(words)
+    with process_group(seed=0) as distributed:
+        embed(distributed, options)
+
+
+if __name__ == "__main__":
+    with end_of_process(), command():
+        main(sys.argv[1:])
