@@ -92,7 +92,10 @@ def best_step(folder: Path, metric: str, better: Callable) -> tuple[float, int] 
     """Value and step of the best of the complete checkpoints that were validated when they were saved."""
     found = []
     for step in complete_steps(folder):
-        run = json.loads((folder / f"step_{step}" / "run.json").read_text())
+        try:
+            run = json.loads((folder / f"step_{step}" / "run.json").read_text())
+        except (OSError, ValueError):  # damaged, or removed meanwhile
+            continue
         validation = run.get("logger", run).get("validation") or {}
         if validation.get("step") == step and is_number(validation.get(metric)):
             found.append((validation[metric], step))

@@ -44,6 +44,14 @@ def test_what_cannot_be_is_refused(overrides, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_damaged_checkpoint_is_not_the_best(tmp_path):
+    for step, text in ((1, ""), (2, '{"logger": {"validation": {"step": 2, "loss": 3.0}}}')):
+        (tmp_path / f"step_{step}").mkdir()
+        (tmp_path / f"step_{step}" / ".metadata").touch()
+        (tmp_path / f"step_{step}" / "run.json").write_text(text)
+    assert kept_steps.best_step(tmp_path, "loss", min) == (3.0, 2)
+
+
 def test_a_number_that_is_none_is_never_the_best():
     assert kept_steps.is_better(1.0, None, min) and kept_steps.is_better(0.5, (1.0, 1), min)
     assert not kept_steps.is_better(1.0, (1.0, 1), min) and not kept_steps.is_better(2.0, (1.0, 1), min)
