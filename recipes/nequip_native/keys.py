@@ -17,8 +17,9 @@ from common.anomalies import Anomalies
 from common.loss_schedules import LossSchedules
 from common.perf_logger import PerfLogger
 from common.run_facts import start_wandb
-from common.scheduler import Schedule, adamw, end_of_decay, linear_schedule, scheduled
+from common.scheduler import Plateau, Schedule, adamw, end_of_decay, linear_schedule, scheduled
 from dataset import TrainLoader, open_validation
+from metrics import BETTER
 
 
 def top_level(
@@ -40,13 +41,18 @@ def top_level(
 def lr_schedule(
     optimizer: torch.optim.Optimizer,
     *,
-    kind: Literal["linear", "cosine"],
+    kind: Literal["linear", "cosine", "plateau"],
     num_warmup_steps: NonNegativeInt,
     num_training_steps: PositiveInt,
     decay_fraction: PositiveFloat,
     min_lr_fraction: NonNegativeFloat,
+    metric: str = "forces_mae",
+    factor: Annotated[float, Gt(0), Lt(1)] = 0.5,
+    patience: PositiveInt = 5,
 ) -> Schedule:
-    """Linear up to the peak, then down by a line or half a cosine wave, then flat."""
+    """Linear up to the peak, then down by a line, half a cosine wave, or wherever the validation stands still."""
+    if kind == "plateau":
+        return Plateau(optimizer, num_warmup_steps, metric, factor, patience, min_lr_fraction)
     shape = {
         "num_warmup_steps": num_warmup_steps, "num_training_steps": num_training_steps,
         "decay_fraction": decay_fraction, "min_lr_fraction": min_lr_fraction,
@@ -92,6 +98,14 @@ def check_pairs(config: DictConfig) -> None:
     schedules = LossSchedules(config.loss_schedules)
     if unknown := [name for name in schedules.schedules if name not in WEIGHTS]:
         raise ValueError(f"loss_schedules.{unknown[0]} is no weight of the loss; those are {', '.join(WEIGHTS)}.")
+    shape, validation = config.lr_scheduler_kwargs, config.validation
+    if shape.kind == "plateau" and not (validation.load_dataset_kwargs and validation.every_n_steps):
+        raise ValueError(
+            "lr_scheduler_kwargs.kind=plateau goes by validations: give validation.load_dataset_kwargs and "
+            "validation.every_n_steps."
+        )
+    if shape.kind == "plateau" and shape.metric not in BETTER:
+        raise ValueError(f"lr_scheduler_kwargs.metric={shape.metric} must be one of {', '.join(BETTER)}.")
     # Once on a parameter that nobody trains: what these two refuse shows now.
     optimizer = adamw(torch.nn.Linear(1, 1), **{**config.adamw_kwargs, "groups": None})
     lr_schedule(optimizer, **config.lr_scheduler_kwargs)

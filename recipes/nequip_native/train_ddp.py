@@ -111,6 +111,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         logger.log_step(step, result.losses, result.grad_norm, scheduler.get_last_lr()[0])
         scheduler.step()
         validate(step, validator.is_due(step, last))
+        scheduler.see(logger.validation)
         if checkpointer.is_due(step, step == last or stopping, logger.validation):
             checkpointer.save(step, model, optimizer, ema, parts, wait=stopping)
         if stopping:

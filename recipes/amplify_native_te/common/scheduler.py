@@ -37,6 +37,9 @@ class Schedule(LambdaLR):
             f"num_train_steps={last_step}, so the learning rate stays below its peak; a tenth of the run is usual."
         )
 
+    def see(self, validation: dict) -> None:
+        """Take what the last validation found; of those here `Plateau` alone goes by it."""
+
     def state_dict(self) -> dict:
         """How many steps were made."""
         return {"last_epoch": self.last_epoch}
@@ -54,6 +57,44 @@ class Schedule(LambdaLR):
     def get_last_lr(self) -> list[float]:
         """The rate of what no group names."""
         return [self.optimizer.defaults["lr"] * self.lr_lambdas[0](self.last_epoch)]
+
+
+class Plateau(Schedule):
+    """Warm-up, then the peak, times `factor` whenever `metric` was not better for `patience` validations in a row.
+
+    Better is at least a ten-thousandth less, so that rounding decides nothing. What it has seen is in a checkpoint.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, num_warmup_steps: int, metric: str, factor: float, patience: int, least: float
+    ):
+        self.metric, self.factor, self.patience, self.least = metric, factor, patience, least
+        self.fraction, self.best, self.waited = 1.0, None, 0
+        super().__init__(optimizer, lambda step: self.fraction * min(1.0, (step + 1) / max(num_warmup_steps, 1)))
+        self.num_warmup_steps = num_warmup_steps
+
+    def see(self, validation: dict) -> None:
+        """Raises ValueError for a validation that has no such metric."""
+        if validation.get("step") != self.last_epoch:  # it was seen when it was new
+            return
+        if self.metric not in validation:
+            raise ValueError(f"lr_scheduler_kwargs.metric={self.metric} is not in the validation's results.")
+        value = validation[self.metric]
+        better = value is not None and (self.best is None or value < (1 - 1e-4) * self.best)
+        self.best, self.waited = (value, 0) if better else (self.best, self.waited + 1)
+        if self.waited >= self.patience:
+            self.fraction, self.waited = max(self.least, self.fraction * self.factor), 0
+            self.load_state_dict(self.state_dict())  # the rate of the next step
+
+    def state_dict(self) -> dict:
+        """Steps, and what the validations said."""
+        return super().state_dict() | {name: getattr(self, name) for name in ("fraction", "best", "waited")}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from there; a checkpoint of another schedule has seen no validation."""
+        self.fraction, self.best = state.get("fraction", 1.0), state.get("best")
+        self.waited = state.get("waited", 0)
+        super().load_state_dict(state)
 
 
 def in_groups(model: Module, groups: list[ParameterGroup] | None) -> list[tuple[dict, list[Parameter]]]:
