@@ -27,6 +27,7 @@ from atoms.findings import Finding, findings
 from atoms.neighbours import Cutoffs
 from atoms.structures import SYMBOLS, structures_of
 from atoms.survey import Survey, statistics, survey
+from common.command import one_line, writing
 from common.distributed import Distributed, end_of_process, process_group, stop_with
 
 
@@ -174,11 +175,14 @@ def inspect(distributed: Distributed, arguments: argparse.Namespace) -> bool:
         elements = found.elements()
         numbers, notes = statistics(found, elements)
         print(report(found, problems, numbers, elements, notes))
-        arguments.out.mkdir(parents=True, exist_ok=True)
         listed = [{"name": p.name, "bad": p.bad, "text": p.text, "rows": p.rows.tolist()} for p in problems]
         whole = {"elements": elements, "cutoff": arguments.cutoff, "statistics": numbers, "findings": listed}
-        (arguments.out / "data.json").write_text(json.dumps(whole, indent=1) + "\n")
-        picture(arguments.out / "data.png", found, elements)
+        with writing(arguments.out):
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            partial = arguments.out / ".data.json.partial"
+            partial.write_text(json.dumps(whole, indent=1) + "\n")
+            partial.rename(arguments.out / "data.json")  # the report before is replaced
+            picture(arguments.out / "data.png", found, elements)
         print(f"\nwritten: {arguments.out}/data.json, {arguments.out}/data.png")
     return not any(problem.bad for problem in problems)
 
@@ -200,8 +204,8 @@ def main() -> int:
     try:
         with process_group(seed=0) as distributed, distributed.fail_together():
             return 0 if inspect(distributed, arguments) else 1
-    except ValueError as error:
-        stop_with(str(error))
+    except (ValueError, OSError) as error:
+        stop_with(one_line(error))
 
 
 if __name__ == "__main__":

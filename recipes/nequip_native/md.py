@@ -3,7 +3,8 @@
 
     python md.py final_model structure.xyz --temperature 300 --steps 1000
 
-At constant energy (velocity Verlet) after velocities of that temperature, or with a Langevin thermostat (--nvt).
+At constant energy (velocity Verlet) after velocities of that temperature, or with a Langevin thermostat (--nvt). The
+trajectory can be watched while it grows, and is there when a run is stopped.
 """
 
 import argparse
@@ -14,14 +15,14 @@ from common import quiet  # noqa: F401  # isort: skip
 import matplotlib as mpl
 import numpy as np
 from ase import units
-from ase.io import Trajectory, read
+from ase.io import Trajectory
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 from ase.md.verlet import VelocityVerlet
 from tqdm import tqdm
 
-from atoms.final_model import calculator
-from common.command import command
+from atoms.final_model import calculator, frames, refuse_existing
+from common.command import command, writing
 
 
 mpl.use("Agg")
@@ -33,8 +34,12 @@ def run(model: Path, structure: Path, target: Path, temperature: float, steps: i
     """Write `target.traj` and `target.png`; returns the drift of the total energy in meV an atom and ps."""
     if steps < 1 or timestep <= 0 or temperature < 0 or every < 1:
         raise ValueError("--steps, --timestep and --every must be above 0, and --temperature at least 0.")
-    atoms, random = read(structure), np.random.default_rng(seed)
+    drawn = target.with_name(f"{target.name}.png")
+    written = target.with_name(f"{target.name}.traj")
+    refuse_existing(written, drawn)
+    atoms, random = frames(structure, "-1:")[0], np.random.default_rng(seed)
     atoms.calc = calculator(model)
+    atoms.get_potential_energy()  # an element that the model does not know, before a file is begun
     MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=random)
     Stationary(atoms)
     if nvt:
@@ -44,7 +49,7 @@ def run(model: Path, structure: Path, target: Path, temperature: float, steps: i
     else:
         dynamics = VelocityVerlet(atoms, timestep * units.fs)
     energies = []
-    with Trajectory(target.with_suffix(".traj"), "w", atoms) as trajectory, tqdm(total=steps, unit="step") as bar:
+    with Trajectory(written, "w", atoms) as trajectory, tqdm(total=steps, unit="step") as bar:
         for step in range(steps + 1):
             if step % every == 0:
                 energies.append([step * timestep, atoms.get_potential_energy(), atoms.get_kinetic_energy()])
@@ -62,7 +67,8 @@ def run(model: Path, structure: Path, target: Path, temperature: float, steps: i
     axes[0].set_ylabel("total energy - first, meV/atom")
     axes[1].plot(table[:, 0], table[:, 2] / (1.5 * units.kB * len(atoms)))
     axes[1].set(xlabel="time, fs", ylabel="temperature, K")
-    figure.savefig(target.with_suffix(".png"), dpi=120)
+    with writing(drawn):
+        figure.savefig(drawn, dpi=120)
     plt.close(figure)
     return {"drift_mev_per_atom_ps": float(drift), "swing_mev_per_atom": float(1000 * np.ptp(total))}
 
@@ -82,3 +88,4 @@ if __name__ == "__main__":
     with command():
         found = run(a.model, a.structure, a.output, a.temperature, a.steps, a.timestep, a.nvt, a.every, a.seed)
         print("  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        print(f"{a.output}.traj and {a.output}.png are written; look at the trajectory: ase gui {a.output}.traj")

@@ -10,20 +10,21 @@ from pathlib import Path
 
 from common import quiet  # noqa: F401  # isort: skip
 from ase.filters import FrechetCellFilter
-from ase.io import read, write
+from ase.io import write
 from ase.optimize import FIRE
 from tqdm import tqdm
 
-from atoms.final_model import calculator
-from common.command import command
+from atoms.final_model import calculator, frames, refuse_existing
+from common.command import command, writing
 
 
 def run(model: Path, source: Path, target: Path, max_force: float, max_steps: int, cell: bool) -> int:
     """Write the relaxed structures, `converged` in each; returns how many did not get there."""
     if max_force <= 0 or max_steps < 1:
         raise ValueError("--max-force and --max-steps must be above 0.")
+    refuse_existing(target)
     potential, relaxed, failed = calculator(model), [], 0
-    for number, atoms in enumerate(tqdm(read(source, ":"), unit="structure")):
+    for number, atoms in enumerate(tqdm(frames(source, ":"), unit="structure")):
         if cell and not atoms.pbc.all():
             raise ValueError(f"frame {number} of {source} is not periodic in all directions; leave --cell out.")
         atoms.calc = potential
@@ -34,7 +35,13 @@ def run(model: Path, source: Path, target: Path, max_force: float, max_steps: in
         kept.arrays["potential_forces"] = forces
         relaxed.append(kept)
         failed += not converged
-    write(target, relaxed)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with writing(target):
+            write(partial, relaxed, format="extxyz")
+            partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
     return failed
 
 
@@ -51,3 +58,4 @@ if __name__ == "__main__":
         failed = run(a.model, a.source, a.target, a.max_force, a.max_steps, a.cell)
         if failed:
             print(f"{failed} did not get below {a.max_force} eV/A in {a.max_steps} steps (converged=F in the file).")
+        print(f"{a.target} is written; look at it: ase gui {a.target}")

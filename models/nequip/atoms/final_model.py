@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A final model, opened by the calculator that lies in its folder, as a user of it does."""
+"""A final model, opened by the calculator that lies in its folder, as a user of it does, and what it is asked of."""
 
 import importlib.util
 import sys
@@ -21,3 +21,28 @@ def calculator(folder: Path, device: str = "cpu"):
     finally:
         sys.dont_write_bytecode = before
     return module.PotentialCalculator(device=device)
+
+
+def frames(path: Path, index: str) -> list:
+    """Structures of a file that ASE reads. Raises ValueError for one that it does not read, or that has none."""
+    from ase.io import read
+
+    try:
+        found = read(path, index)
+    except Exception as error:  # ASE's readers raise whatever a line happens to break
+        if isinstance(error, OSError) and error.strerror:  # the system's, as of a file that is not there
+            raise
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read by ASE: {what}") from error
+    if not found:
+        raise ValueError(f"{path} has no structures in it.")
+    return found
+
+
+def refuse_existing(*targets: Path) -> None:
+    """Raise ValueError for a file that would be written over, or whose folder is not there."""
+    for target in targets:
+        if target.exists():
+            raise ValueError(f"{target} exists; move it away or give another name.")
+        if not target.parent.is_dir():
+            raise ValueError(f"{target} cannot be written: there is no folder {target.parent}.")

@@ -32,6 +32,13 @@ def test_energy_is_kept_and_a_trajectory_and_a_picture_are_left(final_model, tmp
     coarse = md.run(final_model, structure, tmp_path / "run", 300.0, 20, 1.0, False, 5, 0)
     assert fine["swing_mev_per_atom"] < 0.5 * coarse["swing_mev_per_atom"] < 1 and (tmp_path / "run.png").exists()
     assert len(Trajectory(tmp_path / "run.traj")) == 5
+    with pytest.raises(ValueError, match=r"fine\.traj exists; move it away"):
+        md.run(final_model, structure, tmp_path / "fine", 300.0, 1, 1.0, False, 5, 0)
+    with pytest.raises(ValueError, match=r"no folder .*nowhere"):
+        md.run(final_model, structure, tmp_path / "nowhere" / "md", 300.0, 1, 1.0, False, 5, 0)
+    (tmp_path / "broken.xyz").write_text("3\n\nCu 0 0\n")
+    with pytest.raises(ValueError, match=r"broken\.xyz cannot be read by ASE"):
+        md.run(final_model, tmp_path / "broken.xyz", tmp_path / "new", 300.0, 1, 1.0, False, 5, 0)
     with pytest.raises(ValueError, match="must be above 0"):
         md.run(final_model, structure, tmp_path / "run", 300.0, 0, 1.0, False, 5, 0)
 
@@ -42,6 +49,9 @@ def test_what_does_not_get_there_is_said(final_model, tmp_path):
     write(tmp_path / "two.xyz", read(RECIPE / "data" / "validation.extxyz", ":2"))
     failed = relax.run(final_model, tmp_path / "two.xyz", tmp_path / "relaxed.xyz", 1e-4, 4, False)
     relaxed = read(tmp_path / "relaxed.xyz", ":")
+    with pytest.raises(ValueError, match=r"relaxed\.xyz exists; move it away"):
+        relax.run(final_model, tmp_path / "two.xyz", tmp_path / "relaxed.xyz", 1e-4, 1, False)
+    assert not list(tmp_path.glob(".*"))
     assert failed == 2 and not any(atoms.info["converged"] for atoms in relaxed)
     assert {"potential_energy"} <= set(relaxed[0].info)
 
