@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from safetensors import SafetensorError
 
 import modeling_allegro
 import modeling_nequip
@@ -199,10 +200,14 @@ def materialize(
 
 
 def open_potential(folder: Path) -> Potential:
-    """The model of a checkpoint `step_<n>` or of a final model. Raises ValueError for another folder."""
-    config, weights = read_saved(folder)
-    model = KINDS[config.model_type][1](config)
-    model.load_state_dict(weights)
+    """The model of a checkpoint `step_<n>` or of a final model. Raises ValueError for others and damaged ones."""
+    try:
+        config, weights = read_saved(folder)
+        model = KINDS[config.model_type][1](config)
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}: its weights and config.json do not fit or are damaged: {reason:.200}") from error
     return model
 
 

@@ -76,9 +76,12 @@ def read_settings(source: str, run: dict | None, config_name: str, overrides: li
             raise ValueError(f"{key} is not set, so there is no data; give {EXAMPLE}.")
         read_whole(config, typed_text(overrides))
         OmegaConf.update(config, "validation", OmegaConf.to_container(config.validation, resolve=True))
-        for key, value in {"model_tag": source, "num_train_steps": 1}.items():
-            if key in missing:  # of no use here
-                OmegaConf.update(config, key, value)
+        if run is not None or "model_tag" in missing:  # what a run began from may be gone
+            config.model_tag = source
+        if "init_from" in config:
+            config.init_from = None
+        if "num_train_steps" in missing:
+            config.num_train_steps = 1
         config.dataset.load_dataset_kwargs = {"path": "none"}  # nothing is trained on
         if "mix" in config.dataset:
             config.dataset.mix = None

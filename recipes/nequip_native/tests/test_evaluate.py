@@ -13,6 +13,7 @@ from structure_files import labelled, write
 
 import evaluate
 import metrics
+from build_model import open_potential
 from common.contract.running import run_here
 from dataset import open_validation
 
@@ -57,7 +58,11 @@ def test_a_file_is_read_whole(tmp_path, capfd):
     """Also where the run kept a part of its own file for validation, and where a model has no run beside it."""
     run, file = tmp_path / "run", write(labelled(7), tmp_path / "test.extxyz")
     words = [f"checkpoint.ckpt_dir={run}", "checkpoint.save_final_model=true", "num_train_steps=1"]
-    run_here("train_ddp", run, *words, "validation.load_dataset_kwargs.split='train[50%:]'")
+    start = tmp_path / "start"
+    run_here("train_ddp", start, f"checkpoint.ckpt_dir={start}", "num_train_steps=1")
+    words += [f"model_tag={start}", f"init_from={start}", "validation.load_dataset_kwargs.split='train[50%:]'"]
+    run_here("train_ddp", run, *words)
+    shutil.rmtree(start)
     alone = shutil.copytree(run / "final_model", tmp_path / "alone")
     found = []
     for model in (run, run / "final_model", alone):
@@ -67,6 +72,10 @@ def test_a_file_is_read_whole(tmp_path, capfd):
         assert (tmp_path / "o" / "parity.png").exists() and found[-1]["num_structures"] == 7
         assert json.loads((tmp_path / "o" / "errors.json").read_text()).items() <= found[-1].items()
         shutil.rmtree(tmp_path / "o")
+    for content in (b"", (alone / "model.safetensors").read_bytes()[:-100]):
+        (alone / "model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"alone: its weights and config\.json do not fit or are damaged"):
+            open_potential(alone)
     assert found[0]["forces_rmse"] == pytest.approx(found[1]["forces_rmse"]) == pytest.approx(found[2]["forces_rmse"])
 
 
