@@ -85,9 +85,9 @@ def model_card(run: dict) -> str:
     config, model, counts = run["config"], run["model"], run["logger"]
     shown = {k: v for k, v in config.items() if k not in ("checkpoint", "logger", "validation", "wandb_init_args")}
     # A card gets published; where files lay on the machine it was written on is nobody's business.
-    shown = json.loads(re.sub(r'"/[^"]*/([^"/]*)"', r'"\1"', json.dumps(shown)))
+    shown = json.loads(re.sub(r'"/[^"]*/([^"/]+)/?"', r'"\1"', json.dumps(shown)))
     return CARD.format(
-        kind=model["model_type"], model_tag=shown["model_tag"], step=run["step"],
+        kind=model["model_type"], model_tag=Path(config["model_tag"]).name, step=run["step"],
         elements=", ".join(model["elements"]),
         architecture={"nequip": "NequIP", "allegro": "Allegro"}[model["model_type"]], cutoff=model["cutoff"],
         dtype=model["dtype"], num_atoms=counts["num_atoms"], errors=error_table(run),

@@ -68,6 +68,7 @@ def predictions(folder: Path) -> np.ndarray:
 
 def like(source: Path) -> list[str]:
     """The model of the source, in a run that must move nothing."""
+    source = f"{source}/"  # as a shell completes it
     nulls = [f"model_kwargs.{key}=null" for key in ("num_features", "num_element_features", "radial_width", "cutoff")]
     return [
         *nulls, f"init_from={source}", f"model_tag={source}", "precision=fp64", "num_train_steps=1",
@@ -86,8 +87,10 @@ def test_step_0_is_the_pretrained_model(kind, tmp_path, capsys):
     assert np.ptp(before) > 0.1 and np.abs(after - before).max() < 1e-12
     found, _ = open_pretrained(str(tmp_path / "new"))  # a run's newest checkpoint
     assert (found.elements, found.num_neighbors, found.cutoff) == (config.elements, 17.0, 3.7)
+    card = (tmp_path / "new" / "final_model" / "README.md").read_text()
+    assert "# old, 1 steps" in card and "init_from: old\n" in card and str(tmp_path) not in card
     said = "".join(capsys.readouterr())
-    assert f"Step 0 is init_from={tmp_path / 'old'}. Kept of it: elements Ni Cu Al; num_neighbors" in said
+    assert f"Step 0 is init_from={tmp_path / 'old'}/. Kept of it: elements Ni Cu Al; num_neighbors" in said
 
 
 @pytest.mark.parametrize("kind", ["nequip", "allegro"])
