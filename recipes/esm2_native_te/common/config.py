@@ -54,7 +54,9 @@ def check_config(
                 raise ValueError(
                     f"{key}={as_text(values[key])} must be a section; set its keys, {key}.<name>=<value>."
                 )
-        if missing := sorted(OmegaConf.missing_keys(config)):
+        # OmegaConf's own list of them fails where another key refers to one.
+        missing = sorted(key for key, value in flat(values).items() if value == "???")
+        if missing := missing or sorted(OmegaConf.missing_keys(config)):
             raise ValueError(f"{missing[0]} is not set; give it on the command line or in the config.")
         _as_meant(config, {"": top_level, **sections})
         take_own(config, _typed())

@@ -245,6 +245,7 @@ def test_a_sections_keys_are_what_is_keyword_only():
         ({"sed": 1}, "Unknown key sed: did you mean seed?"),
         ({"reader": {"path": 3}}, "reader.path=3 must be text."),
         ({"reader": {"path": "???"}}, "reader.path is not set; give it on the command line or in the config."),
+        ({"reader": {"path": "???"}, "name": "${reader.path}"}, "reader.path is not set; give it on the command line"),
         ({"reader": {"path": "a", "mix": [1, "x"]}}, "reader.mix[1]=x must be a number."),
         ({"reader": {}}, "reader.path was taken out of the configuration; to leave it as it is, do not name it."),
         ({"reader": {"path": "a", "rank": 1}}, "Unknown key reader.rank"),
