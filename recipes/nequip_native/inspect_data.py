@@ -113,7 +113,11 @@ def compare_stress(found: Survey, potential: Path) -> list[Finding]:
     # A poor potential is wrong by any factor; by a unit's or a sign only the labels are.
     bad = held > 0.8 and any(abs(abs(np.log(abs(slope))) - np.log(one)) < 0.3 for one in (1, 160.2, 1602, 1.602e6))
     text = f"Stress is {slope:.3g} times what differences of the potential's energy give, in {len(some)} structures "
-    told = "set --unit stress=... (training: dataset.units.stress)" if bad else "is the potential good enough to tell?"
+    told = (
+        "set --unit stress=... (training: +dataset.units.stress=...)"
+        if bad
+        else "is the potential good enough to tell?"
+    )
     return [Finding("stress_potential", bad, f"{text}[stress]; {told}.")]
 
 
@@ -151,7 +155,9 @@ def report(found: Survey, problems: list[Finding], numbers: dict, elements: list
         + ", ".join(f"{e} {v:.4f}" for e, v in zip(elements, numbers["per_element_energy"], strict=True)),
         f"forces: RMS {numbers['forces_rms']:.4f} eV/A; "
         + ", ".join(f"{e} {v:.4f}" for e, v in zip(elements, numbers["forces_rms_per_type"], strict=True)),
-        f"stress: RMS {numbers['stress_rms']:.5f} eV/A^3 ({numbers['stress_rms'] * 160.21766:.2f} GPa)",
+        f"stress: RMS {numbers['stress_rms']:.5f} eV/A^3 ({numbers['stress_rms'] * 160.21766:.2f} GPa)"
+        if found.total("stresses")
+        else "stress: none",
         *notes,
         "",
     ]
@@ -175,7 +181,7 @@ def inspect(distributed: Distributed, arguments: argparse.Namespace) -> bool:
         elements = found.elements()
         numbers, notes = statistics(found, elements)
         print(report(found, problems, numbers, elements, notes))
-        listed = [{"name": p.name, "bad": p.bad, "text": p.text, "rows": p.rows.tolist()} for p in problems]
+        listed = [{"name": p.name, "bad": bool(p.bad), "text": p.text, "rows": p.rows.tolist()} for p in problems]
         whole = {"elements": elements, "cutoff": arguments.cutoff, "statistics": numbers, "findings": listed}
         with writing(arguments.out):
             arguments.out.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import numpy as np
 from ase import units
 from ase.io import Trajectory
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.velocitydistribution import Stationary
 from ase.md.verlet import VelocityVerlet
 from tqdm import tqdm
 
@@ -40,7 +40,9 @@ def run(model: Path, structure: Path, target: Path, temperature: float, steps: i
     atoms, random = frames(structure, "-1:")[0], np.random.default_rng(seed)
     atoms.calc = calculator(model)
     atoms.get_potential_energy()  # an element that the model does not know, before a file is begun
-    MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=random)
+    # Maxwell and Boltzmann's: ASE's function for it changed its name between releases.
+    spread = np.sqrt(units.kB * temperature * atoms.get_masses())
+    atoms.set_momenta(spread[:, None] * random.standard_normal((len(atoms), 3)))
     Stationary(atoms)
     if nvt:
         dynamics = Langevin(

@@ -34,17 +34,18 @@ class Kind:
 
 KINDS = {
     "no_labels": Kind(True, "energy, forces", "has neither an energy nor forces",
-                      "name what the file calls them: dataset.label_keys.energy and .forces"),
-    "not_finite": Kind(True, "energy, forces, stress", "has a label that is infinite or none",
+                      "name what the file calls them: +dataset.label_keys.energy=... and "
+                      "+dataset.label_keys.forces=..."),
+    "not_finite": Kind(True, "energy, forces, stress", "has a label that is infinite or NaN",
                        "take the frame out; its calculation failed"),
-    "no_geometry": Kind(True, "positions, cell", "has a position or lattice vector that is infinite or none",
+    "no_geometry": Kind(True, "positions, cell", "has a position or lattice vector that is infinite or NaN",
                         "take the frame out"),
     "close_atoms": Kind(True, "positions", "has atoms {value:.2f} A apart",
-                        "take the frame out, or set dataset.units.length if the file is not in A"),
+                        "take the frame out, or set +dataset.units.length=... if the file is not in A"),
     "fractional": Kind(True, "positions", "has fractional coordinates for Cartesian ones: all lie between 0 and 1",
                        "multiply them by the cell: atoms.set_scaled_positions(atoms.positions)"),
     "dense": Kind(True, "cell", "has {value:.2g} A^3 of its cell for each atom",
-                  "give the cell in A, or set dataset.units.length"),
+                  "give the cell in A, or set +dataset.units.length=..."),
     "pbc_without_cell": Kind(True, "pbc", "is periodic along a direction that has no lattice vector",
                              "set pbc to F there, or give the cell"),
     "no_neighbours": Kind(True, "positions", "has no two atoms within the cutoff of {value:g} A",

@@ -103,7 +103,7 @@ def of_units(survey: Survey) -> list[Finding]:
     return [*of_forces(survey), *of_stress(survey), *of_lengths(survey)]
 
 
-GRADIENTS = "[forces]; they are gradients perhaps: dataset.units.forces=-eV/Ang."
+GRADIENTS = "[forces]; they are gradients perhaps: +dataset.units.forces=-eV/Ang."
 
 
 def of_forces(survey: Survey) -> list[Finding]:
@@ -121,7 +121,7 @@ def of_forces(survey: Survey) -> list[Finding]:
                 f"Energies change {abs(fit[0]):.3g} times as much between frames as the forces say [energy, forces]; "
             )
             text += f"as with {guess}: " if guess else ""
-            found.append(Finding("force_units", True, text + "set dataset.units.energy, .forces or .length."))
+            found.append(Finding("force_units", True, text + "set +dataset.units.energy=..., forces or length."))
     elif within is not None and within > 0.3:
         text = "Forces seem to have the wrong sign: neighbours nearer than others pull each other closer "
         found.append(Finding("force_sign", within > 0.5, text + GRADIENTS))
@@ -129,14 +129,14 @@ def of_forces(survey: Survey) -> list[Finding]:
     if stiffness and not soft < abs(stiffness) < hard and not any(finding.name == "force_units" for finding in found):
         amount, unit = ("more", "kcal/mol/Ang") if abs(stiffness) > hard else ("less", "hartree/bohr")
         text = f"By these forces bonds are {abs(stiffness):.3g} eV/A^2 stiff, {amount} than most [forces]; if in "
-        found.append(Finding("force_units", False, f"{text}{unit}: dataset.units.forces={unit}."))
+        found.append(Finding("force_units", False, f"{text}{unit}: +dataset.units.forces={unit}."))
     return found
 
 
 def of_stress(survey: Survey) -> list[Finding]:
     """Stress against the energy of strained frames, against volume and heat, and by its size."""
     found, fit = [], _slope(survey.total("stress_work"))
-    told = "[stress]; ASE's is +dE/d(strain)/V, under tension positive: dataset.units.stress=-eV/Ang^3."
+    told = "[stress]; ASE's is +dE/d(strain)/V, under tension positive: +dataset.units.stress=-eV/Ang^3."
     squeezed, heated = _together(survey.total("squeeze"), 20), _together(survey.total("heat"), 20)
     if fit and fit[1] > 0.8:
         if fit[0] < 0:
@@ -147,9 +147,9 @@ def of_stress(survey: Survey) -> list[Finding]:
             )
         if abs(np.log(abs(fit[0]))) > 0.25:
             unit = _nearest(fit[0], STRESS_SLOPES)
-            guess = f"as with stress in {unit}: dataset.units.stress={'-' if fit[0] < 0 else ''}{unit}."
+            guess = f"as with stress in {unit}: +dataset.units.stress={'-' if fit[0] < 0 else ''}{unit}."
             text = f"Energies change {abs(fit[0]):.3g} times as much between strained frames as stress says [stress]; "
-            found.append(Finding("stress_units", True, text + (guess if unit else "set dataset.units.stress.")))
+            found.append(Finding("stress_units", True, text + (guess if unit else "set +dataset.units.stress=...")))
         return found
     if squeezed is not None and squeezed < -0.5:
         text = f"Stress seems to have the wrong sign: it falls as the cell grows {told}"
@@ -161,7 +161,7 @@ def of_stress(survey: Survey) -> list[Finding]:
     if rms > 0.3:
         unit = "GPa" if rms < 60 else "kbar"
         text = f"Stress of {rms:.3g} eV/A^3 (root mean square; {rms * 160.2:,.0f} GPa) is more than materials usually "
-        text += f"bear [stress]; if it is in {unit}: dataset.units.stress={unit}."
+        text += f"bear [stress]; if it is in {unit}: +dataset.units.stress={unit}."
         found.append(Finding("stress_units", rms > 2, text))
     return found
 
@@ -173,7 +173,7 @@ def of_lengths(survey: Survey) -> list[Finding]:
     if ratios.sum() < 50 or median < 1.6:
         return []
     text = f"Nearest neighbours are {median:.2f} times the sum of their covalent radii apart [positions]; if lengths "
-    return [Finding("length_units", False, text + "are in bohr: dataset.units.length=bohr.")]
+    return [Finding("length_units", False, text + "are in bohr: +dataset.units.length=bohr.")]
 
 
 def _together(products: np.ndarray, fewest: int) -> float | None:

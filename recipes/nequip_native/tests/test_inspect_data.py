@@ -28,6 +28,16 @@ def test_sound_data(tmp_path, distributed, capsys):
     assert (tmp_path / "report" / "data.png").stat().st_size > 10_000
 
 
+def test_what_is_wrong_with_the_data_as_a_whole_is_written_too(tmp_path, distributed, capsys):
+    frames = labelled(12)
+    for frame in frames:
+        frame.calc.results["stress"] = frame.calc.results["stress"] * 160.2 * 100
+    assert not inspect_data.inspect(distributed, arguments(write(frames, tmp_path / "a.extxyz"), tmp_path))
+    assert "+dataset.units.stress=" in capsys.readouterr().out
+    (finding,) = json.loads((tmp_path / "report" / "data.json").read_text())["findings"]
+    assert finding["bad"] is True and finding["rows"] == []
+
+
 @pytest.mark.parametrize("unit", ["-eV/Ang^3", "bar"])
 def test_stress_against_a_potential(unit, tmp_path, distributed, capsys):
     path = write(labelled(6), tmp_path / "a.extxyz")
