@@ -95,7 +95,8 @@ def check_form(name: str, kwargs: dict) -> None:
     path, split = kwargs.get("path"), kwargs.get("split")
     if isinstance(path, str) and Path(path).expanduser().is_file():
         raise ValueError(f"{name}.path={path} is a file; give its format, as path=parquet, and data_files={path}.")
-    if kwargs.get("streaming") and isinstance(split, str) and "[" in split:
+    on_disk = isinstance(path, str) and saved_to_disk(Path(path).expanduser())  # its rows have numbers
+    if kwargs.get("streaming") and isinstance(split, str) and "[" in split and not on_disk:
         raise ValueError(
             f"{name}.split={split} cannot be with streaming=true, which reads a split from its begin to its end; give "
             f"split={split.partition('[')[0]} and files of their own for validation, or streaming=false."

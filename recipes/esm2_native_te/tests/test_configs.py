@@ -94,10 +94,11 @@ def test_every_argument_is_read(section):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_every_key_outside_sections_is_read(trainer):
-    files = (f"{trainer}.py", "build_model.py", "common/perf_logger.py")
+    files = (f"{trainer}.py", "build_model.py", "common/config.py", "common/perf_logger.py", "tokens/low_precision.py",
+             "tokens/starting_weights.py")  # fmt: skip
     text = "".join((RECIPE / file).read_text() for file in files)
     for key in keyword_only(top_level):
-        assert f"config.{key}" in text, key
+        assert f"config.{key}" in text or f'config.get("{key}"' in text, key
 
 
 # ---- the published runs
@@ -121,7 +122,7 @@ def test_published_values(name, layers, width, heads, lr, warmup):
     assert (size.num_hidden_layers, size.hidden_size, size.num_attention_heads) == (layers, width, heads)
     assert size.intermediate_size == 4 * width and size.token_dropout
     assert config["adamw_kwargs"] == {
-        "lr": lr, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 0.01, "fused": True,
+        "lr": lr, "betas": [0.9, 0.98], "eps": 1e-8, "weight_decay": 0.01, "fused": True, "groups": None,
     }  # fmt: skip
     assert config["lr_scheduler_kwargs"] == {
         "num_warmup_steps": warmup, "num_training_steps": 500_000, "decay_fraction": 0.9, "min_lr_fraction": 0.1,
