@@ -4,8 +4,10 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Gt, Le
 from omegaconf import DictConfig
 from pydantic import NonNegativeFloat, PositiveInt
 from transformers import EuroBertConfig
@@ -29,7 +31,7 @@ def model_config(
     layer_backend: str,
     *,
     hidden_size: PositiveInt | None = None,
-    num_hidden_layers: PositiveInt | None = None,
+    num_hidden_layers: Annotated[int, Gt(0), Le(1000)] | None = None,
     num_attention_heads: PositiveInt | None = None,
     intermediate_size: PositiveInt | None = None,
     initializer_range: NonNegativeFloat | None = None,

@@ -137,7 +137,8 @@ def embed(distributed: Distributed, options: argparse.Namespace) -> None:
             if distributed.is_main:
                 parts.mkdir(parents=True, exist_ok=True)
                 if not (parts / "job.json").exists():
-                    (parts / "job.json").write_text(json.dumps(job))
+                    (parts / ".job.json.partial").write_text(json.dumps(job))
+                    (parts / ".job.json.partial").rename(parts / "job.json")
             distributed.gather(None)
             if json.loads((parts / "job.json").read_text()) != job:
                 raise ValueError(f"{parts} was begun with another file, model or option; remove it to start anew.")

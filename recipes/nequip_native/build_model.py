@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Gt, Le
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
@@ -84,7 +85,7 @@ def model_config(
     train_shifts: bool = False,
     zbl: Literal["metal", "real"] | None = None,
     parity: bool | None = None,
-    num_layers: PositiveInt | None = None,
+    num_layers: Annotated[int, Gt(0), Le(1000)] | None = None,
     num_features: list[int] | None = None,
     num_element_features: PositiveInt | None = None,
     radial_depth: NonNegativeInt | None = None,

@@ -49,7 +49,7 @@ def sources_of_mix(key: str, mix: Mapping, of_all: Mapping) -> dict[str, dict]:
 class Mixture:
     """A source (common/loader.py) made of others by name; an epoch has as many rows as all of them together.
 
-    `weights` are numbers of rows, in any unit.
+    `weights` are numbers of rows, in any unit. Raises ValueError for fewer rows than shares can be rounded to.
     """
 
     def __init__(self, sources: Mapping[str, object], weights: Mapping[str, float], seed: int):
@@ -57,6 +57,11 @@ class Mixture:
         self.weights, self.seed = [float(weights[name]) for name in self.names], seed
         self.lengths = [len(source) for source in self.sources]
         self.num_rows = sum(self.lengths)
+        # What rounding leaves, up to a row a source, is the largest's, which must not lose more than it has.
+        if self.num_rows * max(self.weights) < (len(sources) - 1) * sum(self.weights):
+            raise ValueError(
+                f"mix: {len(sources)} sources of {self.num_rows} rows together cannot be mixed; take fewer."
+            )
 
     def __len__(self) -> int:
         return self.num_rows

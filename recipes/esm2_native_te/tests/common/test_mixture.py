@@ -134,3 +134,11 @@ def test_it_says_what_an_epoch_has():
         "an epoch of 100 rows has of s0 51 (1 times its 50 rows), s1 33 (1.1 times its 30 rows), "
         "s2 16 (0.8 times its 20 rows)"
     )
+
+
+def test_more_sources_than_shares_can_be_rounded_to():
+    with pytest.raises(ValueError, match="mix: 5 sources of 6 rows together cannot be mixed"):
+        mixture((2, 1, 1, 1, 1), (1, 1, 1, 1, 1))
+    mixed = mixture((16, 1, 1, 1, 1), (1, 1, 1, 1, 1))
+    draws = np.array([mixed.draws_before(epoch) for epoch in range(40)])
+    assert (np.diff(draws, axis=0) >= 0).all() and (draws.sum(1) == 20 * np.arange(40)).all()
