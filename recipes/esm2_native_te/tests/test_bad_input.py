@@ -93,7 +93,7 @@ def test_keys(refused, override, parts):
         ("dataset.load_dataset_kwargs=file.parquet", "a section of keys"),
         ("validation.load_dataset_kwargs=file.parquet", "a section of keys or null"),
         ("model_kwargs.num_attention_heads=0", "a whole number above 0 or null"),
-        ("model_kwargs.num_hidden_layers=100000000", "above 0 and of at most 1000 or null"),
+        ("model_kwargs.num_hidden_layers=100000000", "a whole number above 0 and of at most 1000 or null"),
         ("precision=fp16", "one of auto, bf16, fp32"),
         ("layer_backend=jax", "one of auto, te, cpp, torch"),
         ("fp8_config.fp8_format=E5M2", "one of HYBRID, E4M3 or null"),
