@@ -118,7 +118,11 @@ def open_pretrained(family: Family, init_from: str, shape, partial: bool = False
     Sets in `shape` what no key says. Raises ValueError for weights that do not fit.
     """
     try:
-        found, weights, unknown = open_model(family, init_from, strict=not partial)
+        folder = str(find_model(init_from))
+    except ValueError as error:
+        raise ValueError(f"init_from={error}") from error
+    try:
+        found, weights, unknown = open_model(family, folder, strict=not partial)
         differ = [k for k in (*SHAPE, "vocab_size") if getattr(found, k) != getattr(shape, k)]
         if [k for k in differ if not partial or k not in ("num_hidden_layers", "vocab_size")]:
             theirs, ours = (", ".join(f"{k}={getattr(c, k)}" for k in differ) for c in (found, shape))
