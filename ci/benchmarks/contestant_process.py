@@ -329,6 +329,7 @@ def train_ours(job: SimpleNamespace, gate: Gate) -> None:
             train_ddp.train(config, distributed)
 
     train_ddp.PerfLogger = GatedLogger
+    sys.argv[1:] = []  # those of the benchmark are no keys
     launch(main)
 
 

@@ -302,7 +302,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         key = override.lstrip("+").partition("=")[0] + "."
         if any(key.startswith(f"{taken}.") or f"{taken}.".startswith(key) for taken in TAKEN):
             parser.error(f"{override}: the benchmark sets that itself; see --help.")
-    if suffix(RECIPE.name):
+    if found.recipe and suffix(RECIPE.name):
         parser.error(f"--recipe {found.recipe}: the depths to begin with are known of ESM-2 only.")
     if found.limit_gib is not None and not 0 < found.limit_gib < math.inf:
         parser.error(f"--limit-gib {found.limit_gib:g} must be a number of GiB above 0, 20 for instance.")

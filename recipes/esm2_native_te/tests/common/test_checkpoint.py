@@ -227,8 +227,11 @@ def test_the_same_data_in_another_place_is_the_same_data(straight, tmp_path):
     whole = straight("train_ddp")
     shutil.copy(RECIPE / "data" / "train.parquet", tmp_path / "moved.parquet")
     moved = f"dataset.load_dataset_kwargs.data_files={tmp_path / 'moved.parquet'}"
-    saves = saving_to(tmp_path, LAST)
-    run_here("train_ddp", stopped_at(tmp_path, whole), *saves, moved, "checkpoint.allow_config_change=true")
+    sample = (
+        f"validation.load_dataset_kwargs.data_files={RECIPE / 'data' / 'validation.parquet'}"  # else it is left out
+    )
+    run_here("train_ddp", stopped_at(tmp_path, whole), *saving_to(tmp_path, LAST), moved, sample,
+             "checkpoint.allow_config_change=true")  # fmt: skip
     assert curve(tmp_path) == curve(whole)
 
 

@@ -46,7 +46,8 @@ def make_logger(distributed, folder: Path | None, **options) -> PerfLogger:
     precision = Precision(torch.device("cpu"), "fp32", bf16_pays=False)
     given = {"frequency": 2, "log_dir": folder and str(folder), "peak_tflops": 0.5} | options
     config = OmegaConf.create(CONFIG)
-    return PerfLogger(distributed, config, 1234, flops, precision, METRICS, "/x/train_ddp.py", **given)
+    model = torch.nn.Linear(1233, 1)  # of 1,234 parameters
+    return PerfLogger(distributed, config, model, flops, precision, METRICS, "/x/train_ddp.py", **given)
 
 
 def batch(num_atoms: int, num_structures: int, num_slots: int) -> Batch:

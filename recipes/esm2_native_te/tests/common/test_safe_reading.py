@@ -45,10 +45,8 @@ def planted(request, whole, tmp_path) -> tuple[Path, Path]:
         (folder / ".metadata").write_bytes(pickle.dumps(Trap(marker)))
     else:
         metadata = read_metadata(folder)
-        if request.param == "entry":  # a number of the optimizer's is a pickle at the end of the file
-            index = next(
-                i for i in metadata.storage_data if i.fqn.startswith("optimizer.param_groups") and "betas" in i.fqn
-            )
+        if request.param == "entry":  # a model's tensor is a pickle at the end of the file
+            index = next(i for i in metadata.storage_data if i.fqn.startswith("model."))
             info, evil = metadata.storage_data[index], io.BytesIO()
             torch.save(Trap(marker), evil)
             file = folder / info.relative_path
