@@ -288,7 +288,7 @@ def train_ours(job: SimpleNamespace, gate: Gate) -> None:
 
         def start(self, step, notes):
             super().start(step, notes)
-            auto = build_precision(OmegaConf.merge(config, {"precision": "auto"}), gate.shape, self.distributed.device)
+            auto = build_precision(OmegaConf.merge(config, {"precision": "auto"}), gate.shape, self.distributed)
             gate.ready(
                 num_parameters=self.run["num_parameters"],
                 precision_auto="bf16" if auto.dtype else "fp32",
