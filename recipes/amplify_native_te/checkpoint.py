@@ -256,7 +256,8 @@ class Checkpointer:
             )
         if self.distributed.is_main:
             self._tidy()
-        self.best = self.distributed.gather(self._best() if self.distributed.is_main else None)[0]
+        if self.keep_best:
+            self.best = self.distributed.gather(self._best() if self.distributed.is_main else None)[0]
 
     def _newest(self) -> str:
         steps = complete_steps(self.folder)

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Protein rows to batches: one source or a mixture of several, and what training and validation read."""
 
-from functools import partial
-
 import datasets
-import numpy as np
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt
 
@@ -12,12 +9,13 @@ import metrics
 from collator import VOCABULARY, MaskedLMCollator, Masking
 from common.distributed import Distributed
 from common.epoch_plan import EpochPlan
-from common.loader import Loader, StreamedMicroBatches, start_worker_server
+from common.loader import Loader, start_worker_server
 from common.mixture import Mixture, sources_of_mix
-from common.open_data import first_rows, share_of, whence
+from common.open_data import first_rows, whence
 from common.validation import Validator
 from tokens import protein_rows
 from tokens.layout import token_grouping
+from tokens.protein_data import check_limits, first_look, micro_batches_of, rows_to_validate, validator_of
 from tokens.protein_rows import Alphabet, open_proteins
 
 
@@ -36,16 +34,6 @@ class SequenceRows(protein_rows.SequenceRows):
     """Each row is a sequence of AMPLIFY's alphabet; `|` stands between chains."""
 
     alphabet = ALPHABET
-
-
-def check_limits(section: str, max_seq_length: int, mlm_probability: float, window_rows: int) -> None:
-    """Raise ValueError for a number that leaves nothing to learn from."""
-    if max_seq_length < 3:
-        raise ValueError(f"{section}.max_seq_length={max_seq_length} must be at least 3: <bos>, a residue, <eos>.")
-    if not 0 < mlm_probability < 1:
-        raise ValueError(f"{section}.mlm_probability={mlm_probability} must lie between 0 and 1.")
-    if window_rows < 1:
-        raise ValueError(f"{section}.window_rows={window_rows} must be at least 1.")
 
 
 class TrainLoader(Loader):
@@ -70,7 +58,7 @@ class TrainLoader(Loader):
         window_rows: int = 10_000,
     ):
         section = "dataset"
-        check_limits(section, max_seq_length, mlm_probability, window_rows)
+        check_limits(section, ALPHABET, max_seq_length, mlm_probability, window_rows)
         grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
         asked = {section: {"load_dataset_kwargs": load_dataset_kwargs, "sequence_column": sequence_column}}
         if mix is not None:
@@ -85,28 +73,14 @@ class TrainLoader(Loader):
                 if isinstance(rows, datasets.IterableDataset):
                     stream, rows = rows, first_rows(name, load_dataset_kwargs, rows, min(window_rows, 1000))
             source = SequenceRows(name, rows, part["sequence_column"], max_seq_length, seed)
-            # One rank looks for odd signs, and tells all if there is nothing to read.
-            some = source.sequences(np.arange(min(window_rows, len(source))), epoch=0) if distributed.is_main else []
-            if some and not any(ALPHABET.tokenize(sequence) for sequence in some):
-                raise ValueError(f"{name}: the first {len(some):,} sequences are all empty; is the column right?")
-            if cleaning := source.odd(some):
-                notes.append(f"{name}: {cleaning}" if mix else cleaning)
+            odd, baseline = first_look(name, source, window_rows, distributed)
+            if odd:
+                notes.append(f"{name}: {odd}" if mix else odd)
             sources.append(source)
-            baselines.append(ALPHABET.baseline(some))
+            baselines.append(baseline)
         if stream is not None:
-            as_bytes = datasets.Features({sequence_column: datasets.Value("large_binary")})  # text need not decode
-            with distributed.main_first():
-                stream = stream.select_columns([sequence_column]).cast(as_bytes)
-                stream, num_workers = share_of(section, stream, distributed, num_workers)
-            prepare = partial(ALPHABET.streamed, max_seq_length, sequence_column)
-            data = StreamedMicroBatches(
-                stream,
-                prepare,
-                grouping,
-                window_rows,
-                seed,
-                distributed.data_rank,
-                source.fingerprint(np.arange(min(64, len(source)))),
+            data, num_workers = micro_batches_of(
+                section, stream, source, grouping, window_rows, seed, distributed, num_workers
             )
         else:
             for source in sources:
@@ -152,26 +126,14 @@ def open_validation(
     section = "validation"
     if load_dataset_kwargs is None:
         return Validator(distributed, None, None, metrics, every_n_steps)
-    for key, value in (("every_n_steps", every_n_steps), ("max_rows", max_rows)):
-        if value is not None and value < 1:
-            raise ValueError(f"{section}.{key}={value} must be at least 1.")
-    check_limits(section, max_seq_length, mlm_probability, window_rows)
+    check_limits(section, ALPHABET, max_seq_length, mlm_probability, window_rows)
     grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
-    with distributed.main_first():
-        rows = open_proteins(section, load_dataset_kwargs, sequence_column)
-        if isinstance(rows, datasets.IterableDataset):
-            if max_rows is None:
-                raise ValueError(f"{section}.load_dataset_kwargs.streaming=true needs {section}.max_rows.")
-            rows = first_rows(section, load_dataset_kwargs, rows, max_rows)
-    if max_rows is not None and max_rows < len(rows):
-        rows = rows.take(max_rows).flatten_indices()
+    rows = rows_to_validate(
+        section, load_dataset_kwargs, (sequence_column, "sequence_column"), every_n_steps, max_rows, distributed
+    )
     source = SequenceRows(section, rows, sequence_column, max_seq_length, VALIDATION_SEED)
-    source.build_index(distributed)
-    if not source.sizes(np.arange(min(window_rows, len(source))), epoch=0).any():
-        raise ValueError(f"{section}: the sequences are all empty; is {section}.sequence_column right?")
     collate = MaskedLMCollator.on(distributed, packed, VALIDATION_SEED, mlm_probability, pad_to_multiple_of)
     collate.masking = masking
-    plan = EpochPlan(source, grouping, None, window_rows)
-    validator = Validator(distributed, plan, collate, metrics, every_n_steps)
-    validator.facts.append(f"{section}: {source.amount} of {whence(load_dataset_kwargs)}")
-    return validator
+    return validator_of(
+        source, load_dataset_kwargs, grouping, window_rows, distributed, collate, metrics, every_n_steps
+    )

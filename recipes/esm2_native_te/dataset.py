@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Protein rows to batches: sources, and what training and validation read."""
 
-from functools import partial
-
 import datasets
-import numpy as np
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt
 
@@ -13,11 +10,12 @@ from collator import MaskedLMCollator
 from common import RECIPE
 from common.distributed import Distributed
 from common.epoch_plan import EpochPlan
-from common.loader import Loader, StreamedMicroBatches, start_worker_server
-from common.open_data import first_rows, share_of, whence
+from common.loader import Loader, start_worker_server
+from common.open_data import first_rows, whence
 from common.validation import Validator
 from tokens import protein_rows
 from tokens.layout import token_grouping
+from tokens.protein_data import check_limits, first_look, micro_batches_of, rows_to_validate, validator_of
 from tokens.protein_rows import Alphabet, open_proteins
 
 
@@ -43,16 +41,6 @@ class ClusterRows(protein_rows.ClusterRows):
     """Each row is a cluster of such sequences."""
 
     alphabet = ALPHABET
-
-
-def check_limits(section: str, max_seq_length: int, mlm_probability: float, window_rows: int) -> None:
-    """Raise ValueError for a number that leaves nothing to learn from."""
-    if max_seq_length < 3:
-        raise ValueError(f"{section}.max_seq_length={max_seq_length} must be at least 3: <cls>, a residue, <eos>.")
-    if not 0 < mlm_probability < 1:
-        raise ValueError(f"{section}.mlm_probability={mlm_probability} must lie between 0 and 1.")
-    if window_rows < 1:
-        raise ValueError(f"{section}.window_rows={window_rows} must be at least 1.")
 
 
 def open_source(
@@ -92,7 +80,7 @@ class TrainLoader(Loader):
         window_rows: int = 10_000,
     ):
         section = "dataset"
-        check_limits(section, max_seq_length, mlm_probability, window_rows)
+        check_limits(section, ALPHABET, max_seq_length, mlm_probability, window_rows)
         grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
         if num_workers:
             start_worker_server()
@@ -105,36 +93,21 @@ class TrainLoader(Loader):
         if streaming and protein_database is not None:
             raise ValueError(f"{section}.protein_database needs {section}.load_dataset_kwargs.streaming=false.")
         source = open_source(section, rows, sequence_column, cluster_column, protein_database, max_seq_length, seed)
-        # One rank looks for odd signs, and tells all if there is nothing to read.
-        some = source.sequences(np.arange(min(window_rows, len(source))), epoch=0) if distributed.is_main else []
-        cleaning = source.odd(some)
-        if some and not any(ALPHABET.tokenize(sequence) for sequence in some):
-            raise ValueError(f"{section}: the first {len(some):,} sequences are all empty; is the column right?")
+        odd, baseline = first_look(section, source, window_rows, distributed)
         if streaming:
-            as_bytes = datasets.Features({sequence_column: datasets.Value("large_binary")})  # text need not decode
-            with distributed.main_first():
-                stream = stream.select_columns([sequence_column]).cast(as_bytes)
-                stream, num_workers = share_of(section, stream, distributed, num_workers)
-            prepare = partial(ALPHABET.streamed, max_seq_length, sequence_column)
-            data = StreamedMicroBatches(
-                stream,
-                prepare,
-                grouping,
-                window_rows,
-                seed,
-                distributed.data_rank,
-                source.fingerprint(np.arange(min(64, len(source)))),
+            data, num_workers = micro_batches_of(
+                section, stream, source, grouping, window_rows, seed, distributed, num_workers
             )
         else:
             source.build_index(distributed)
             data = EpochPlan(source, grouping, seed, window_rows)
         collate = MaskedLMCollator.on(distributed, packed, seed, mlm_probability, pad_to_multiple_of)
         super().__init__(distributed, section, data, collate, num_workers)
-        self.notes += [cleaning] if cleaning else []
+        self.notes += [odd] if odd else []
         amount = "a stream" if streaming else source.amount
         self.sources += [
             f"{section}: {amount} of {whence(load_dataset_kwargs)}",
-            f"{section}: {ALPHABET.baseline(some)}",
+            f"{section}: {baseline}",
         ]
 
 
@@ -165,28 +138,14 @@ def open_validation(
     section = "validation"
     if load_dataset_kwargs is None:
         return Validator(distributed, None, None, metrics, every_n_steps)
-    for key, value in (("every_n_steps", every_n_steps), ("max_rows", max_rows)):
-        if value is not None and value < 1:
-            raise ValueError(f"{section}.{key}={value} must be at least 1.")
-    check_limits(section, max_seq_length, mlm_probability, window_rows)
+    check_limits(section, ALPHABET, max_seq_length, mlm_probability, window_rows)
     grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
     column = (cluster_column, "cluster_column") if protein_database else (sequence_column, "sequence_column")
-    with distributed.main_first():
-        rows = open_proteins(section, load_dataset_kwargs, *column)
-        if isinstance(rows, datasets.IterableDataset):
-            if max_rows is None:
-                raise ValueError(f"{section}.load_dataset_kwargs.streaming=true needs {section}.max_rows.")
-            rows = first_rows(section, load_dataset_kwargs, rows, max_rows)
-    if max_rows is not None and max_rows < len(rows):
-        rows = rows.take(max_rows).flatten_indices()
+    rows = rows_to_validate(section, load_dataset_kwargs, column, every_n_steps, max_rows, distributed)
     source = open_source(
         section, rows, sequence_column, cluster_column, protein_database, max_seq_length, VALIDATION_SEED
     )
-    source.build_index(distributed)
-    if not source.sizes(np.arange(min(window_rows, len(source))), epoch=0).any():
-        raise ValueError(f"{section}: the sequences are all empty; is {section}.sequence_column right?")
     collate = MaskedLMCollator.on(distributed, packed, VALIDATION_SEED, mlm_probability, pad_to_multiple_of)
-    plan = EpochPlan(source, grouping, None, window_rows)
-    validator = Validator(distributed, plan, collate, metrics, every_n_steps)
-    validator.facts.append(f"{section}: {source.amount} of {whence(load_dataset_kwargs)}")
-    return validator
+    return validator_of(
+        source, load_dataset_kwargs, grouping, window_rows, distributed, collate, metrics, every_n_steps
+    )

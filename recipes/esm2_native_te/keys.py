@@ -18,6 +18,7 @@ from common.scheduler import adamw
 from common.scheduler import linear_schedule as lr_schedule
 from dataset import TrainLoader, open_validation
 from tokens.formats import FP4, FP8
+from tokens.low_precision import check_together
 from tokens.quant_stats import QuantStats
 
 
@@ -80,22 +81,7 @@ def check_pairs(config: DictConfig) -> None:
         wrong = next(key for key, is_set in own_layers_only.items() if is_set)
         own = config.model_tag.removeprefix("facebook/")
         raise ValueError(f"{wrong} is nothing that Hugging Face's model_tag={config.model_tag} has; {own} has it.")
-    if config.cp_size > 1 and not config.use_sequence_packing:
-        raise ValueError(f"cp_size={config.cp_size} needs use_sequence_packing=true.")
-    for section in (FP8(**config.fp8_config), FP4(**config.fp4_config)):
-        attention = [key for key in ("fp8_dpa", "fp8_mha") if (section["recipe_kwargs"] or {}).get(key)]
-        if section.enabled and config.cp_size > 1 and attention:
-            raise ValueError(
-                f"{section.as_given('recipe_kwargs')} cannot be with cp_size={config.cp_size}, which exchanges "
-                f"attention's inputs in BF16; leave {attention[0]} out."
-            )
-        if section.enabled and config.use_torch_compile and section.recipe == "DelayedScaling":
-            raise ValueError(
-                f"{section.as_given()} cannot be with use_torch_compile=true: TransformerEngine does not compile it; "
-                "Float8CurrentScaling can be."
-            )
-    if config.quant_stats_config.enabled and config.use_torch_compile:
-        raise ValueError("quant_stats_config.enabled=true cannot be with use_torch_compile=true; leave one out.")
+    check_together(config)
     # Once on a parameter that nobody trains: what these two refuse shows now.
     optimizer = adamw(torch.nn.Linear(1, 1), **{**config.adamw_kwargs, "groups": None})
     lr_schedule(optimizer, **config.lr_scheduler_kwargs)

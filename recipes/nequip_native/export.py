@@ -9,8 +9,6 @@ writes `config.json`, `model.safetensors`, `calculator.py`, which is all the cod
 
 import argparse
 import json
-import re
-import shutil
 from pathlib import Path
 
 
@@ -21,8 +19,8 @@ from atoms.calculator_file import write_potential
 from atoms.exported import write_program
 from build_model import open_potential
 from common.command import command, writing
-from common.files import open_to_readers
-from common.own_data import data_names, validated_on, weights_of
+from common.files import whole_folder
+from common.own_data import data_names, published, validated_on, weights_of
 from common.step_folder import damage
 
 
@@ -68,31 +66,23 @@ def export(step_folder: Path, target: Path, pt2: bool = False) -> None:
         raise ValueError(f"{target} exists; move it away or give another name.")
     run = json.loads((step_folder / "run.json").read_text())
     potential = open_potential(step_folder)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with writing(target):
-        partial.mkdir(parents=True)
-        write_potential(partial, potential.config, type(potential), potential.state_dict())
-        (partial / "README.md").write_text(model_card(run))
+    with whole_folder(target) as folder:
+        write_potential(folder, potential.config, type(potential), potential.state_dict())
+        (folder / "README.md").write_text(model_card(run))
         if pt2:
-            write_program(potential, partial / "potential.pt2")
-        open_to_readers(partial)
-        partial.rename(target)
+            write_program(potential, folder / "potential.pt2")
 
 
 def model_card(run: dict) -> str:
     """What the model is and how it came about, in Markdown."""
     config, model, counts = run["config"], run["model"], run["logger"]
-    shown = {k: v for k, v in config.items() if k not in ("checkpoint", "logger", "validation", "wandb_init_args")}
-    # A card gets published; where files lay on the machine it was written on is nobody's business.
-    shown = json.loads(re.sub(r'"/[^"]*/([^"/]+)/?"', r'"\1"', json.dumps(shown)))
     return CARD.format(
         kind=model["model_type"], model_tag=Path(config["model_tag"]).name, step=run["step"],
         elements=", ".join(model["elements"]),
         architecture={"nequip": "NequIP", "allegro": "Allegro"}[model["model_type"]], cutoff=model["cutoff"],
         dtype=model["dtype"], num_atoms=counts["num_atoms"], errors=error_table(run),
         data=data_names(config["dataset"]["load_dataset_kwargs"]), weights=weights_of(run),
-        config=OmegaConf.to_yaml(OmegaConf.create(shown)),
+        config=OmegaConf.to_yaml(OmegaConf.create(published(config))),
     )  # fmt: skip
 
 
@@ -122,6 +112,6 @@ if __name__ == "__main__":
     parser.add_argument("--pt2", action="store_true", help="potential.pt2 too; it takes seconds to a minute")
     arguments = parser.parse_args()
     target = arguments.target or arguments.step_folder.parent / "final_model"
-    with command():
+    with command(), writing(target):
         export(arguments.step_folder, target, arguments.pt2)
         print(f"{target} is written; its README.md says how to open it")

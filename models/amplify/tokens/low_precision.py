@@ -162,3 +162,23 @@ def build_precision(config: DictConfig, shape, distributed: Distributed) -> LowP
         FP8(**config.fp8_config), FP4(**config.fp4_config), config.fp8_layers, config.fp4_layers,
         QuantStats(**config.quant_stats_config), filter(None, (note, bits_note)),
     )  # fmt: skip
+
+
+def check_together(config: DictConfig) -> None:
+    """Raise ValueError for layouts and number formats that cannot be together, on any hardware."""
+    if config.cp_size > 1 and not config.use_sequence_packing:
+        raise ValueError(f"cp_size={config.cp_size} needs use_sequence_packing=true.")
+    for section in (FP8(**config.fp8_config), FP4(**config.fp4_config)):
+        attention = [key for key in ("fp8_dpa", "fp8_mha") if (section["recipe_kwargs"] or {}).get(key)]
+        if section.enabled and config.cp_size > 1 and attention:
+            raise ValueError(
+                f"{section.as_given('recipe_kwargs')} cannot be with cp_size={config.cp_size}, which exchanges "
+                f"attention's inputs in BF16; leave {attention[0]} out."
+            )
+        if section.enabled and config.use_torch_compile and section.recipe == "DelayedScaling":
+            raise ValueError(
+                f"{section.as_given()} cannot be with use_torch_compile=true: TransformerEngine does not compile it; "
+                "Float8CurrentScaling can be."
+            )
+    if config.quant_stats_config.enabled and config.use_torch_compile:
+        raise ValueError("quant_stats_config.enabled=true cannot be with use_torch_compile=true; leave one out.")

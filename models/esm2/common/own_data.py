@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whose data a configuration names: a user's own takes the place of the sample that comes with the recipe."""
 
+import json
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,12 @@ def validated_on(run: dict) -> str:
         return "none"
     data = validation.get("data") or data_names(run["config"]["validation"].get(KWARGS))
     return f"`{data}`" + (f", after {validation['step']:,} steps" if validation["step"] != run["step"] else "")
+
+
+def published(config: dict) -> dict:
+    """What a model card shows of a configuration: others read it, whom the folders of this machine do not concern."""
+    shown = {k: v for k, v in config.items() if k not in ("checkpoint", "logger", "validation", "wandb_init_args")}
+    return json.loads(re.sub(r'"/[^"]*/([^"/]+)/?"', r'"\1"', json.dumps(shown)))
 
 
 def weights_of(run: dict) -> str:

@@ -2,14 +2,13 @@
 """How every command ends: with one sentence and exit code 2 at a user's mistake, never with a traceback."""
 
 import os
-import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from common.files import open_to_readers
+from common.files import whole_folder
 
 
 def one_line(error: BaseException) -> str:
@@ -50,20 +49,11 @@ def writing(target: Path):
 
 @contextmanager
 def new_folder(target: Path):
-    """Gives a folder to write to, which takes the name `target` once the block has ended well.
+    """`whole_folder` of a command's `target`.
 
     Raises ValueError for a target that has something in it, and where it cannot be written.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists; move it away or give another name.")
-    partial = target.with_name(f".{target.name}.partial")
-    with writing(target):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    try:
-        with writing(target):
-            yield partial
-            open_to_readers(partial)
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with writing(target), whole_folder(target) as folder:
+        yield folder

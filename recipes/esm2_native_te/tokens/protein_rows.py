@@ -47,7 +47,7 @@ class Alphabet:
         self.residues = "".join(token for token in vocabulary if len(token) == 1 and token.isalpha())
         self.signs = self.residues + separator
         self.tokens = {sign: vocabulary.index(sign) for sign in self.signs}
-        self.unknown, other = unknown, vocabulary.index(unknown)
+        self.around, self.unknown, other = (start, end), unknown, vocabulary.index(unknown)
         self.to_token = bytes(self.tokens.get(chr(sign).upper(), other) for sign in range(256))
         self.start, self.end = (bytes([vocabulary.index(token)]) for token in (start, end))
 

@@ -4,7 +4,8 @@
 import errno
 import math
 import os
-from contextlib import suppress
+import shutil
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,20 @@ def open_to_readers(folder: Path) -> None:
     for path in folder.rglob("*"):
         with suppress(OSError):  # not every file system has modes
             path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
+
+
+@contextmanager
+def whole_folder(target: Path):
+    """Gives a folder to write to, which takes the name `target` once the block has ended well, and goes otherwise."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        open_to_readers(partial)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def moved_aside(path: Path) -> Path:
