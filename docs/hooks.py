@@ -112,11 +112,18 @@ def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) ->
 
 
 def on_page_content(html: str, page, config: MkDocsConfig, files: Files) -> str:
-    """For phones: short cells do not break, and a picture opens at its full size."""
+    """For phones: short cells and keys do not break, long keys between words, and a picture opens at its full size."""
 
     def cell(match: re.Match) -> str:
         words = re.sub(r"<[^>]+>", "", match[2])
         return f"<td{match[1]} data-short>{match[2]}</td>" if len(words) <= 28 else match[0]
 
+    def key(match: re.Match) -> str:
+        words = match[1]
+        if len(words) <= 36:
+            return f"<code data-short>{words}</code>"
+        return "<code>" + re.sub(r"([._=/,])", r"\1<wbr>", words) + "</code>"
+
+    html = re.sub(r"<code>([^<>\n]+)</code>", key, html)
     html = re.sub(r"<td((?: style=[^>]*)?)>(.*?)</td>", cell, html, flags=re.S)
     return re.sub(r'(<img [^>]*?src="([^"]+)"[^>]*>)', r'<a class="picture" href="\2">\1</a>', html)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the pictures of docs/concepts.md; the first three from the recipe's own code and sample.
+"""Draw the pictures of docs/concepts.md; some from the recipe's own code and sample.
 
 python docs/pictures.py                     # writes docs/images/concepts/*.svg
 """
