@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which keys the configuration has, whose arguments each section is, and which values cannot be together."""
 
-import math
 from typing import Annotated, Literal
 
 import torch
@@ -17,7 +16,7 @@ from common.anomalies import Anomalies
 from common.loss_schedules import LossSchedules
 from common.perf_logger import PerfLogger
 from common.run_facts import start_wandb
-from common.scheduler import Plateau, Schedule, adamw, end_of_decay, linear_schedule, scheduled
+from common.scheduler import Plateau, Schedule, adamw, cosine_schedule, linear_schedule
 from dataset import TrainLoader, open_validation
 from metrics import BETTER
 
@@ -57,17 +56,7 @@ def lr_schedule(
         "num_warmup_steps": num_warmup_steps, "num_training_steps": num_training_steps,
         "decay_fraction": decay_fraction, "min_lr_fraction": min_lr_fraction,
     }  # fmt: skip
-    if kind == "linear":
-        return linear_schedule(optimizer, **shape)
-    decay_end = end_of_decay(num_warmup_steps, num_training_steps, decay_fraction)
-
-    def fraction_of_peak(step: int) -> float:
-        if step < num_warmup_steps:
-            return (step + 1) / num_warmup_steps
-        done = min(1.0, (step - num_warmup_steps) / (decay_end - num_warmup_steps))
-        return min_lr_fraction + (1 - min_lr_fraction) * (1 + math.cos(math.pi * done)) / 2
-
-    return scheduled(optimizer, fraction_of_peak, num_warmup_steps)
+    return (linear_schedule if kind == "linear" else cosine_schedule)(optimizer, **shape)
 
 
 SECTIONS = {

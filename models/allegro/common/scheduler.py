@@ -188,6 +188,26 @@ def linear_schedule(
     return scheduled(optimizer, fraction_of_peak, num_warmup_steps)
 
 
+def cosine_schedule(
+    optimizer: Optimizer,
+    *,
+    num_warmup_steps: NonNegativeInt,
+    num_training_steps: PositiveInt,
+    decay_fraction: PositiveFloat,
+    min_lr_fraction: NonNegativeFloat,
+) -> Schedule:
+    """As `linear_schedule`, but the decay is half a cosine wave. Raises ValueError as there."""
+    decay_end = end_of_decay(num_warmup_steps, num_training_steps, decay_fraction)
+
+    def fraction_of_peak(step: int) -> float:
+        if step < num_warmup_steps:
+            return (step + 1) / num_warmup_steps
+        done = min(1.0, (step - num_warmup_steps) / (decay_end - num_warmup_steps))
+        return min_lr_fraction + (1.0 - min_lr_fraction) * (1.0 + math.cos(math.pi * done)) / 2
+
+    return scheduled(optimizer, fraction_of_peak, num_warmup_steps)
+
+
 def damped_cosine_schedule(
     optimizer: Optimizer,
     *,

@@ -24,11 +24,13 @@ class Form(NamedTuple):
     """In what the layers of two models may differ. RMSNorm has no bias, whatever `bias` says.
 
     With `swiglu` the feed-forward part's first map is twice as wide: the gate's rows, then those that it lets through.
+    With `post_norm` sums are normalized, as in BERT (arXiv:1810.04805), and not what goes into attention.
     """
 
     normalization: str = "LayerNorm"  # or RMSNorm (arXiv:1910.07467)
-    activation: str = "gelu"  # or swiglu (arXiv:2002.05202)
+    activation: str = "gelu"  # or relu, or swiglu (arXiv:2002.05202)
     bias: bool = True
+    post_norm: bool = False
 
 
 USUAL = Form()
@@ -45,7 +47,7 @@ def swiglu(x_NF: Tensor) -> Tensor:
     return F.silu(gate_NF) * up_NF
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "swiglu": swiglu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swiglu": swiglu}
 
 
 @cache
@@ -57,7 +59,8 @@ def first_cosine() -> None:
 class AttentionInputs:
     """What all layers of one forward pass share: rotary angles and the borders of the sequences.
 
-    `angles_SD` are FP32, for positions 0 ... longest sequence - 1, the D/2 frequencies twice. `mask_B11S` is True for
+    `angles_SD` are FP32, for positions 0 ... longest sequence - 1, the D/2 frequencies twice; where nothing `turns`
+    they are 0, for kernels that turn all the same. `mask_B11S` is True for
     real tokens, None where there is no padding. Packed input has `cu_seqlens` (int32, from 0 to T) instead; with
     `context_parallel` (context_parallel.py) a rank has T / ranks tokens of it, and all of some heads in attention.
     """
@@ -74,8 +77,9 @@ class AttentionInputs:
         max_seqlen: int | None = None,
         context_parallel=None,
         seq_lens: list[int] | None = None,
+        turns: bool = True,
     ):
-        self.context_parallel = context_parallel
+        self.context_parallel, self.turns, self.positions_T = context_parallel, turns, positions_T
         if seq_lens is not None:
             self.seq_lens = seq_lens
         self.angles_SD, self.mask_B11S, self.cu_seqlens, self.max_seqlen = angles_SD, mask_B11S, cu_seqlens, max_seqlen
@@ -101,9 +105,11 @@ def sequence_index(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 
 def attention_inputs(
     input_ids: Tensor, mask_BS: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
-    seq_lens: list[int] | None, inv_freq_R: Tensor, context_parallel=None,
+    seq_lens: list[int] | None, inv_freq_R: Tensor, context_parallel=None, turns: bool = True,
 ) -> AttentionInputs:  # fmt: skip
     """Positions, from 0 in every sequence, and borders: made once for all layers. R = D / 2 frequencies, FP32.
+
+    Not `turns`: attention does not know of positions, and all frequencies are 0.
 
     Raises ValueError for a batch that is neither padded nor packed, and a padded one with context parallelism.
     """
@@ -125,34 +131,41 @@ def attention_inputs(
         starts_T = cu_seqlens[sequence_index(cu_seqlens, len(input_ids))]
         positions_T = torch.arange(len(input_ids), device=input_ids.device) - starts_T
     angles_SD = torch.arange(max_seqlen, device=input_ids.device)[:, None] * inv_freq_R.repeat(2)
-    return AttentionInputs(angles_SD, mask_B11S, cu_seqlens, positions_T, max_seqlen, context_parallel, seq_lens)
+    return AttentionInputs(
+        angles_SD, mask_B11S, cu_seqlens, positions_T, max_seqlen, context_parallel, seq_lens, turns
+    )
 
 
 def rotate(x_NHD: Tensor, inputs: AttentionInputs) -> Tensor:
     """Rotary position embedding in FP32, the first half of the channels paired with the second (arXiv:2104.09864)."""
+    if not inputs.turns:
+        return x_NHD
     first, second = x_NHD.chunk(2, dim=-1)
     turned_NHD = torch.cat((-second, first), dim=-1)
     return (x_NHD * inputs.cos_N1D + turned_NHD * inputs.sin_N1D).to(x_NHD.dtype)
 
 
-def attention(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, inputs: AttentionInputs) -> Tensor:
-    """Softmax attention of every token to the real tokens of its own sequence."""
+def attention(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Tensor:
+    """Softmax attention of every token to the real tokens of its own sequence; `dropout` is the softmax's."""
     if inputs.cu_seqlens is None:
-        q_BHSD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q_NHD, k_NHD, v_NHD))
-        return F.scaled_dot_product_attention(q_BHSD, k_BHSD, v_BHSD, attn_mask=inputs.mask_B11S).transpose(1, 2)
+        qkv = (x.transpose(1, 2) for x in (q_NHD, k_NHD, v_NHD))
+        return F.scaled_dot_product_attention(*qkv, attn_mask=inputs.mask_B11S, dropout_p=dropout).transpose(1, 2)
     # The kernel behind varlen_attn takes these only.
-    if q_NHD.is_cuda and q_NHD.dtype in (torch.bfloat16, torch.float16) and q_NHD.shape[-1] % 8 == 0:
+    in_16_bits = q_NHD.is_cuda and q_NHD.dtype in (torch.bfloat16, torch.float16)
+    if in_16_bits and q_NHD.shape[-1] % 8 == 0 and not dropout:
         cu_seqlens, max_seqlen = inputs.cu_seqlens, inputs.max_seqlen
         return varlen_attn(q_NHD, k_NHD, v_NHD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return attention_by_sequence(q_NHD, k_NHD, v_NHD, inputs)
+    return attention_by_sequence(q_NHD, k_NHD, v_NHD, inputs, dropout)
 
 
 @torch.compiler.disable  # It would be compiled again for every new list of lengths.
-def attention_by_sequence(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, inputs: AttentionInputs) -> Tensor:
+def attention_by_sequence(
+    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, inputs: AttentionInputs, dropout: float = 0.0
+) -> Tensor:
     """Attention of packed sequences, one call a sequence."""
     # [1, H, length, D]: without the leading 1, the CPU falls back to a kernel that takes two to four times as long.
     by_head = (x.unsqueeze(0).transpose(1, 2).split(inputs.seq_lens, dim=2) for x in (q_THD, k_THD, v_THD))
-    contexts_1HSD = [F.scaled_dot_product_attention(*qkv) for qkv in zip(*by_head, strict=True)]
+    contexts_1HSD = [F.scaled_dot_product_attention(*qkv, dropout_p=dropout) for qkv in zip(*by_head, strict=True)]
     return torch.cat(contexts_1HSD, dim=2).transpose(1, 2).squeeze(0)
 
 
@@ -167,10 +180,12 @@ def take_selected(x_NE: Tensor, selected_W: Tensor | None, token_dims: int = 1) 
 class Kernels:
     """What other backends compute in another way."""
 
-    def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None) -> Tensor:
+    def attention(
+        self, qkv_NHC: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None, dropout: float = 0.0
+    ) -> Tensor:
         """q, k and v of each head [N, H, 3 D], not turned yet, to [N, H, D], or of selected tokens [W, H, D]."""
         q_NHD, k_NHD, v_NHD = qkv_NHC.chunk(3, dim=-1)
-        context_NHD = attention(rotate(q_NHD, inputs), rotate(k_NHD, inputs), v_NHD, inputs)
+        context_NHD = attention(rotate(q_NHD, inputs), rotate(k_NHD, inputs), v_NHD, inputs, dropout)
         return take_selected(context_NHD, selected_W, token_dims=2)
 
     def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor | None, eps: float) -> Tensor:
@@ -178,6 +193,12 @@ class Kernels:
         if bias_E is None:
             return F.rms_norm(x_NE, x_NE.shape[-1:], weight_E, eps)
         return F.layer_norm(x_NE, x_NE.shape[-1:], weight_E, bias_E, eps)
+
+    def norm_of_sum(
+        self, x_NE: Tensor, added_NE: Tensor, weight_E: Tensor, bias_E: Tensor | None, eps: float
+    ) -> Tensor:
+        """Both [N, E], to [N, E]."""
+        return self.layer_norm(x_NE + added_NE, weight_E, bias_E, eps)
 
     def mlp(self, x_NE: Tensor, part: "LayerNormMLP") -> Tensor:
         """[N, E] to [N, E]."""
@@ -224,26 +245,30 @@ class SelfAttention(nn.Module):
 
     kernels = Kernels()
 
-    def __init__(self, hidden_size: int, num_heads: int, eps: float, form: Form):
+    def __init__(self, hidden_size: int, num_heads: int, eps: float, form: Form, dropout: float = 0.0):
         super().__init__()
-        self.num_heads = num_heads
-        self.layernorm_qkv = LayerNormLinear(hidden_size, 3 * hidden_size, eps, form)
+        self.num_heads, self.post_norm, self.dropout = num_heads, form.post_norm, dropout
+        if form.post_norm:
+            self.qkv = Linear(hidden_size, 3 * hidden_size, form.bias)
+        else:
+            self.layernorm_qkv = LayerNormLinear(hidden_size, 3 * hidden_size, eps, form)
         self.proj = Linear(hidden_size, hidden_size, form.bias)
 
     def forward(self, x_NE: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None) -> Tensor:
         """[N, E] to [N, E], or of selected tokens [W, E]; the residual not added."""
+        to_qkv = self.qkv if self.post_norm else self.layernorm_qkv
         # TransformerEngine's order of rows: q, k and v of the first head, then those of the second, ...
-        qkv_NHC = self.layernorm_qkv(x_NE).unflatten(-1, (self.num_heads, -1))
-        context_parallel = inputs.context_parallel
+        qkv_NHC = to_qkv(x_NE).unflatten(-1, (self.num_heads, -1))
+        context_parallel, dropout = inputs.context_parallel, self.dropout if self.training else 0.0
         if context_parallel is None:
-            return self.proj(self.kernels.attention(qkv_NHC, inputs, selected_W).flatten(-2))
-        context_TKD = self.kernels.attention(context_parallel.tokens_to_heads(qkv_NHC), inputs)
+            return self.proj(self.kernels.attention(qkv_NHC, inputs, selected_W, dropout).flatten(-2))
+        context_TKD = self.kernels.attention(context_parallel.tokens_to_heads(qkv_NHC), inputs, dropout=dropout)
         context_NHD = context_parallel.heads_to_tokens(context_TKD, self.num_heads)
         return self.proj(take_selected(context_NHD.flatten(-2), selected_W))
 
 
 class LayerNormMLP(nn.Module):
-    """Norm, linear map, erf-GELU or SwiGLU, linear map."""
+    """Norm, linear map, erf-GELU, ReLU or SwiGLU, linear map."""
 
     kernels = Kernels()
 
@@ -266,19 +291,45 @@ class LayerNormMLP(nn.Module):
         return self.kernels.mlp(x_NE, self)
 
 
+class PostNormMLP(LayerNormMLP):
+    """Of a sum."""
+
+    def forward(self, x_NE: Tensor, added_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, E] and what is to be added to it: the norm of their sum, and this module's own part [N, E]."""
+        norm = (self.layer_norm_weight, self.layer_norm_bias, self.eps)
+        y_NE = self.kernels.norm_of_sum(x_NE, added_NE, *norm)
+        return y_NE, self.kernels.mlp(y_NE, self)
+
+
+class NormOfSum(nn.Module):
+    """The norm at the end of a post-norm layer, with the names that TransformerEngine's has."""
+
+    kernels = Kernels()
+
+    def __init__(self, hidden_size: int, eps: float, form: Form):
+        super().__init__()
+        self.weight = parameter(hidden_size)
+        self.bias = parameter(hidden_size, present=form.normalization == "LayerNorm")
+        self.eps = eps
+
+    def forward(self, x_NE: Tensor, added_NE: Tensor) -> Tensor:
+        """Both [N, E], to [N, E]."""
+        return self.kernels.norm_of_sum(x_NE, added_NE, self.weight, self.bias, self.eps)
+
+
 # The base class answers to `gradient_checkpointing_enable()`. It recomputes `forward` and not `__call__`, so that
 # FSDP2's hooks, which cast the inputs, stay outside.
 class TransformerLayer(GradientCheckpointingLayer):
-    """Pre-norm encoder layer, with dropout of what is added to the residual stream."""
+    """Pre-norm encoder layer, with dropout of what is added to the residual stream, and of attention's softmax."""
 
     mlp_class = LayerNormMLP
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float, hidden_dropout: float = 0.0,
-        form: Form = USUAL,
+        form: Form = USUAL, attention_dropout: float = 0.0,
     ):  # fmt: skip
         super().__init__()
-        self.self_attention = SelfAttention(hidden_size, num_heads, eps, form)
+        self.self_attention = SelfAttention(hidden_size, num_heads, eps, form, attention_dropout)
         self.layernorm_mlp = self.mlp_class(hidden_size, intermediate_size, eps, form)
         self.hidden_dropout = hidden_dropout
 
@@ -290,3 +341,22 @@ class TransformerLayer(GradientCheckpointingLayer):
         """[N, E] to [N, E], or of selected tokens [W, E]."""
         x_NE = take_selected(x_NE, selected_W) + self.dropout(self.self_attention(x_NE, inputs, selected_W))
         return x_NE + self.dropout(self.layernorm_mlp(x_NE))
+
+
+class PostNormLayer(TransformerLayer):
+    """Post-norm encoder layer, as BERT's: the norm of a sum goes on, and is what the next part is added to."""
+
+    mlp_class = PostNormMLP
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float, hidden_dropout: float = 0.0,
+        form: Form = USUAL, attention_dropout: float = 0.0,
+    ):  # fmt: skip
+        super().__init__(hidden_size, intermediate_size, num_heads, eps, hidden_dropout, form, attention_dropout)
+        self.layernorm = NormOfSum(hidden_size, eps, form)
+
+    def forward(self, x_NE: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None) -> Tensor:
+        """[N, E] to [N, E], or of selected tokens [W, E]."""
+        attended_NE = self.dropout(self.self_attention(x_NE, inputs, selected_W))
+        x_NE, added_NE = self.layernorm_mlp(take_selected(x_NE, selected_W), attended_NE)
+        return self.layernorm(x_NE, self.dropout(added_NE))

@@ -56,15 +56,15 @@ def agreed_layer_backend(distributed, asked: str, head_dim: int) -> tuple[str, s
     return "torch", f"layer_backend: auto is PyTorch's on all ranks, because of rank {rank}. {note or ''}".strip()
 
 
-def layer_class(backend: str) -> type[torch.nn.Module]:
+def layer_class(backend: str, post_norm: bool = False) -> type[torch.nn.Module]:
     """The transformer layer of `te`, `cpp` or `torch`, all with the same parameters and arguments."""
     if backend == "te":
-        from tokens.layers_te import TransformerLayer
+        from tokens import layers_te as layers
     elif backend == "cpp":
-        from tokens.layers_cpp import TransformerLayer
+        from tokens import layers_cpp as layers
     else:
-        from tokens.layers import TransformerLayer
-    return TransformerLayer
+        from tokens import layers
+    return layers.PostNormLayer if post_norm else layers.TransformerLayer
 
 
 def slower_backend_note(asked: str, backend: str, device: torch.device, head_dim: int) -> str | None:

@@ -19,11 +19,11 @@ checkpoint = partial(te.checkpoint, use_reentrant=False)
 
 
 class TransformerLayer(GradientCheckpointingLayer, te.TransformerLayer):
-    """Pre-norm encoder layer, with dropout of what is added to the residual stream. Padding has to be on the right."""
+    """Pre-norm encoder layer, or post-norm as `form` says, with dropout as in `layers.py`. Padding is on the right."""
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float, hidden_dropout: float = 0.0,
-        form: Form = USUAL,
+        form: Form = USUAL, attention_dropout: float = 0.0,
     ):  # fmt: skip
         super().__init__(
             hidden_size,
@@ -31,12 +31,14 @@ class TransformerLayer(GradientCheckpointingLayer, te.TransformerLayer):
             num_heads,
             layernorm_epsilon=eps,
             hidden_dropout=hidden_dropout,
-            attention_dropout=0.0,
+            attention_dropout=attention_dropout,
             self_attn_mask_type="padding",
             fuse_qkv_params=True,
             normalization=form.normalization,
             activation=form.activation,
             bias=form.bias,
+            apply_residual_connection_post_layernorm=form.post_norm,
+            output_layernorm=form.post_norm,
             params_dtype=torch.float32,
             # A string: TransformerEngine compares it with "meta". It ignores `with torch.device(...)` by itself.
             device=torch.get_default_device().type,
@@ -75,7 +77,7 @@ class TransformerLayer(GradientCheckpointingLayer, te.TransformerLayer):
 
     def _all_tokens(self, x_NE: Tensor, inputs: AttentionInputs) -> Tensor:
         self.inputs = inputs
-        angles_S11D = None if inputs.context_parallel else inputs.angles_SD[:, None, None]
+        angles_S11D = inputs.angles_SD[:, None, None] if inputs.turns and not inputs.context_parallel else None
         if inputs.cu_seqlens is not None:
             self.self_attention.qkv_format = "thd"
             return super().forward(
@@ -90,3 +92,6 @@ class TransformerLayer(GradientCheckpointingLayer, te.TransformerLayer):
             return super().forward(x_NE, self_attn_mask_type="no_mask", rotary_pos_emb=angles_S11D)
         # Here True stands for a token to leave out.
         return super().forward(x_NE, ~inputs.mask_B11S, self_attn_mask_type="padding", rotary_pos_emb=angles_S11D)
+
+
+PostNormLayer = TransformerLayer

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformer layer of `layers.py` on CPUs, with kernels that are compiled when first needed: `layers_cpp.cpp`.
 
-Parameters are those of `layers.py`. There are kernels for attention of packed batches and layer norm in FP32 and BF16,
-and in BF16 for what lies between matrix products (GELU, not SwiGLU), if widths divide by 16; those products are then
-oneDNN's, in FP32 too where that is faster. All else goes the way of `layers.py`. Shapes as there; S positions,
-R = D / 2 rotary angles.
+Parameters are those of `layers.py`. There are kernels for attention of packed batches (without dropout) and layer norm
+in FP32 and BF16, and in BF16 for what lies between matrix products (GELU; ReLU and SwiGLU are PyTorch's), if widths
+divide by 16; those products are then oneDNN's, in FP32 too where that is faster. All else goes the way of `layers.py`.
+Shapes as there; S positions, R = D / 2 rotary angles.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.compile_cpp import compiled
 from tokens import layers
-from tokens.layers import USUAL, AttentionInputs, Form
+from tokens.layers import AttentionInputs
 
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -475,28 +475,39 @@ class LayerNormMLP(layers.LayerNormMLP):
         return x_NE, self.kernels.mlp(y_NE, self)
 
 
+def use_kernels(layer: layers.TransformerLayer, hidden_size: int, intermediate_size: int, num_heads: int) -> None:
+    """Let all parts of a layer compute with these kernels."""
+    kernels, attention = Kernels(hidden_size // num_heads), layer.self_attention
+    products = [attention.qkv if attention.post_norm else attention.layernorm_qkv, attention.proj, layer.layernorm_mlp]
+    for part in (attention, *products, *([layer.layernorm] if attention.post_norm else [])):
+        part.kernels = kernels
+    if hidden_size % VECTOR == intermediate_size % VECTOR == 0:
+        for part in products:
+            part.matmul = kernels.linear
+
+
 class TransformerLayer(layers.TransformerLayer):
     """That of `layers.py`, with these kernels."""
 
     mlp_class = LayerNormMLP
 
-    def __init__(
-        self, hidden_size: int, intermediate_size: int, num_heads: int, eps: float, hidden_dropout: float = 0.0,
-        form: Form = USUAL,
-    ):  # fmt: skip
-        super().__init__(hidden_size, intermediate_size, num_heads, eps, hidden_dropout, form)
-        kernels = Kernels(hidden_size // num_heads)
-        for part in (self.self_attention, self.self_attention.layernorm_qkv, self.layernorm_mlp):
-            part.kernels = kernels
-        if hidden_size % VECTOR == intermediate_size % VECTOR == 0:
-            for part in (self.self_attention.layernorm_qkv, self.self_attention.proj, self.layernorm_mlp):
-                part.matmul = kernels.linear
+    def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, *options, **more):
+        super().__init__(hidden_size, intermediate_size, num_heads, *options, **more)
+        use_kernels(self, hidden_size, intermediate_size, num_heads)
 
     def forward(self, x_NE: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None) -> Tensor:
         """[N, E] to [N, E], or of selected tokens [W, E]."""
         attended_NE = self.dropout(self.self_attention(x_NE, inputs, selected_W))
         x_NE, added_NE = self.layernorm_mlp(layers.take_selected(x_NE, selected_W), attended_NE)
         return x_NE + self.dropout(added_NE)
+
+
+class PostNormLayer(layers.PostNormLayer):
+    """That of `layers.py`, with these kernels."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, *options, **more):
+        super().__init__(hidden_size, intermediate_size, num_heads, *options, **more)
+        use_kernels(self, hidden_size, intermediate_size, num_heads)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -522,9 +533,11 @@ class Kernels(layers.Kernels):
         on_cpu = all(x is None or (x.dtype == torch.float32 and x.device.type == "cpu") for x in tensors)
         return self.onednn_in_float32 and on_cpu and _compute_dtype(tensors[0]) == torch.float32
 
-    def attention(self, qkv_NHC: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None) -> Tensor:
-        if inputs.cu_seqlens is None or not self._takes(qkv_NHC):
-            return super().attention(qkv_NHC, inputs, selected_W)
+    def attention(
+        self, qkv_NHC: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None, dropout: float = 0.0
+    ) -> Tensor:
+        if inputs.cu_seqlens is None or dropout or not self._takes(qkv_NHC):
+            return super().attention(qkv_NHC, inputs, selected_W, dropout)
         return attention(qkv_NHC, inputs.cos_SR, inputs.sin_SR, inputs.cu_seqlens, selected_W)[0]
 
     def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor | None, eps: float) -> Tensor:
@@ -547,6 +560,19 @@ class Kernels(layers.Kernels):
             x_NE.flatten(0, -2), added_NE.flatten(0, -2), weight_E.float(), bias_E, part.eps, self.head_dim
         )
         return sum_TE.view(x_NE.shape), y_TE.view(x_NE.shape)
+
+    def norm_of_sum(
+        self, x_NE: Tensor, added_NE: Tensor, weight_E: Tensor, bias_E: Tensor | None, eps: float
+    ) -> Tensor:
+        if not self._takes(x_NE):
+            return super().norm_of_sum(x_NE, added_NE, weight_E, bias_E, eps)
+        bias_E = None if bias_E is None else bias_E.float()
+        if added_NE.dtype == x_NE.dtype:
+            tensors = (x_NE.flatten(0, -2), added_NE.flatten(0, -2), weight_E.float(), bias_E)
+            return add_layer_norm(*tensors, eps, self.head_dim)[1].view(x_NE.shape)
+        # Not rounded to what is added: it is also what the next part is added to.
+        sum_TE = (x_NE + added_NE).flatten(0, -2)
+        return layer_norm(sum_TE, weight_E.float(), bias_E, eps, sum_TE.dtype, self.head_dim)[0].view(x_NE.shape)
 
     def linear(self, x_NE: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`F.linear`, through `linear` in BF16, to which weights are rounded, and in FP32 where that is faster."""

@@ -88,6 +88,14 @@ def test_amplifys_cosine():
     assert {constant(s) for s in (0, 1, 700_000, 2_000_000)} == {1.0}
 
 
+def test_cosine_with_hold():
+    """As BioNeMo 2 trains Geneformer: up for 1%, half a cosine wave, and the last 5% at a hundredth of the peak."""
+    options = {"num_warmup_steps": 10, "num_training_steps": 1000, "decay_fraction": 0.95, "min_lr_fraction": 0.01}
+    (fraction,) = scheduler.cosine_schedule(adamw(ParameterList([parameter()])), **options).lr_lambdas
+    middle = 0.01 + 0.99 / 2
+    assert [fraction(s) for s in (0, 9, 10, 480, 950, 999)] == pytest.approx([0.1, 1, 1, middle, 0.01, 0.01])
+
+
 def test_a_resumed_schedule_goes_on():
     def start():
         optimizer = adamw(ParameterList([parameter()]))

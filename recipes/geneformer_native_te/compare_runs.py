@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One table of several runs, best first: what differs in their configurations, and what came of it.
+
+python compare_runs.py outputs/sweep_12/run_*
+python compare_runs.py outputs/a outputs/b --out table.csv
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import yaml
+
+from common.command import command
+from common.files import flat
+from plot_metrics import metrics_path, read_metrics, throughput_key, throughput_unit
+
+
+PLACES = ("logger.log_dir", "checkpoint.ckpt_dir", "wandb_init_args.name")  # differ by themselves
+
+
+def read_run(run: Path) -> tuple[dict[str, object], dict[str, float | int | None]]:
+    """Configuration and results. Raises ValueError for what is no run."""
+    metrics = read_metrics(metrics_path(run))
+    config = metrics_path(run).with_name("config.yaml")
+    train, validation = metrics["train"], metrics["validation"]
+    throughput = throughput_key(metrics)
+    first = next((k for k, v in validation[-1].items() if isinstance(v, float)), "loss") if validation else "loss"
+    losses = [line["loss"] for line in train[-max(1, len(train) // 10) :] if line["loss"] is not None]
+    return flat(yaml.safe_load(config.read_text()) if config.exists() else {}, keep_empty=False), {
+        "steps": train[-1]["step"],
+        f"validation {first}": validation[-1][first] if validation else None,
+        "train loss (last tenth)": fmean(losses) if losses else None,
+        throughput_unit(throughput): fmean(line[throughput] for line in train),
+    }
+
+
+def shown(row: list[object]) -> list[str]:
+    """A row as in a table: keys as they are written, losses to four digits, rates to whole units or three digits."""
+    run, *keys, steps, validation, train, rate = row
+
+    def loss(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}" if abs(value) >= 0.1 else f"{value:.4g}"
+
+    given = [f"{key:g}" if isinstance(key, float) else "null" if key is None else str(key) for key in keys]
+    return [run, *given, f"{steps:,}", loss(validation), loss(train), f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"]
+
+
+def compare(runs: list[Path]) -> list[list[object]]:
+    """Rows of the table, the first with names. Raises ValueError."""
+    found = {}
+    for run in runs:
+        try:
+            found[str(run)] = read_run(run)
+        except ValueError as error:  # of a sweep some may have failed
+            print(f"left out: {error}", file=sys.stderr)
+    if not found:
+        raise ValueError("none of these is a run with a step in it.")
+    keys = dict.fromkeys(key for config, _ in found.values() for key in config)
+    differ = [k for k in keys if k not in PLACES and len({repr(config.get(k)) for config, _ in found.values()}) > 1]
+    rows = [[run, *(config.get(k) for k in differ), *results.values()] for run, (config, results) in found.items()]
+
+    def rank(row: list[object]) -> tuple:
+        validation, train = row[-3], row[-2]
+        return validation is None, validation or 0.0, train is None, train or 0.0
+
+    *names, _ = next(iter(found.values()))[1]
+    units = dict.fromkeys(list(results)[-1] for _, results in found.values())
+    return [["run", *differ, *names, " or ".join(units)], *sorted(rows, key=rank)]
+
+
+def main() -> None:
+    """Read the command line and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write the table for a spreadsheet too")
+    args = parser.parse_args()
+    with command():
+        first, *rows = compare(args.runs)
+        if args.out:
+            with args.out.open("w", newline="") as file:
+                csv.writer(file).writerows([first, *rows])
+        table = [first, ["---"] * len(first), *map(shown, rows)]
+        print("\n".join("| " + " | ".join(row) + " |" for row in table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cells to batches: what training and validation read."""
+
+from functools import partial
+
+import datasets
+import numpy as np
+from omegaconf import DictConfig
+from pydantic import NonNegativeInt
+
+import metrics
+from cell_rows import LABELS, Cut, TokenRows
+from collator import MaskedLMCollator, Masking, Rule
+from common.distributed import Distributed
+from common.epoch_plan import EpochPlan
+from common.loader import Loader, StreamedMicroBatches, start_worker_server
+from common.open_data import first_rows, open_rows, share_of, whence
+from common.validation import Validator
+from tokens.layout import token_grouping
+from vocabulary import Vocabulary, open_vocabulary
+
+
+VALIDATION_SEED = 0  # not the run's: the same genes are masked in every validation of every run
+# What evaluate.py takes where no run says it.
+WITHOUT_A_RUN = (
+    "validation.load_dataset_kwargs={path: ???, name: null, data_files: null, split: train}",
+    "dataset.token_micro_batch_size=8192",
+    "dataset.max_seq_length=2048",
+)
+EXAMPLE = "validation.load_dataset_kwargs.path=parquet validation.load_dataset_kwargs.data_files=my_cells.parquet"
+
+
+class TrainLoader(Loader):
+    """What training reads: the section `dataset`."""
+
+    def __init__(
+        self,
+        distributed: Distributed,
+        seed: int,
+        packed: bool,
+        pad_to_multiple_of: int,
+        *,
+        load_dataset_kwargs: dict,
+        vocabulary: str | None,
+        token_column: str = "input_ids",
+        micro_batch_size: int | None = None,
+        token_micro_batch_size: int | None = None,
+        max_seq_length: int = 2048,
+        mlm_probability: float = 0.15,
+        masking: Masking = "genes",
+        mask_share: float = 0.8,
+        random_share: float = 0.1,
+        num_workers: NonNegativeInt = 1,
+        window_rows: int = 10_000,
+    ):
+        section, tokens = "dataset", open_vocabulary(vocabulary)
+        check_limits(section, max_seq_length, mlm_probability, window_rows)
+        rule = Rule(tokens, masking, mask_share, random_share).check(section)
+        grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
+        if num_workers:
+            start_worker_server()
+        with distributed.main_first():
+            rows = open_rows(section, load_dataset_kwargs, {"token_column": token_column}, LABELS)
+            stream = rows if isinstance(rows, datasets.IterableDataset) else None
+            if stream is not None:
+                rows = first_rows(section, load_dataset_kwargs, stream, min(window_rows, 1000))
+        source = TokenRows(section, rows, token_column, tokens, max_seq_length)
+        if stream is not None:
+            with distributed.main_first():
+                stream = stream.select_columns([token_column])
+                stream, num_workers = share_of(section, stream, distributed, num_workers)
+            prepare = partial(streamed, Cut(tokens, max_seq_length), token_column)
+            source.build_index(distributed)  # of its first rows, which are checked so
+            content = source.identity["content"]
+            data = StreamedMicroBatches(stream, prepare, grouping, window_rows, seed, distributed.data_rank, content)
+        else:
+            source.build_index(distributed)
+            data = EpochPlan(source, grouping, seed, window_rows)
+        collate = MaskedLMCollator.on(distributed, packed, seed, mlm_probability, pad_to_multiple_of)
+        collate.rule = rule
+        super().__init__(distributed, section, data, collate, num_workers)
+        amount = "a stream" if stream is not None else source.amount
+        self.sources = [f"{section}: {amount} of {whence(load_dataset_kwargs)}"]
+        self.sources += [f"{section}: {baseline(source, tokens, window_rows)}"] if distributed.is_main else []
+
+
+def streamed(cut: Cut, column: str, rows: list[dict], numbers: np.ndarray, *key: int) -> tuple[list, np.ndarray]:
+    """Tokens of a stream's rows, and how many they are."""
+    tokens = [cut(np.asarray(row[column] or (), dtype=np.int64)) for row in rows]
+    return tokens, np.array([len(some) for some in tokens])
+
+
+def check_limits(section: str, max_seq_length: int, mlm_probability: float, window_rows: int) -> None:
+    """Raise ValueError for a number that leaves nothing to learn from."""
+    if max_seq_length < 3:
+        raise ValueError(f"{section}.max_seq_length={max_seq_length} must be at least 3 tokens.")
+    if not 0 < mlm_probability < 1:
+        raise ValueError(f"{section}.mlm_probability={mlm_probability} must lie between 0 and 1.")
+    if window_rows < 1:
+        raise ValueError(f"{section}.window_rows={window_rows} must be at least 1.")
+
+
+def baseline(source: TokenRows, vocabulary: Vocabulary, window_rows: int) -> str:
+    """What a model reaches that knows how often each gene is expressed, and nothing else.
+
+    Raises ValueError if there is nothing to read.
+    """
+    some = source.read(np.arange(min(window_rows, len(source), 2000)), epoch=0)
+    counts = np.bincount(np.concatenate(some), minlength=vocabulary.size)
+    counts[list(vocabulary.special)] = 0
+    if not counts.any():
+        raise ValueError(
+            f"{source.section}: the first {len(some):,} cells have no gene in them; is "
+            f"{source.section}.token_column right?"
+        )
+    shares = counts[counts > 0] / counts.sum()
+    entropy = -(shares * np.log(shares)).sum()
+    return f"the entropy of its genes is {entropy:.3f} nats: a loss that stays there has learnt nothing of context"
+
+
+def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:
+    """The plan of a run with this configuration: `rows.py` asks it which rows a step was made of."""
+    layout = {"packed": config.use_sequence_packing, "pad_to_multiple_of": 1}
+    return TrainLoader(distributed, config.seed, **layout, **config.dataset).plan
+
+
+def open_validation(
+    distributed: Distributed,
+    packed: bool,
+    pad_to_multiple_of: int,
+    *,
+    load_dataset_kwargs: dict | None = None,
+    vocabulary: str | None,
+    every_n_steps: int | None = None,
+    max_rows: int | None = None,
+    token_column: str = "input_ids",
+    micro_batch_size: int | None = None,
+    token_micro_batch_size: int | None = None,
+    max_seq_length: int = 2048,
+    mlm_probability: float = 0.15,
+    masking: Masking = "genes",
+    mask_share: float = 0.8,
+    random_share: float = 0.1,
+    window_rows: int = 10_000,
+) -> Validator:
+    """What is validated on: the section `validation`; the rows of `load_dataset_kwargs` (null: none), in order."""
+    section = "validation"
+    if load_dataset_kwargs is None:
+        return Validator(distributed, None, None, metrics, every_n_steps)
+    tokens = open_vocabulary(vocabulary)
+    check_limits(section, max_seq_length, mlm_probability, window_rows)
+    rule = Rule(tokens, masking, mask_share, random_share).check(section)
+    grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
+    for key, value in (("every_n_steps", every_n_steps), ("max_rows", max_rows)):
+        if value is not None and value < 1:
+            raise ValueError(f"{section}.{key}={value} must be at least 1.")
+    with distributed.main_first():
+        rows = open_rows(section, load_dataset_kwargs, {"token_column": token_column}, LABELS)
+        if isinstance(rows, datasets.IterableDataset):
+            if max_rows is None:
+                raise ValueError(f"{section}.load_dataset_kwargs.streaming=true needs {section}.max_rows.")
+            rows = first_rows(section, load_dataset_kwargs, rows, max_rows)
+    if max_rows is not None and max_rows < len(rows):
+        rows = rows.take(max_rows).flatten_indices()
+    source = TokenRows(section, rows, token_column, tokens, max_seq_length)
+    source.build_index(distributed)
+    if not source.sizes(np.arange(min(window_rows, len(source))), epoch=0).any():
+        raise ValueError(f"{section}: the cells are all empty; is {section}.token_column right?")
+    collate = MaskedLMCollator.on(distributed, packed, VALIDATION_SEED, mlm_probability, pad_to_multiple_of)
+    collate.rule = rule
+    validator = Validator(distributed, EpochPlan(source, grouping, None, window_rows), collate, metrics, every_n_steps)
+    validator.facts.append(f"{section}: {source.amount} of {whence(load_dataset_kwargs)}")
+    return validator

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a checkpoint into a folder that plain `transformers` opens, without GPUs, ranks or the training data.
+
+    python export.py CKPT_DIR/step_1000 [final_model]
+
+writes `config.json` of a `BertForMaskedLM` (with `norm: pre` of a `MegatronBertForMaskedLM`), `model.safetensors`,
+`vocabulary.json` where the vocabulary is a file, and a model card.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+
+from common import quiet  # noqa: F401  # isort: skip
+from common.command import command, writing
+from common.files import whole_folder
+from common.own_data import data_names, published, validated_on, weights_of
+from convert_geneformer import hf_config, save
+from modeling_geneformer import GeneformerConfig
+from pretrained import open_step
+from vocabulary import FILE, PUBLISHED
+
+
+CARD = """---
+library_name: transformers
+tags: [geneformer, single-cell, masked-lm]
+---
+# {model_tag}, {step:,} steps
+
+A Geneformer ([Theodoris et al. 2023](https://doi.org/10.1038/s41586-023-06139-9)), trained from {start} for {step:,}
+steps ({num_tokens:,} tokens) on `{data}`. `transformers` opens it as `{architecture}`.
+
+| | |
+|---|---|
+| weights | {weights} |
+| vocabulary | {vocabulary} |
+| longest cell | {length:,} tokens |
+| validation data | {validation_data} |
+| validation loss | {loss} |
+| validation perplexity | {perplexity} |
+| masked genes predicted rightly | {accuracy} |
+
+A cell is its genes by falling rank of expression over their medians, as numbers of the vocabulary:
+
+```python
+import torch
+from transformers import AutoModelForMaskedLM
+
+model = AutoModelForMaskedLM.from_pretrained(".")
+logits = model(torch.tensor([[{example}]])).logits  # of every gene, at every rank
+```
+
+The configuration:
+
+```yaml
+{config}```
+"""
+
+
+def export(step_folder: Path, target: Path) -> None:
+    """Write the final model of one checkpoint; `target` appears only when it is complete.
+
+    Raises ValueError for a folder that is no complete checkpoint, and for a target that exists.
+    """
+    step_folder, target = Path(step_folder), Path(target)
+    if target.exists():
+        raise ValueError(f"{target} exists; move it away or give another name.")
+    config, weights = open_step(step_folder)
+    run = json.loads((step_folder / "run.json").read_text())
+    with whole_folder(target) as folder:
+        save(weights, config, "hf", folder)
+        if Path(config.vocabulary).is_file():
+            shutil.copy(config.vocabulary, folder / FILE)
+        (folder / "README.md").write_text(model_card(run, config))
+
+
+def model_card(run: dict, config: GeneformerConfig) -> str:
+    """What the model is and how it came about, in Markdown; `run` is what is in a checkpoint's `run.json`."""
+    shown, counts = published(run["config"]), run["logger"]
+    validation = counts["validation"] or {}
+    named = config.vocabulary in PUBLISHED
+    return CARD.format(
+        model_tag=shown["model_tag"], step=run["step"], num_tokens=counts["num_tokens"],
+        start=f"`{shown['init_from']}`" if shown["init_from"] else "random weights",
+        data=data_names(run["config"]["dataset"]["load_dataset_kwargs"]),
+        architecture=hf_config(config).architectures[0], weights=weights_of(run),
+        vocabulary=f"{config.vocabulary}, as published" if named else f"`{Path(config.vocabulary).name}`",
+        length=run["config"]["dataset"]["max_seq_length"], validation_data=validated_on(run),
+        example=", ".join(str(number) for number in range(config.vocab_size - 5, config.vocab_size)),
+        config=OmegaConf.to_yaml(OmegaConf.create(shown)),
+        **{key: f"{validation[key]:.4f}" if key in validation else "-" for key in ("loss", "perplexity", "accuracy")},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step_folder", type=Path)
+    parser.add_argument("target", type=Path, nargs="?", help="default: final_model beside the step folder")
+    arguments = parser.parse_args()
+    target = arguments.target or arguments.step_folder.parent / "final_model"
+    with command(), writing(target):
+        export(arguments.step_folder, target)
+        print(f"{target} is written; its README.md says how to open it")

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train with Megatron-FSDP: as FSDP2, but shards are cut from flat buffers, sent in larger pieces.
+
+python train_mfsdp.py                                         # one process, on a GPU or the CPU
+torchrun --nproc_per_node=8 train_mfsdp.py --config-name L0_sanity
+TRAINER=train_mfsdp.py sbatch slurm.sh                        # several nodes
+"""
+
+from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import hydra
+import torch
+from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model
+from omegaconf import DictConfig
+from torch.distributed.device_mesh import init_device_mesh
+
+import metrics
+from build_model import (
+    build_model,
+    build_precision,
+    materialize,
+    model_config,
+    prepare,
+    sharded_parts,
+    training_flops,
+)
+from checkpoint import Checkpointer
+from common.anomalies import Anomalies
+from common.config import joined, launch
+from common.distributed import Distributed, StopSignal, passes_per_step
+from common.ema import EMA
+from common.gradients import Strategy, add_gradients, clip_grad_norm_
+from common.megatron_fsdp_cpu import stand_in_for_cuda
+from common.megatron_fsdp_exact import compute_in, make_exact
+from common.perf_logger import PerfLogger
+from common.run_end import end_run
+from common.scheduler import adamw, freeze
+from dataset import TrainLoader, open_validation
+from keys import check_config, lr_schedule
+from pretrained import read_pretrained
+
+
+@hydra.main(version_base=None, config_path=f"{Path(__file__).parent}/hydra_config", config_name="L0_sanity")
+def main(config: DictConfig) -> None:
+    """Check the configuration, join the other ranks, train."""
+    check_config(config)
+    with joined(config) as distributed:
+        train(config, distributed)
+
+
+def train(config: DictConfig, distributed: Distributed) -> None:
+    """The whole run."""
+    with distributed.fail_together():  # a user's mistake shows here, on all ranks, before anything is built
+        distributed = distributed.in_groups("cp_size", config.cp_size)
+        passes = passes_per_step(config.micro_batches_per_step, distributed)
+        config.micro_batches_per_step = passes * distributed.num_data_ranks  # where it was null: a resume must know
+        shape = model_config(config.model_tag, config.layer_backend, **config.model_kwargs)
+        precision = build_precision(config, shape, distributed)
+        layout = {"packed": config.use_sequence_packing, "pad_to_multiple_of": precision.multiple * config.cp_size}
+        loader = TrainLoader(distributed, config.seed, **layout, **config.dataset)
+        validator = open_validation(distributed, **layout, **config.validation)
+        model = build_model(shape, distributed)  # on the meta device: no storage yet
+        freeze(model, **config.adamw_kwargs)
+        checkpointer = Checkpointer(distributed, config, shape, model, **config.checkpoint)
+        pretrained = checkpointer.first_weights(partial(read_pretrained, config, shape, loader.notes))
+        anomalies = Anomalies(distributed, config.logger.log_dir, **config.anomalies)
+        flops = partial(training_flops, shape, backend=precision.backend)
+        logger = PerfLogger(distributed, config, model, flops, precision, metrics, __file__, **config.logger)
+    prepare(model, config, precision)
+
+    # ---- Megatron-FSDP: filled before it is split, so each rank holds the whole model for a moment.
+    logger.notes.append(stand_in_for_cuda())
+    materialize(model, shape, config.seed, pretrained, distributed.device)
+    model = fully_shard_model(
+        compute_in(precision.dtype, model, config.checkpoint),
+        # It asks for a tensor-parallel dimension even where there is none.
+        device_mesh=init_device_mesh(distributed.device.type, (distributed.num_ranks, 1), mesh_dim_names=("dp", "tp")),
+        dp_shard_dim="dp",
+        tp_dim="tp",
+        fsdp_unit_modules=[type(sharded_parts(model)[0])],
+        device=distributed.device,
+        calculate_per_token_loss=True,  # sum over ranks: the loss is already divided by all labels
+        mixed_precision_policy=MixedPrecisionPolicy(main_params_dtype=torch.float32, main_grads_dtype=torch.float32),
+        preproc_state_dict_for_dcp_ckpt=False,  # checkpoint.py reads the shards' places itself
+    )
+    optimizer = adamw(model, **config.adamw_kwargs)
+    make_exact(model, optimizer)
+    strategy = Strategy(precision.forward, 1, nullcontext)
+    # ----
+
+    ema = EMA(model, config.ema_decay)
+    scheduler = lr_schedule(optimizer, **config.lr_scheduler_kwargs)
+    parts = {"scheduler": scheduler, "loader": loader, "logger": logger, "anomalies": anomalies}
+    step, last = checkpointer.load(model, optimizer, ema, parts), config.num_train_steps
+    data = [*loader.facts(config), *validator.facts]
+    logger.start(step, [*data, *loader.notes, *checkpointer.notes, scheduler.note(last)])
+    stop, batches = StopSignal(), iter(loader)
+    validate = partial(validator.report, model, strategy.forward, ema, logger)
+    validate(step, checkpointer.validates_anew)
+    model.train()
+
+    while step < last:
+        step += 1
+        started = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(passes)]
+        data_wait_s = time.perf_counter() - started
+        counts, epoch, stopping = distributed.sum_counts(micro_batches, stop.requested)
+        gradients = partial(add_gradients, model, micro_batches, counts, strategy, distributed, config.seed)
+
+        losses = gradients()
+        grad_norm = clip_grad_norm_(model, config.max_grad_norm)
+        result = anomalies.judge(step, micro_batches, losses, grad_norm)
+        if result.is_sound:
+            optimizer.step()
+            ema.update(model)
+        else:  # computed once more, to see where it began
+            optimizer.zero_grad()
+            with anomalies.explain(model):
+                gradients()
+        optimizer.zero_grad()
+        if anomalies.fatal:
+            break
+
+        logger.count(micro_batches, counts, epoch, data_wait_s)
+        logger.log_step(step, result.losses, result.grad_norm, scheduler.get_last_lr()[0])
+        scheduler.step()
+        validate(step, validator.is_due(step, last))
+        if checkpointer.is_due(step, step == last or stopping, logger.validation):
+            checkpointer.save(step, model, optimizer, ema, parts, wait=stopping)
+        if stopping:
+            break
+    end_run(step, last, checkpointer, logger, anomalies)
+
+
+if __name__ == "__main__":
+    launch(main)
