@@ -29,7 +29,7 @@ PRELOAD = ["datasets", "transformers.models.bert.modeling_bert"]
 BAD_INPUTS = [
     (["model_tag=Geneformer-V3"], ["model_tag=Geneformer-V3: no local folder and none of", "Geneformer-V2-104M"]),
     (["model_kwargs.num_attention_heads=5"], ["hidden_size 48", "num_attention_heads 5", "a multiple of 10"]),
-    (["model_kwargs.attention_probs_dropout_prob=1"], ["model_kwargs.attention_probs_dropout_prob=1", "less than 1"]),
+    (["model_kwargs.attention_probs_dropout_prob=1"], ["model_kwargs.attention_probs_dropout_prob=1", "below 1"]),
     (["model_kwargs.norm=sideways"], ["model_kwargs.norm=sideways", "post", "pre"]),
     (["dataset.max_seq_length=97"], ["dataset.max_seq_length=97 must be at most the model's positions, 96"]),
     (["dataset.vocabulary=V1"], ["dataset.vocabulary=V1 is not that of the model"]),
