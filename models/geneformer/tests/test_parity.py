@@ -113,8 +113,8 @@ def test_published_sizes():
         numbers[name] = round(model.num_parameters() / 1e6)
     assert numbers == {
         "geneformer_1M": 4, "Geneformer-V1-10M": 10, "gf-12L-30M-i2048": 40, "gf-12L-95M-i4096": 38,
-        "gf-20L-95M-i4096": 152, "Geneformer-V2-104M": 104, "Geneformer-V2-316M": 316, "geneformer_10M": 10,
-        "geneformer_106M": 107, "geneformer_1B": 981, "geneformer_4b": 2906,
+        "gf-20L-95M-i4096": 151, "Geneformer-V2-104M": 104, "Geneformer-V2-316M": 316, "geneformer_10M": 10,
+        "geneformer_106M": 107, "geneformer_1B": 981, "geneformer_4b": 2909,
     }  # fmt: skip
 
 
@@ -126,6 +126,7 @@ def test_first_weights():
         if x.ndim == 1:
             assert (x == (0 if name.endswith("bias") else 1)).all(), name
         elif x.numel() > 1000:
+            x = x[1:83] if name.endswith("word_embeddings.weight") else x
             assert x.std().item() == pytest.approx(0.02, rel=0.2) and abs(x.mean()) < 0.002, name
     embedding = model.geneformer.embeddings.word_embeddings.weight
     assert not embedding[0].any() and not embedding[83:].any() and embedding[1].any()
