@@ -12,8 +12,6 @@ where a sequence is empty.
 
 from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
 import argparse
-import json
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,13 +19,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from common.command import command, writing
+from common.command import command
 from common.distributed import Distributed, end_of_process, process_group
 from common.kept_steps import fingerprint
+from common.parts import Parts
 from common.precision import Precision, agreed_precision
 from common.weights import LazyTensors, copy_parameters, listed, named_tensors, read
 from dataset import SequenceRows
@@ -120,7 +118,6 @@ def table(rows: np.ndarray, ids: list | None, found: dict[int, np.ndarray], widt
 def embed(distributed: Distributed, options: argparse.Namespace) -> None:
     """All of it; every rank takes its share of the parts."""
     target, device = Path(options.target), distributed.device
-    parts = target.with_name(f"{target.name}.parts")
     with distributed.fail_together():
         if target.exists():
             raise ValueError(f"{target} exists; move it away or give another name.")
@@ -133,15 +130,7 @@ def embed(distributed: Distributed, options: argparse.Namespace) -> None:
         precision = Precision(device, bits, bf16_pays=wide)
         job = {"data": source.identity, "model": weights, "per_residue": options.per_residue, "half": options.half}
         job |= {"column": options.column, "bf16": precision.dtype is not None, "rows_per_part": ROWS_PER_PART}
-        with writing(target):
-            if distributed.is_main:
-                parts.mkdir(parents=True, exist_ok=True)
-                if not (parts / "job.json").exists():
-                    (parts / ".job.json.partial").write_text(json.dumps(job))
-                    (parts / ".job.json.partial").rename(parts / "job.json")
-            distributed.gather(None)
-            if json.loads((parts / "job.json").read_text()) != job:
-                raise ValueError(f"{parts} was begun with another file, model or option; remove it to start anew.")
+        parts = Parts(distributed, target, job)
     sizes, count = source.sizes(np.arange(len(source)), 0), -(-len(source) // ROWS_PER_PART)
     longest, trained = int(sizes.max(initial=0)), trained_length(model.config)
     if longest > trained:
@@ -149,12 +138,10 @@ def embed(distributed: Distributed, options: argparse.Namespace) -> None:
             f"{int((sizes > trained).sum()):,} of {len(source):,} proteins are longer than the {trained:,} tokens "
             f"that the model was trained on, up to {longest - 2:,} residues: they are embedded whole."
         )
-    own = range(distributed.rank, count, distributed.num_ranks)
     with tqdm(total=int(sizes.sum()), unit=" residues", unit_scale=True, disable=not distributed.is_main) as bar:
-        for number in range(count):
+        for number, is_there in parts.mine(count):
             some = np.arange(number * ROWS_PER_PART, min((number + 1) * ROWS_PER_PART, len(source)))
-            file = parts / f"part_{number:06d}.parquet"
-            if number in own and not file.exists():
+            if not is_there:
                 found: dict[int, np.ndarray] = {}
                 for batch in batches(sizes[some], options.tokens):
                     tokens = source.read(some[batch], 0)
@@ -163,25 +150,9 @@ def embed(distributed: Distributed, options: argparse.Namespace) -> None:
                 names = next((name for name in LABELS if name in rows.column_names), None)
                 ids = [str(name) for name in rows[some][names]] if names else None
                 done = table(some, ids, found, model.config.hidden_size, options.per_residue, options.half)
-                pq.write_table(done, file.with_suffix(".partial"))
-                file.with_suffix(".partial").rename(file)
-    with distributed.fail_together():
-        distributed.gather(None)  # all parts are there
-        if distributed.is_main:
-            with writing(target):
-                join(parts, count, target)
+                parts.save(number, done)
+    parts.join(count)
     distributed.say(f"{len(source):,} proteins, {model.config.hidden_size} numbers each: {target}")
-
-
-def join(parts: Path, count: int, target: Path) -> None:
-    """The parts in their order as one file, which appears only when it is complete."""
-    partial_file = parts / "all.partial"
-    files = [parts / f"part_{number:06d}.parquet" for number in range(count)]
-    with pq.ParquetWriter(partial_file, pq.read_schema(files[0])) as writer:
-        for file in files:
-            writer.write_table(pq.read_table(file))
-    partial_file.rename(target)
-    shutil.rmtree(parts)
 
 
 def parse(words: list[str]) -> argparse.Namespace:

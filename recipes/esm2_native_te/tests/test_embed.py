@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Embeddings are what plain transformers gives, whatever the batches and ranks, and after an interruption."""
 
+import fcntl
+import os
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -8,6 +11,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import embed
+from common import parts
 from common.contract import ranks
 from common.contract.running import run_here
 
@@ -103,11 +107,26 @@ def test_the_same_command_goes_on_and_another_does_not(run, fasta, expected, tmp
     kept = sorted((tmp_path / "out.parquet.parts").glob("part_*.parquet"))
     times = [path.stat().st_mtime_ns for path in kept]
     assert len(kept) == 2
-    monkeypatch.setattr(embed, "join", lambda parts, count, target, join=embed.join: (
-        times.append([path.stat().st_mtime_ns for path in kept]), join(parts, count, target)))  # fmt: skip
+    monkeypatch.setattr(parts, "joined", lambda files, target, joined=parts.joined: (
+        times.append([path.stat().st_mtime_ns for path in kept]), joined(files, target)))  # fmt: skip
     embed.main(words)
     assert times.pop() == times
     same(tmp_path / "out.parquet", expected, 2e-3)
+
+
+def test_two_at_a_time_are_refused(run, fasta, tmp_path, capfd):
+    folder = tmp_path / "out.parquet.parts"
+    folder.mkdir()
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)  # as another process has it
+    words = [str(fasta), str(run / "final_model"), str(tmp_path / "out.parquet"), *FAST]
+    with pytest.raises(SystemExit):
+        embed.main(words)
+    assert f"{folder}: another run writes to it; stop that one" in capfd.readouterr().err
+    assert not [*folder.iterdir()]
+    os.close(held)
+    embed.main(words)
+    assert (tmp_path / "out.parquet").exists()
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

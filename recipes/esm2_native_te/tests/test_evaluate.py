@@ -9,6 +9,7 @@ import pytest
 
 import evaluate
 from common.contract.running import RECIPE, TINY, metrics, run_here
+from common.redaction import redacted
 
 
 NAMES = ("loss", "perplexity", "accuracy", "num_labels")
@@ -68,6 +69,18 @@ def test_a_model_without_its_run(run, other, capfd, tmp_path):
     same(measured(capfd, model, "--config-name", "L0_sanity", *tiny, "layer_backend=torch"), trained(run))
     found = measured(capfd, model, other, "validation.load_dataset_kwargs.path=parquet", "layer_backend=torch")
     assert found["num_labels"] > 100 and 2.5 < found["loss"] < 4
+
+
+def test_what_was_written_down_without_its_secret_is_asked_for(run, other, capfd):
+    source, config = evaluate.find_run(str(run))
+    secret = {"path": "parquet", "data_files": ["https://user:PLANTED@host/x.parquet", "s3://open/y.parquet"]}
+    config["validation"]["load_dataset_kwargs"] |= redacted(secret | {"token": "PLANTED"})
+    config["dataset"]["load_dataset_kwargs"] |= redacted(secret)  # which nobody reads now
+    with pytest.raises(SystemExit):
+        evaluate.check_config(evaluate.read_settings(source, config, "defaults", []))
+    key = "validation.load_dataset_kwargs.data_files"
+    assert f"error: {key}=['https://***@host/x.parquet', 's3://open/y.parquet']: *** stands" in capfd.readouterr().err
+    evaluate.check_config(evaluate.read_settings(source, config, "defaults", [other]))
 
 
 @pytest.mark.parametrize(

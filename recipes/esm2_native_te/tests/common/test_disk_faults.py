@@ -287,13 +287,15 @@ def test_an_error_that_is_no_disks_fault_ends_the_run(tmp_path, monkeypatch):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "lock", partial(step_folder.lock, seconds=0.5))
+    monkeypatch.setattr(checkpoint, "lock", partial(step_folder.lock, seconds=1.6))
     holder = "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], 0), 2); print(flush=True); time.sleep(99)"
     with subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(SystemExit):
             run_here("train_ddp", tmp_path / "log", *save_to(tmp_path))
-        assert "another run writes to it" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        waits, refused = (told.index(f"{tmp_path}: another run writes to it; {end}") for end in ("waiting", "stop"))
+        assert waits < refused and "waiting for its end, 2 s at most" in told
         other.kill()
     run_here("train_ddp", tmp_path / "log", *save_to(tmp_path))
 

@@ -23,11 +23,33 @@ def test_the_best_by_a_metric_stays_beside_the_newest(metric, better, mode, tmp_
     """A high rate makes the model worse again; a resume remembers what was best."""
     more = [f"checkpoint.keep_best={metric}", "adamw_kwargs.lr=0.3", f"checkpoint.async_save={mode}"]
     run_here("train_ddp", tmp_path, *kept(tmp_path, *more), "num_train_steps=4")
+    more.append("checkpoint.save_final_model=true")
     run_here("train_ddp", tmp_path, *kept(tmp_path, *more), "num_train_steps=7")
     values = metrics(tmp_path, "validation", metric)
     best = values.index(better(values)) + 1
     assert len(values) == 7 and complete_steps(tmp_path) == sorted({best, 7})
-    assert f"The best by {metric} in the validation is {tmp_path / f'step_{best}'}: " in capsys.readouterr().err
+    said, card = capsys.readouterr().err, (tmp_path / "final_model" / "README.md").read_text()
+    assert f"The best by {metric} in the validation is {tmp_path / f'step_{best}'}: " in said
+    command = f"python export.py {tmp_path / f'step_{best}'} {tmp_path / 'best_model'}"
+    theirs = f"; those after {best} steps were better by {metric} in the validation, {values[best - 1]:.4f}"
+    assert (f"It is of the last step; the best one is exported by: {command}" in said) == (best != 7)
+    assert (theirs if best != 7 else f", the best by {metric} in the validation") in card
+
+
+def test_between_saves_in_the_background_no_more_are_kept(tmp_path, monkeypatch):
+    """An older one goes when the newer one is complete, not when the next is due."""
+    seen, is_due = [], Checkpointer.is_due
+
+    def waits(self, *arguments):
+        if self.pending:
+            self.pending()  # the save is over, and nobody has asked for it yet
+            seen.append(len(complete_steps(tmp_path)))
+        return is_due(self, *arguments)
+
+    monkeypatch.setattr(Checkpointer, "is_due", waits)
+    more = ["checkpoint.async_save=true", "checkpoint.save_every_n_steps=2"]
+    run_here("train_ddp", tmp_path, *kept(tmp_path, *more), "validation.every_n_steps=null")
+    assert set(seen) == {1} and complete_steps(tmp_path) == [6]
 
 
 @pytest.mark.parametrize(

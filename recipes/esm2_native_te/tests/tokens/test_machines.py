@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Number formats and layers on GPUs and with packages that this machine need not have."""
 
+import json
+import subprocess
 import sys
 import types
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from sentences import assert_in
 
-from common.contract.running import run_here
+from common.contract.running import RECIPE, TINY, environment, run_here, torchrun
 from tokens import layers_cpp
 from tokens.backends import resolve_layer_backend, slower_backend_note
 from tokens.formats import FP4 as FP4Section
@@ -163,3 +165,35 @@ def test_a_compiler_that_is_missing(monkeypatch, tmp_path, capsys):
         layers_cpp.library.cache_clear()
     message = capsys.readouterr().err
     assert "cannot be compiled (there is no C++ compiler (no_such_compiler)); PyTorch's are slower" in message
+
+
+ON_OTHER_MACHINES = """
+import os, runpy, sys, torch
+first = os.environ["RANK"] == "0"
+torch.cpu._is_avx512_bf16_supported = lambda: first
+if not first:  # and no library that another machine has compiled
+    os.environ |= {"CXX": "/nonexistent", "TORCH_EXTENSIONS_DIR": sys.argv.pop(1)}
+else:
+    sys.argv.pop(1)
+sys.argv[0] = "train_ddp.py"
+runpy.run_path("train_ddp.py", run_name="__main__")
+"""
+
+
+def test_ranks_on_two_kinds_of_machines_train_as_the_lesser_can(tmp_path):
+    """Rank 1 has a processor without BF16, and no compiler; it is said once, before the first step."""
+    (tmp_path / "start.py").write_text(ON_OTHER_MACHINES)
+    wide = ["model_kwargs.hidden_size=256", "use_sequence_packing=true", "precision=auto", "num_train_steps=2"]
+    command = [*torchrun(2), str(tmp_path / "start.py"), str(tmp_path / "cache"), *TINY, *wide]
+    command += [f"logger.log_dir={tmp_path}", "validation.load_dataset_kwargs=null", "layer_backend=auto"]
+    paths = {"PYTHONPATH": str(RECIPE)}
+    done = subprocess.run(command, cwd=RECIPE, env=environment() | paths, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for sentence in (
+        "layer_backend: auto is PyTorch's on all ranks, because of rank 1. The layers' kernels for CPUs cannot be "
+        "compiled (there is no C++ compiler (/nonexistent))",
+        "precision: auto is FP32 on all ranks, because BF16 is not faster on rank 1.",
+    ):
+        assert done.stderr.count(sentence) == 1, done.stderr
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (run["layer_backend"], run["precision"], run["num_ranks"]) == ("torch", "fp32", 2)
