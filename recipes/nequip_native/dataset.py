@@ -15,12 +15,13 @@ from atoms.arrow_cache import open_structures
 from atoms.checks import composition
 from atoms.findings import Policy, judge
 from atoms.neighbours import Cutoffs, as_cutoffs
-from atoms.structures import NUMBERS, Structures, structures_of
-from atoms.survey import Survey, statistics, survey
+from atoms.structures import NUMBERS, Structures, concatenated, structures_of
+from atoms.survey import Survey, Surveys, statistics, survey
 from collator import GraphCollator
 from common.distributed import Distributed
 from common.epoch_plan import EpochPlan, Grouping
 from common.loader import Loader, start_worker_server
+from common.mixture import Mixture, sources_of_mix
 from common.open_data import whence
 from common.validation import Validator
 from metrics import Errors
@@ -80,6 +81,16 @@ class StructureRows:
         return {"num_rows": len(self), "sizes": self.atoms, "content": content.hexdigest()[:16], "kept": kept}
 
 
+class StructureMixture(Mixture):
+    """Several sources in exact shares of every epoch (`dataset.mix`)."""
+
+    def read(self, rows: np.ndarray, epoch: int) -> Structures:
+        """The structures laid end to end, in the order of `rows`."""
+        parts = [(places, self.sources[k].read(own, turn)) for k, places, own, turn in self._parts(rows, epoch)]
+        order = np.argsort(np.concatenate([places for places, _ in parts]))
+        return concatenated([structures for _, structures in parts]).take(order)
+
+
 def data_sets_of(rows: datasets.Dataset) -> tuple[np.ndarray, list[str]]:
     """Of each row the number of its data set, and their names: a label's, or the file's."""
     table = rows.with_format("arrow", columns=["data_set", "source"])[:]
@@ -135,20 +146,23 @@ def amount_of(found: Survey, kept: np.ndarray) -> str:
     return f"{int(kept.sum()):,} structures, {num_atoms:,} atoms"
 
 
-def plan_of(section: str, source: StructureRows, grouping: Grouping, by: str, seed: int | None,
+def plan_of(section: str, source: StructureRows | StructureMixture, grouping: Grouping, by: str, seed: int | None,
             window_rows: int) -> tuple[EpochPlan, list[str]]:  # fmt: skip
     """The plan, and a note where its first window is less than 99% full. Raises ValueError for too small a budget."""
     plan = EpochPlan(source, grouping, seed, window_rows)
     if grouping.budget is None:
         return plan, []
-    sizes = source.sizes(np.arange(len(source)), 0)
     unit, key = ("edges", "edge") if by == "edges" else ("atoms", "atom")
-    if (largest := int(sizes.max())) > grouping.budget:
-        place = source.rows[int(sizes.argmax())]
-        raise ValueError(
-            f"{section}.{key}_micro_batch_size={grouping.budget}: frame {place['key']} of {place['source']} alone has "
-            f"{largest} {unit}; give at least that."
-        )
+    for one in getattr(source, "sources", [source]):
+        sizes = one.sizes(np.arange(len(one)), 0)
+        if (largest := int(sizes.max())) > grouping.budget:
+            place = one.rows[int(sizes.argmax())]
+            raise ValueError(
+                f"{section}.{key}_micro_batch_size={grouping.budget}: frame {place['key']} of {place['source']} alone "
+                f"has {largest} {unit}; give at least that."
+            )
+    sizes = source.sizes(np.arange(len(source)), 0)
+    largest = int(sizes.max())
     batches = plan.window(0, 0)
     full = sizes.sum() / grouping.budget if len(source) <= plan.window_rows else len(batches)
     fill = sum(int(source.sizes(batch.rows, 0).sum()) for batch in batches) / (grouping.budget * max(len(batches), 1))
@@ -171,6 +185,7 @@ class TrainLoader(Loader):
         elements: list[str] | None,
         *,
         load_dataset_kwargs: dict,
+        mix: dict | None = None,
         label_keys: dict | None = None,
         units: dict | None = None,
         micro_batch_size: PositiveInt | None = None,
@@ -186,26 +201,48 @@ class TrainLoader(Loader):
         grouping, by = grouping_of(section, micro_batch_size, atom_micro_batch_size, edge_micro_batch_size)
         if num_workers:
             start_worker_server()
-        rows, found, kept, notes = open_source(
-            distributed,
-            section,
-            cutoffs,
-            load_dataset_kwargs,
-            label_keys,
-            units,
-            max_neighbors,
-            bad_frames,
-            odd_frames,
-        )
+        asked = {
+            section: {
+                "load_dataset_kwargs": load_dataset_kwargs, "label_keys": label_keys, "units": units,
+                "bad_frames": bad_frames, "odd_frames": odd_frames,
+            }
+        }  # fmt: skip
+        if mix is not None:
+            parts = sources_of_mix(f"{section}.mix", mix, asked[section])
+            asked = {f"{section}.mix.{name}": part for name, part in parts.items()}
+        sources, surveys, facts, notes = [], [], [], []
+        for name, part in asked.items():
+            keys = {key: value for key, value in part.items() if key != "weight"}
+            rows, found, kept, told = open_source(distributed, name, cutoffs, max_neighbors=max_neighbors, **keys)
+            sources.append(StructureRows(rows, found, by, kept))
+            surveys.append(found)
+            facts.append(f"{name}: {amount_of(found, kept)} of {whence(part['load_dataset_kwargs'])}")
+            notes += told
+        found, source = Surveys(surveys), sources[0]
+        if mix is not None:
+            weights = {name: part["weight"] for name, part in parts.items()}
+            source = StructureMixture(dict(zip(parts, sources, strict=True)), weights, seed)
+            notes.append(f"{section}.mix: {source.note()}.")
         self.elements = check_elements(section, found, elements)
         self.statistics, told = statistics(found, self.elements)
-
-        source = StructureRows(rows, found, by, kept)
         plan, full = plan_of(section, source, grouping, by, seed, window_rows)
         collate = GraphCollator(section, cutoffs, self.elements, max_neighbors)
         super().__init__(distributed, section, plan, collate, num_workers)
         self.notes += [*notes, *told, *full]
-        self.sources.append(f"{section}: {amount_of(found, kept)} of {whence(load_dataset_kwargs)}")
+        self.sources += facts
+
+    def facts(self, config: DictConfig) -> list[str]:
+        """What is read, and which terms of the loss have no labels in it."""
+        notes, scheduled = [], config.loss_schedules or {}
+        for label, number in self.statistics["num_labels"].items():
+            key = f"{label}_weight"
+            if not number and (config.loss_kwargs[key] or key in scheduled):
+                notes.append(
+                    f"{self.section}: no structure has {label} [{label}], so loss_kwargs.{key}="
+                    f"{config.loss_kwargs[key]} has no effect; name what the file calls it, "
+                    f"+dataset.label_keys.{label}=..., or set the weight to 0."
+                )
+        return [*super().facts(config), *notes]
 
 
 def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:
@@ -216,7 +253,7 @@ def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:
     return TrainLoader(distributed, config.seed, wanted.cutoffs, wanted.elements, **config.dataset).plan
 
 
-def check_elements(section: str, found: Survey, elements: list[str] | None) -> list[str]:
+def check_elements(section: str, found: Survey | Surveys, elements: list[str] | None) -> list[str]:
     """The model's elements, by default those of the data. Raises ValueError for one that the model would not know."""
     present = found.elements()
     if elements is None:

@@ -76,12 +76,15 @@ def export(step_folder: Path, target: Path, pt2: bool = False) -> None:
 def model_card(run: dict) -> str:
     """What the model is and how it came about, in Markdown."""
     config, model, counts = run["config"], run["model"], run["logger"]
+    dataset = config["dataset"]
+    mix = (dataset.get("mix") or {"": {}}).values()
+    data = [data_names(dataset["load_dataset_kwargs"] | (one.get("load_dataset_kwargs") or {})) for one in mix]
     return CARD.format(
         kind=model["model_type"], model_tag=Path(config["model_tag"]).name, step=run["step"],
         elements=", ".join(model["elements"]),
         architecture={"nequip": "NequIP", "allegro": "Allegro"}[model["model_type"]], cutoff=model["cutoff"],
         dtype=model["dtype"], num_atoms=counts["num_atoms"], errors=error_table(run),
-        data=data_names(config["dataset"]["load_dataset_kwargs"]), weights=weights_of(run),
+        data=", ".join(data), weights=weights_of(run),
         config=OmegaConf.to_yaml(OmegaConf.create(published(config))),
     )  # fmt: skip
 

@@ -41,6 +41,8 @@ from pretrained import read_pretrained
 def main(config: DictConfig) -> None:
     """Check the configuration, join the other ranks, train."""
     check_config(config)
+    if config.precision == "fp64":
+        stop_with("precision=fp64: Megatron-FSDP has FP32 at most; use train_ddp.py or train_fsdp2.py.")
     with joined(config) as distributed:
         train(config, distributed)
 
@@ -64,8 +66,6 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         logger = PerfLogger(distributed, config, model, flops, precision, metrics, __file__, **config.logger)
 
     # ---- Megatron-FSDP: filled before it is split, so each rank holds the whole model for a moment.
-    if config.precision == "fp64":
-        stop_with("precision=fp64: Megatron-FSDP has FP32 at most; use train_ddp.py or train_fsdp2.py.")
     logger.notes.append(stand_in_for_cuda())
     materialize(model, config.seed, pretrained, distributed.device)
     model = fully_shard_model(

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from atoms.checks import BAD, BITS, KINDS, NEVER, check
+from atoms.checks import BAD, BITS, KINDS, LABELS, NEVER, check
 from atoms.structures import structures_of
 from atoms.survey import ODD, Survey, solve
 
@@ -64,6 +64,8 @@ def _values(survey: Survey, name: str, rows: np.ndarray) -> np.ndarray:
         return survey.energy_deviation[rows]
     if name == "force_outlier":
         return survey.max_force[rows]
+    if name == "turned_forces":
+        return survey.column("agreement")[rows]
     if name == "duplicate":
         return np.zeros(len(rows))
     structures = structures_of(survey.rows.with_format("arrow")[rows])
@@ -206,18 +208,13 @@ def of_labels(survey: Survey) -> list[Finding]:
         if better or (of_share < rest and stays_flat(survey.total("growth"))):
             text = "Energies do not grow with the number of atoms, as if they were energies an atom [energy]; "
             found.append(Finding("not_extensive", True, text + "give the total energy of each structure."))
-    structures, lacking = int(survey.total("structures")), {}
-    lacking["energy"] = structures - int(number)
-    lacking["stress"] = structures - int(survey.total("stresses"))
-    others = "; they train on the rest of their labels."
-    for label, missing in lacking.items():
-        if 0 < missing < structures:
-            text = f"{missing:,} of {structures:,} frames have no {label} [{label}]{others}"
+    sound = int(((survey.flags & BAD) == 0).sum())
+    for label in LABELS:
+        rows = survey.lacking(label)
+        if 0 < len(rows) < sound:
+            has, they = ("has", "it trains on its") if len(rows) == 1 else ("have", "they train on their")
+            text = f"{frames(survey, rows)} {has} no {label} [{label}]; {they} other labels."
             found.append(Finding(f"no_{label}", False, text))
-    atoms, with_forces = survey.total("atoms").sum(), survey.total("force_atoms").sum()
-    if 0 < with_forces < atoms:
-        text = f"{atoms - with_forces:,.0f} of {atoms:,.0f} atoms have no forces [forces]{others}"
-        found.append(Finding("no_forces", False, text))
     return found
 
 

@@ -18,18 +18,22 @@ import datasets
 import numpy as np
 
 from atoms.arrow_cache import in_processes
-from atoms.checks import BAD, BITS, bond_forces, bond_ratios, check, fingerprints, work
+from atoms.checks import BAD, BITS, LABELS, bond_ratios, check, fingerprints, lacks, nearest_bonds, work
 from atoms.neighbours import Cutoffs
 from atoms.structures import NUM_ELEMENTS, NUMBERS, SYMBOLS, Structures, structures_of
 from common.distributed import Distributed
 from common.sizes import SizeIndex, read_chunk, save, writable
 
 
-VERSION = 1
+VERSION = 2
 CHUNK = 5000  # rows that one process surveys, and saves, at once
 BLOCK = 250  # rows that are in memory at once
 OUTLIER, LEAST_OUTLIER = 12.0, 0.5  # median deviations of the energy an atom, and eV an atom
 FORCE_OUTLIER, LEAST_FORCE = 12.0, 10.0  # times the median of the frames' largest forces, and eV/A
+TURNED, BETWEEN = (
+    -0.5,
+    0.25,
+)  # agreements of forces with bonds: of the wrong sign, and up to where sound frames are few
 ODD = np.uint32(sum(int(bit) for bit in BITS.values())) & ~BAD
 
 
@@ -44,19 +48,20 @@ def survey_chunk(rows: datasets.Dataset, first: int, stop: int, cutoffs: Cutoffs
         structures = structures_of(table[at : min(at + BLOCK, stop)])
         checked = check(structures, cutoffs, max_neighbors)
         here = (checked.flags & BAD) == 0 if kept is None else kept[at - first : at - first + len(structures)]
-        largest = np.zeros(len(structures))
+        largest, nearest = np.zeros(len(structures)), nearest_bonds(structures, checked)
         np.fmax.at(largest, structures.structure, np.linalg.norm(structures.forces, axis=-1))
         per_row = {
             "sizes": structures.num_atoms.astype(np.int32), "edges": checked.num_edges.astype(np.int32),
             "flags": checked.flags, "prints": fingerprints(structures), "energy": structures.energy,
             "max_force": largest.astype(np.float32), "counts": element_counts(structures),
-            "kept": here,
+            "kept": here, "lacks": lacks(structures),
+            "agreement": nearest.agreement(len(structures)).astype(np.float32),
         }  # fmt: skip
         for name, array in per_row.items():
             found.setdefault(name, []).append(array)
         for name, value in sums_of(structures, checked, here).items():
             sums[name] = sums[name] + value if name in sums else value
-        for pair, value in bond_forces(structures, checked).items():
+        for pair, value in nearest.sums().items():
             bonds[pair] = bonds[pair] + value if pair in bonds else value
     arrays = {name: np.concatenate(parts) for name, parts in found.items()}
     counts = arrays.pop("counts")
@@ -169,12 +174,16 @@ class Survey:
         return np.sum([chunk[f"sum_{name}"] for chunk in self.chunks], axis=0)
 
     def bonds(self) -> np.ndarray:
-        """[pairs, 6]: the sums of `bond_forces`."""
+        """[pairs, 6]: the sums of `Bonds`."""
         found: dict[int, np.ndarray] = {}
         for chunk in self.chunks:
             for pair, sums in zip(chunk["bond_pairs"].tolist(), chunk["bond_sums"], strict=True):
                 found[pair] = found.get(pair, 0.0) + sums
         return np.array([found[pair] for pair in sorted(found)]).reshape(-1, 6)
+
+    def lacking(self, label: str) -> np.ndarray:
+        """The rows that have no such label, but for those that cannot be trained on anyway."""
+        return np.flatnonzero((self.column("lacks") >> LABELS.index(label) & 1) & ((self.flags & BAD) == 0))
 
     def _mark_duplicates(self) -> None:
         prints = self.column("prints")
@@ -188,6 +197,12 @@ class Survey:
         self.flags[np.abs(deviation) > max(OUTLIER * usual, LEAST_OUTLIER)] |= BITS["energy_outlier"]
         strongest = np.median(self.max_force[self.max_force > 0]) if (self.max_force > 0).any() else 0.0
         self.flags[self.max_force > max(FORCE_OUTLIER * strongest, LEAST_FORCE)] |= BITS["force_outlier"]
+        # Signs are two heaps with nothing between them; where sound frames lie there as well, none can be told.
+        agreement = self.column("agreement")
+        turned = agreement < TURNED
+        between = (agreement >= TURNED) & (agreement < BETWEEN)
+        if 0 < turned.sum() < 0.25 * np.isfinite(agreement).sum() and between.sum() <= 0.2 * turned.sum():
+            self.flags[turned] |= BITS["turned_forces"]
 
     @cached_property
     def energy_deviation(self) -> np.ndarray:
@@ -203,7 +218,7 @@ class Survey:
 
     def elements(self) -> list[str]:
         """Symbols of all elements, by atomic number, of the rows that are kept."""
-        return SYMBOLS[np.flatnonzero(self.total("atoms"))].tolist()
+        return Surveys([self]).elements()
 
     def size_index(self, name: str) -> SizeIndex:
         """`sizes` (atoms) or `edges` of each row, mapped into memory from a file that ranks and workers share."""
@@ -223,12 +238,10 @@ class Survey:
             mine = {}
             for i in changed[rank::num_ranks]:
                 arguments = (self.rows, starts[i], starts[i + 1], self.cutoffs, self.max_neighbors, pieces[i])
-                mine[i] = {
-                    k: v for k, v in survey_chunk(*arguments).items() if k.startswith(("sum_", "bond_", "kept"))
-                }
-            for found in distributed.gather(mine) if distributed else [mine]:
-                for i, arrays in found.items():
-                    self.chunks[i] |= arrays
+                mine[i] = {k: v for k, v in survey_chunk(*arguments).items() if k.startswith(("sum_", "bond_"))}
+            for place, i in enumerate(changed):  # one at a time, so that it stays small
+                sums = distributed.from_rank(place % num_ranks, mine.get(i)) if distributed else mine[i]
+                self.chunks[i] |= sums | {"kept": pieces[i]}
             if distributed is None or distributed.local_rank == 0:
                 arrays = {f"{i}/{name}": self.chunks[i][name] for i in changed for name in self.chunks[i]
                           if name.startswith(("sum_", "bond_", "kept"))}  # fmt: skip
@@ -237,6 +250,21 @@ class Survey:
             return
         for name, array in read_chunk(path).items():
             self.chunks[int(name.partition("/")[0])][name.partition("/")[2]] = array
+
+
+class Surveys:
+    """Those of several sources as one, with each row once, for `statistics`."""
+
+    def __init__(self, surveys: list[Survey]):
+        self.surveys = surveys
+
+    def total(self, name: str) -> np.ndarray:
+        """A sum over all rows that are kept."""
+        return np.sum([one.total(name) for one in self.surveys], axis=0)
+
+    def elements(self) -> list[str]:
+        """Symbols of all elements, by atomic number, of the rows that are kept."""
+        return SYMBOLS[np.flatnonzero(self.total("atoms"))].tolist()
 
 
 def survey(distributed: Distributed, section: str, rows: datasets.Dataset, cutoffs: Cutoffs,
@@ -262,18 +290,14 @@ def survey(distributed: Distributed, section: str, rows: datasets.Dataset, cutof
             processes = num_processes or max(1, (os.cpu_count() or 1) // distributed.num_local_ranks)
             processes = processes if len(tasks) > 4 else 1
             note = f"{section}: neighbours, statistics, checks"
-            own: dict[int, dict] = {}
             with writable(section, target):  # also where another run has finished meanwhile, and removed the parts
                 for _ in in_processes(chunk_to_file, tasks, processes, note, not distributed.is_main, len(mine)):
                     pass
-                own = {i: read_chunk(parts / f"{i}.npz") for i in mine}
-        chunks: dict[int, dict] = {}
-        for found in distributed.gather(own):
-            chunks |= found
+        spread(distributed, section, parts, target, len(starts))
         with distributed.shared_errors():
             if distributed.local_rank == 0 and not target.is_dir():
                 with writable(section, target):
-                    keep(target, [chunks[i] for i in range(len(starts))])
+                    keep(target, [parts / f"{i}.npz" for i in range(len(starts))])
         if distributed.local_rank == 0:
             shutil.rmtree(parts, ignore_errors=True)
     number = json.loads((target / "done.json").read_text())["num_chunks"]
@@ -281,19 +305,38 @@ def survey(distributed: Distributed, section: str, rows: datasets.Dataset, cutof
     return Survey(target, chunks, rows, cutoffs, max_neighbors)
 
 
-def keep(target: Path, chunks: list[dict[str, np.ndarray]]) -> None:
-    """Write a survey, whole or not at all; another run or node may do so at the same time."""
+def spread(distributed: Distributed, section: str, parts: Path, target: Path, number: int) -> None:
+    """Give each node the chunks that its disk lacks, one at a time, as the rank that made it has it."""
+    leads = distributed.local_rank == 0 and not target.is_dir()
+    lacking = {i for i in range(number) if not (parts / f"{i}.npz").exists()} if leads else set()
+    for i in sorted(set().union(*distributed.gather(lacking))):
+        name, owner, content = f"{i}.npz", i % distributed.num_ranks, None
+        with distributed.shared_errors(), writable(section, target):
+            if distributed.rank == owner:
+                content = (target if target.is_dir() else parts).joinpath(name).read_bytes()
+        content = distributed.from_rank(owner, content)
+        with distributed.shared_errors(), writable(section, target):
+            if i in lacking:
+                save(parts / name, lambda file, content=content: file.write(content))
+
+
+def keep(target: Path, chunks: list[Path]) -> None:
+    """Write a survey of these files, whole or not at all; another run or node may do so at the same time."""
     made = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     made.mkdir()
-    for i, chunk in enumerate(chunks):
-        np.savez_compressed(made / f"{i}.npz", **chunk)
-    for name in ("sizes", "edges"):
-        np.save(made / f"{name}.npy", np.concatenate([chunk[name] for chunk in chunks]))
-    (made / "done.json").write_text(json.dumps({"num_chunks": len(chunks)}))
     try:
+        sizes = {"sizes": [], "edges": []}
+        for i, file in enumerate(chunks):
+            chunk = read_chunk(file)
+            shutil.copyfile(file, made / f"{i}.npz")
+            for name, found in sizes.items():
+                found.append(chunk[name])
+        for name, found in sizes.items():
+            np.save(made / f"{name}.npy", np.concatenate(found))
+        (made / "done.json").write_text(json.dumps({"num_chunks": len(chunks)}))
         made.rename(target)
     except OSError:
-        shutil.rmtree(made)
+        shutil.rmtree(made, ignore_errors=True)
         if not target.is_dir():
             raise
 
@@ -316,7 +359,7 @@ def solve(normal: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, int]:
     return found, int(fine.sum())
 
 
-def statistics(found: Survey, elements: list[str]) -> tuple[dict, list[str]]:
+def statistics(found: Survey | Surveys, elements: list[str]) -> tuple[dict, list[str]]:
     """Exact over the rows that are kept, in the order of `elements`, and what is to be said of them."""
     index = np.array([NUMBERS[symbol] for symbol in elements], dtype=np.int64)
     atoms, neighbours, force_atoms, squares = (
@@ -336,6 +379,8 @@ def statistics(found: Survey, elements: list[str]) -> tuple[dict, list[str]]:
         rms = np.nan_to_num(np.sqrt(squares / (3 * force_atoms)))
     numbers = {
         "num_structures": int(found.total("structures")), "num_atoms": int(atoms.sum()),
+        "num_labels": {"energy": int(found.total("energies")), "forces": int(force_atoms.sum()),
+                       "stress": int(found.total("stresses"))},
         "num_neighbors_mean": float(neighbours.sum() / max(atoms.sum(), 1)),
         "num_neighbors_per_type": mean[index].tolist(),
         "per_element_energy": energies[index].tolist(), "per_element_energy_rank": rank,

@@ -18,6 +18,7 @@ from atoms.structures import NUM_ELEMENTS, SYMBOLS, Structures
 CLOSE = 0.5  # A
 DENSE = 1.0  # A^3 an atom; a proton and its share of a metal under pressure take more
 OVERLAP = 0.6  # of the sum of two covalent radii
+FEWEST_BONDS = 6  # of a frame, to judge its forces by
 NET_FORCE, NET_SHARE = 0.005, 0.1  # eV/A an atom, and of the length of all forces: what DFT leaves over is below
 RADII = np.nan_to_num(covalent_radii, nan=1.5)
 
@@ -66,9 +67,13 @@ KINDS = {
                            "look for another functional, an unfinished calculation, or another unit"),
     "force_outlier": Kind(False, "forces", "has a force of {value:.1f} eV/A",
                           "take it out, unless such forces are wanted"),
+    "turned_forces": Kind(False, "forces", "has forces whose sign is that of no other frame: the correlation with "
+                          "what its bonds should do is {value:.2f}",
+                          "look where the frame is from; it has gradients perhaps"),
 }  # fmt: skip
 BITS = {name: np.uint32(1 << i) for i, name in enumerate(KINDS)}
 NEVER = BITS["no_geometry"] | BITS["pbc_without_cell"]  # have no neighbours that could be found
+LABELS = ("energy", "forces", "stress")  # what a frame can lack, by bits in this order
 BAD = np.uint32(sum(int(BITS[name]) for name, kind in KINDS.items() if kind.bad))
 
 
@@ -191,14 +196,45 @@ def fingerprints(structures: Structures) -> np.ndarray:
 # ---- what all frames together tell
 
 
-def bond_forces(structures: Structures, checked: Checked) -> dict[int, np.ndarray]:
-    """By pair of elements: n, and sums of d, p, d^2, d p, p^2 over each atom's nearest neighbour.
+@dataclass
+class Bonds:
+    """Each atom's nearest neighbour: the pair of elements, the distance d, and how strongly the two push apart, p.
 
-    d is the distance, p how strongly the two push each other apart (eV/A). Pairs that are too near push: within a
-    kind of pair p falls with d, and rises where forces have the wrong sign.
+    Pairs that are too near push: within a kind of pair p (eV/A) falls with d, and rises where forces have the wrong
+    sign.
     """
+
+    pairs: np.ndarray  # the different ones
+    pair: np.ndarray  # of each bond
+    d: np.ndarray
+    p: np.ndarray
+    structure: np.ndarray
+
+    def sums(self) -> dict[int, np.ndarray]:
+        """By pair of elements: n, and sums of d, p, d^2, d p, p^2."""
+        d, p = self.d, self.p
+        weights = (np.ones_like(d), d, p, d * d, d * p, p * p)
+        table = np.stack([np.bincount(self.pair, w, len(self.pairs)) for w in weights], 1)
+        return dict(zip(self.pairs.tolist(), table, strict=True))
+
+    def agreement(self, num_structures: int) -> np.ndarray:
+        """[S]: how the pushes of a structure go with those of a line through all, from -1 to 1; NaN for few bonds."""
+        n, d, p, dd, dp, _ = np.array(list(self.sums().values())).reshape(-1, 6).T
+        slope = (dp - d * p / n) / np.maximum(dd - d * d / n, 1e-12)
+        expected = (p / n)[self.pair] + slope[self.pair] * (self.d - (d / n)[self.pair])
+
+        def of(weights: np.ndarray | None = None) -> np.ndarray:
+            return np.bincount(self.structure, weights, num_structures)
+
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found = of(self.p * expected) / np.sqrt(of(self.p**2) * of(expected**2))
+        return np.where(of() < FEWEST_BONDS, np.nan, found)
+
+
+def nearest_bonds(structures: Structures, checked: Checked) -> Bonds:
+    """Of the structures that have forces, and are not bad."""
     if not len(checked.distances):
-        return {}
+        return Bonds(*(np.zeros(0, t) for t in (np.int64, np.int64, float, float, np.int64)))
     nearest = np.full(len(structures.numbers), np.inf)
     np.minimum.at(nearest, checked.edges[0], checked.distances)
     ties = np.flatnonzero(checked.distances == nearest[checked.edges[0]])
@@ -212,9 +248,14 @@ def bond_forces(structures: Structures, checked: Checked) -> dict[int, np.ndarra
     a, b = np.sort(np.stack([structures.numbers[centre], structures.numbers[other]]).astype(np.int64), axis=0)
     fine = np.isfinite(p) & (d > CLOSE) & ((checked.flags[structures.structure[centre]] & BAD) == 0)
     pairs, place = np.unique((a * NUM_ELEMENTS + b)[fine], return_inverse=True)
-    d, p = d[fine], p[fine]
-    sums = np.stack([np.bincount(place, w, len(pairs)) for w in (np.ones_like(d), d, p, d * d, d * p, p * p)], 1)
-    return dict(zip(pairs.tolist(), sums, strict=True))
+    return Bonds(pairs, place, d[fine], p[fine], structures.structure[centre][fine])
+
+
+def lacks(structures: Structures) -> np.ndarray:
+    """[S]: which of `LABELS` a structure lacks, a bit each."""
+    without = np.bincount(structures.structure, ~np.isfinite(structures.forces).all(-1), len(structures)) > 0
+    stress = ~np.isfinite(structures.stress).all((1, 2))
+    return (~np.isfinite(structures.energy) + 2 * without + 4 * stress).astype(np.uint8)
 
 
 def bond_ratios(structures: Structures, checked: Checked) -> np.ndarray:

@@ -170,6 +170,13 @@ class Structures:
                        forces=self.forces[atoms], **chosen)  # fmt: skip
 
 
+def concatenated(parts: list[Structures]) -> Structures:
+    """All of these, one after the other; without the numbers of data sets."""
+    starts = np.concatenate([[0], np.cumsum(np.concatenate([part.num_atoms for part in parts]))])
+    names = [f.name for f in fields(Structures) if f.name not in ("starts", "data_set")]
+    return Structures(starts=starts, **{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})
+
+
 def structures_of(table: pa.Table) -> Structures:
     """The rows of an Arrow table as arrays."""
     table = table.combine_chunks()

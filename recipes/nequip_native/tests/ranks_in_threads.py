@@ -27,6 +27,9 @@ class Rank:
         self.barrier.wait()
         return found
 
+    def from_rank(self, rank, value=None):
+        return self.gather(value)[rank]
+
     def sum(self, *values):
         return [sum(column) for column in zip(*self.gather([float(v) for v in values]), strict=True)]
 

@@ -61,3 +61,21 @@ def text(frames: list[Atoms]) -> str:
     file = io.StringIO()
     ase.io.write(file, frames, format="extxyz")
     return file.getvalue()
+
+
+def model_in(folder: Path, seed: int, elements=("Al", "Ni", "Cu")) -> str:
+    """A final model with first weights, its folder."""
+    from atoms.calculator_file import write_potential
+    from atoms.first_weights import init_parameters
+    from build_model import KINDS
+
+    config_class, model_class = KINDS["nequip"]
+    config = config_class(
+        elements=list(elements), cutoff=3.5, num_neighbors=20.0, energy_scales=[0.1] * len(elements),
+        energy_shifts=[-1.0] * len(elements), num_layers=1, num_features=[6, 4], num_element_features=3,
+        radial_width=8, dtype="float64",
+    )  # fmt: skip
+    model = model_class(config)
+    init_parameters(model, seed)
+    write_potential(folder, config, model_class, model.state_dict())
+    return str(folder)

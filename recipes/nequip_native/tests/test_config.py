@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from ase.io import read
+from structure_files import labelled, write
 
 from atoms.final_model import calculator
 from build_model import SIZES, model_config
 from common import RECIPE
-from common.contract.running import curve, metrics, run_here, run_ranks
+from common.contract.running import assert_same_weights, curve, metrics, run_here, run_ranks
+from common.step_folder import complete_steps
 
 
 STATISTICS = {"num_neighbors_mean": 21.0, "forces_rms": 0.7, "per_element_energy": [-1.0, -2.0]}
@@ -65,6 +67,15 @@ def test_scheduled_weights_reach_the_loss(tmp_path):
     assert found[0] == 0 < found[1]
 
 
+def test_a_weight_without_labels_is_said(tmp_path, capfd):
+    file = write(labelled(8, stress=False), tmp_path / "mine.extxyz")
+    data = [f"dataset.load_dataset_kwargs.data_files={file}", "dataset.load_dataset_kwargs.split=train"]
+    run_here("train_ddp", tmp_path, *data, "validation.load_dataset_kwargs=null", "num_train_steps=1")
+    said = capfd.readouterr().err
+    assert "no structure has stress [stress], so loss_kwargs.stress_weight=5.0 has no effect; name what" in said
+    assert "no structure has forces" not in said
+
+
 def test_elements_have_their_own_weights_of_forces():
     from atoms.losses import loss_terms
 
@@ -87,7 +98,31 @@ def test_one_curve_to_nine_digits_in_float64(trainer, in_float64, tmp_path):
     assert curve(tmp_path) == pytest.approx(in_float64, rel=1e-9)
 
 
+AVERAGED = [
+    "ema_decay=0.5", "checkpoint.keep_best=forces_mae", "checkpoint.max_to_keep=1", "validation.every_n_steps=1",
+    "num_train_steps=4", "adamw_kwargs.lr=0.05",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    path = tmp_path_factory.mktemp("averaged")
+    return run_here("train_ddp", path, f"checkpoint.ckpt_dir={path}", *AVERAGED)
+
+
+@pytest.mark.parametrize("trainer", ["train_fsdp2", "train_mfsdp"])
+def test_averaged_weights_and_the_best_of_them_on_two_ranks(trainer, averaged, tmp_path):
+    """The average is validated and kept, and is the same whatever the weights are split by."""
+    run_ranks(trainer, 2, tmp_path, f"checkpoint.ckpt_dir={tmp_path}", *AVERAGED)
+    errors = metrics(averaged, "validation", "forces_mae")
+    assert metrics(tmp_path, "validation", "forces_mae") == pytest.approx(errors, rel=1e-4)
+    best = errors.index(min(errors)) + 1
+    assert complete_steps(tmp_path) == complete_steps(averaged) == sorted({best, 4})
+    for step in complete_steps(tmp_path):
+        assert_same_weights(tmp_path / f"step_{step}", averaged / f"step_{step}", rtol=1e-3, atol=1e-5)
+
+
 def test_float64_is_more_than_megatron_has(tmp_path, capfd):
     with pytest.raises(SystemExit):
-        run_here("train_mfsdp", tmp_path, "precision=fp64")
+        run_here("train_mfsdp", tmp_path, "precision=fp64", "dataset.load_dataset_kwargs.data_files=none.extxyz")
     assert "precision=fp64: Megatron-FSDP has FP32 at most" in capfd.readouterr().err

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ase.io import read
 from ase.neighborlist import neighbor_list
 from ranks_in_threads import on_ranks
 from structure_files import labelled, write
@@ -99,6 +100,29 @@ def test_batches_are_full(by, tmp_path, distributed):
     assert max(sizes) <= budget and np.mean(sorted(sizes)[1:]) >= 0.99 * budget  # an epoch's last may be short
     counted = [batch.counts[f"{by}s"] for batch in islice(built, 5)]
     assert counted == sizes[:5]
+
+
+def test_a_mixture_has_its_shares_and_its_numbers(loader, tmp_path, distributed):
+    """Replay: 31 new structures three parts, 9 old ones one part; statistics are of all 40 rows once."""
+    other = labelled(9, seed=5)
+    old = {"weight": 1, "load_dataset_kwargs": {"data_files": write(other, tmp_path / "old.extxyz")}}
+    built = loader(mix={"new": {"weight": 3}, "old": old}, micro_batch_size=4)
+    seen = Counter()
+    for epoch in range(3):
+        rows = np.concatenate([batch.rows for batch in built.plan.epoch(epoch)])
+        seen += Counter(line.partition(":")[0] for line in built.plan.source.describe(rows, epoch))
+    assert seen == {"new": 90, "old": 30}
+    mixture, some = built.plan.source, np.array([39, 0, 17])
+    together, alone = mixture.read(some, 1), [mixture.read(some[[i]], 1) for i in range(3)]
+    assert np.array_equal(together.positions, np.concatenate([one.positions for one in alone]))
+    assert np.array_equal(together.energy, np.concatenate([one.energy for one in alone]), equal_nan=True)
+    assert together.num_atoms.tolist() == mixture.sizes(some, 1).tolist()
+    assert built.statistics["num_structures"] == 40 and any("times its 9 rows" in note for note in built.notes)
+    whole = write([*read(tmp_path / "a.extxyz", ":"), *other], tmp_path / "whole.extxyz")
+    alike = loader(load_dataset_kwargs={"path": "structures", "data_files": whole}).statistics
+    assert built.statistics["per_element_energy"] == pytest.approx(alike["per_element_energy"], rel=1e-9)
+    with pytest.raises(ValueError, match=r"frame 1 of old\.extxyz|frame 1 of a\.extxyz alone has 32 atoms"):
+        loader(mix={"new": {"weight": 3}, "old": old}, atom_micro_batch_size=20)
 
 
 def test_workers_and_resuming_change_nothing(loader):

@@ -223,4 +223,29 @@ def test_frames_that_lack_a_label(tmp_path, distributed):
     frames[5] = relabel(frames[5], forces=None)
     found = names(look(frames, tmp_path, distributed))
     assert set(found) == {"no_stress", "no_forces"} and not found["no_stress"].bad
-    assert "1 of 20 frames have no stress" in found["no_stress"].text
+    assert "mine.extxyz, frame 3 has no stress [stress]; it trains on its other labels." in found["no_stress"].text
+    frames[7] = relabel(frames[7], forces=None)
+    text = names(look(frames, tmp_path, distributed))["no_forces"].text
+    assert "mine.extxyz, frame 5 (and 7; 2 of 20 in all) have no forces [forces]; they train on their" in text
+
+
+def test_forces_of_a_few_frames_that_have_the_other_sign(tmp_path, distributed):
+    frames = [*walk(), *walk(seed=1), *labelled(20)]
+    for turned in (0, 30, 44):
+        frames[turned] = relabel(frames[turned], forces=-frames[turned].calc.results["forces"])
+    found = look(frames, tmp_path, distributed)
+    [finding] = [f for f in findings(found) if f.name == "turned_forces"]
+    assert finding.rows.tolist() == [0, 30, 44] and not finding.bad
+    assert "mine.extxyz, frame 0 (and 30, 44; 3 of 68 in all) has forces whose sign" in finding.text
+    kept, _ = judge("dataset", found, "refuse", "leave_out")
+    assert np.flatnonzero(~kept).tolist() == [0, 30, 44]
+
+
+def test_real_forces_that_were_turned(real_structures, tmp_path, distributed):
+    from ase.io import read
+
+    frames = read(real_structures("lips_150.extxyz"), ":")
+    for turned in (17, 90):
+        frames[turned] = relabel(frames[turned], forces=-frames[turned].calc.results["forces"])
+    [finding] = findings(look(frames, tmp_path, distributed, 5.0))
+    assert finding.name == "turned_forces" and finding.rows.tolist() == [17, 90]
