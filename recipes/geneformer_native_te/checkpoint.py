@@ -225,7 +225,10 @@ class Checkpointer:
         self.finish()
         run = {"step": step, **{name: part.state_dict() for name, part in parts.items()}, "ema": ema.state_dict()}
         run |= {"model": facts(self.shape), "config": self.config} | ({"base": self.base} if self.base else {})
-        writer, state = StepWriter(self._path(step), json.dumps(run, indent=1)), self._state(model, optimizer, ema)
+        if self.best:
+            run["best"] = {"metric": self.keep_best, "value": self.best[0], "step": self.best[1]}
+        writer = StepWriter(self._path(step), json.dumps(run, indent=1), self._tidy)
+        state = self._state(model, optimizer, ema)
         state["model"] = {k: v for k, v in state["model"].items() if k not in self.left_out}
         del state["optimizer"]["param_groups"]  # the configuration says what is in them
         self.step = step
@@ -254,8 +257,8 @@ class Checkpointer:
                 f"step_{self.step} could not be saved, on rank {rank}: {error.strerror or error}. {self._newest()} "
                 "Training goes on."
             )
-        if self.distributed.is_main:
-            self._tidy()
+            if self.distributed.is_main:
+                tidy_litter(self.folder)
         if self.keep_best:
             self.best = self.distributed.gather(self._best() if self.distributed.is_main else None)[0]
 

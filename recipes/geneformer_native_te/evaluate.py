@@ -90,10 +90,18 @@ def read_settings(source: str, run: dict | None, config_name: str, overrides: li
     return config
 
 
-def without_hidden(config: dict) -> dict:
-    """Without the secrets that a run did not write down: the environment may have them."""
-    shown = {key: without_hidden(value) if isinstance(value, dict) else value for key, value in config.items()}
-    return {key: value for key, value in shown.items() if value != HIDDEN}
+def without_hidden(config: dict, is_read: bool = False) -> dict:
+    """Without the secrets that a run did not write down: the environment may have them.
+
+    Of what `is_read`, an address with a secret in it stays, for check_config to ask for.
+    """
+    shown = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            shown[key] = without_hidden(value, is_read or key == "validation")
+        elif value != HIDDEN and (is_read or HIDDEN not in str(value)):
+            shown[key] = value
+    return shown
 
 
 def evaluate(distributed: Distributed, config: DictConfig, source: str, out: Path = Path("outputs")) -> dict:

@@ -21,15 +21,31 @@ from common.cpu_memory import keep_fewer_products, keep_freed_memory
 
 
 def stop_with(sentence: str, code: int = 2) -> NoReturn:
-    """End this process with one sentence, said by rank 0; exit code 2 stands for a user's mistake."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
-    elif not dist.is_initialized():
-        # torchrun ends all ranks of a node as soon as one leaves: not before rank 0 has spoken.
-        time.sleep(60 if os.environ.get("GROUP_RANK", "0") == "0" else 5)
+    """End this process with one sentence, which one of the ranks says; exit code 2 stands for a user's mistake."""
+    sentence = " ".join(sentence.split())
+    if dist.is_initialized():  # all ranks come here together
+        speaks = os.environ.get("RANK", "0") == "0"
+    elif not (speaks := is_first_with(sentence)):
+        time.sleep(5)  # torchrun ends all ranks of a node as soon as one leaves: not before the other has spoken
+    if speaks:
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         dist.barrier()
     sys.exit(code)
+
+
+def is_first_with(sentence: str) -> bool:
+    """Whether no other rank of this start has asked the same: it may be that of one rank, or of all."""
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return env.get("RANK", "0") == "0"
+    try:
+        store = dist.TCPStore(
+            env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=timedelta(minutes=1)
+        )
+        return store.add(f"said/{env.get('TORCHELASTIC_RESTART_COUNT')}/{sentence}", 1) == 1
+    except (RuntimeError, ValueError):  # the store has gone with its node; better twice than never
+        return True
 
 
 @contextmanager
@@ -161,6 +177,12 @@ class Distributed:
     def gather(self, value) -> list:
         """What each rank gives, by rank. Raises the ValueError that another rank has met instead of coming here."""
         return self._exchange(None, value)
+
+    def from_rank(self, rank: int, value=None):
+        """What that rank gives, on all."""
+        found = [value]
+        dist.broadcast_object_list(found, src=rank, device=torch.device("cpu"))
+        return found[0]
 
     def say(self, text: str) -> None:
         """A line for the reader, once, beside the progress bar."""

@@ -92,7 +92,7 @@ class PerfLogger:
             return
         if self.folder:
             make_folder("logger.log_dir", self.folder, distributed.rank)
-            lock(self.folder.resolve(), key="logger.log_dir")
+            lock(self.folder.resolve(), name="logger.log_dir=")
         self.config = redacted(OmegaConf.to_container(config, resolve=True))
         arguments = OmegaConf.to_container(config.wandb_init_args, resolve=True)
         self.wandb = start_wandb(self.run | {"config": self.config}, **arguments)

@@ -12,8 +12,10 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -63,22 +65,29 @@ def complete_steps(folder: Path) -> list[int]:
     return [step for step in numbered(folder) if (folder / f"step_{step}" / ".metadata").exists()]
 
 
-def lock(folder: Path, seconds: float = 60, key: str = "checkpoint.ckpt_dir") -> None:
+def lock(folder: Path, seconds: float = 60, name: str = "checkpoint.ckpt_dir=") -> None:
     """Hold a folder for this process's life. Raises ValueError if another still has it after some time.
+
+    `name` is what a sentence has before the folder; the wait is said as it begins.
 
     The lock is on the folder itself, so it leaves no file; where a file system has none there is none.
     """
     if folder in LOCKS:
         return
-    handle, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + seconds
+    handle, began, is_said = os.open(folder, os.O_RDONLY), time.monotonic(), seconds == 0
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            if time.monotonic() > began + seconds:
+                os.close(handle)
                 raise ValueError(
-                    f"{key}={folder}: another run writes to it; stop that one, or take another folder."
+                    f"{name}{folder}: another run writes to it; stop that one, or take another folder."
                 ) from None
+            if not is_said:
+                wait = f"{name}{folder}: another run writes to it; waiting for its end, {seconds:.0f} s at most."
+                print(wait, file=sys.stderr, flush=True)
+                is_said = True
             time.sleep(0.2)
         except OSError:
             os.close(handle)
@@ -194,11 +203,14 @@ def staged(value):
 
 
 class StepWriter(dcp.FileSystemWriter):
-    """DCP's writer for one step folder; `run` is the text of `run.json`. What fails on one rank, DCP raises on all."""
+    """DCP's writer for one step folder; `run` is the text of `run.json`. What fails on one rank, DCP raises on all.
 
-    def __init__(self, target: Path, run: str):
+    The first rank calls `then` when the folder is complete.
+    """
+
+    def __init__(self, target: Path, run: str, then: Callable[[], None] = lambda: None):
         super().__init__(target.with_name(f".{target.name}.partial"))
-        self.target, self.run = target, run
+        self.target, self.run, self.then = target, run, then
 
     _synchronize_after_execute = False  # `stage` returns when all is copied
 
@@ -244,3 +256,4 @@ class StepWriter(dcp.FileSystemWriter):
             folder = os.open(self.target.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
+        self.then()  # here, so that of saves in the background too the older ones go at once

@@ -32,8 +32,12 @@ def command():
         # Python flushes once more as it ends, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            sys.exit(2)
+        from common.distributed import stop_with  # commands of one process need no torch
+
+        stop_with(one_line(error))
     except KeyboardInterrupt:
         sys.exit(130)
 

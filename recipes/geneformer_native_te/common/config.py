@@ -26,7 +26,7 @@ from common.command_line import as_written, check_launcher, for_hydra, typed_tex
 from common.distributed import Distributed, end_of_process, process_group, stop_with
 from common.files import flat, names
 from common.own_data import take_own
-from common.redaction import SECTIONS, redacted
+from common.redaction import HIDDEN, SECTIONS, redacted
 from common.type_hints import as_text, misfit
 
 
@@ -58,6 +58,9 @@ def check_config(
         missing = sorted(key for key, value in flat(values).items() if value == "???")
         if missing := missing or sorted(OmegaConf.missing_keys(config)):
             raise ValueError(f"{missing[0]} is not set; give it on the command line or in the config.")
+        if hidden := [(key, value) for key, value in flat(values).items() if HIDDEN in str(value)]:
+            key, value = hidden[0]
+            raise ValueError(f"{key}={as_text(value)}: {HIDDEN} stands for what no run writes down; give {key} anew.")
         _as_meant(config, {"": top_level, **sections})
         take_own(config, _typed())
         values = OmegaConf.to_container(config, resolve=True)
@@ -194,8 +197,9 @@ def _known_keys() -> list[str]:
 
 
 def register_resolvers() -> None:
-    """Let configs say `${recipe_dir:}`, the recipe's folder; whoever composes one without `launch` calls it."""
+    """Let configs say `${recipe_dir:}`, the recipe's folder, and `${max:1,2}`; `launch` does so itself."""
     OmegaConf.register_new_resolver("recipe_dir", lambda: str(RECIPE), replace=True)
+    OmegaConf.register_new_resolver("max", max, replace=True)
 
 
 def notes_on_continuing(config: DictConfig) -> list[str]:

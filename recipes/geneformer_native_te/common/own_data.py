@@ -77,10 +77,15 @@ def published(config: dict) -> dict:
 
 
 def weights_of(run: dict) -> str:
-    """Which weights are exported from a checkpoint. Text for a model card."""
-    if average := run.get("ema"):
-        return f"running average (ema_decay={average.get('decay')})"
-    return "of the last step"
+    """Which weights are exported from a checkpoint, and which were best. Text for a model card."""
+    average, best = run.get("ema"), run.get("best")
+    text = f"running average (ema_decay={average.get('decay')})" if average else "of the last step"
+    if best and best["step"] == run["step"]:
+        text += f", the best by {best['metric']} in the validation"
+    elif best:
+        text += f"; those after {best['step']:,} steps were better by {best['metric']} in the validation, "
+        text += f"{best['value']:.4f}"
+    return text
 
 
 def _named(node: DictConfig, above: str = "") -> Iterator[tuple[str, DictConfig]]:

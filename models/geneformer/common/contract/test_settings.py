@@ -18,7 +18,7 @@ FOLDER = RECIPE / "hydra_config"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def composed(name: str, trainer: str = TRAINERS[0]) -> dict:
+def composed(name: str, trainer: str = TRAINERS[0], *more: str) -> dict:
     """The configuration that a trainer gets, after it has been checked."""
     found = []
 
@@ -27,7 +27,7 @@ def composed(name: str, trainer: str = TRAINERS[0]) -> dict:
 
     GlobalHydra.instance().clear()
     module = recipe_module(trainer)
-    arguments = [f"{trainer}.py", *THIS_RECIPE.OPEN_CONFIGS.get(name, ()), "--config-name", name]
+    arguments = [f"{trainer}.py", *THIS_RECIPE.OPEN_CONFIGS.get(name, ()), *more, "--config-name", name]
     with patch.object(sys, "argv", arguments), patch.object(module, "train", keep):
         launch(module.main)
     return found[0]
@@ -44,6 +44,17 @@ def test_it_composes_and_is_bound_to_what_reads_it(name):
     assert text.startswith("# ")
     if name not in THIS_RECIPE.OPEN_CONFIGS:
         assert re.search(rf"^#  +\w.*train_\w+\.py --config-name {name}\b", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "name", sorted({"my_proteins", "my_structures", "my_cells", "continue", "finetune"} & {*NAMES})
+)
+def test_of_ones_own_data_the_schedule_is_as_long_as_the_run(name):
+    """A shorter run, which tries the settings, has the schedule of the whole."""
+    usual = composed(name)["num_train_steps"]
+    for steps in (3, 9 * usual):
+        schedule = composed(name, TRAINERS[0], f"num_train_steps={steps}")["lr_scheduler_kwargs"]
+        assert schedule["num_training_steps"] == max(usual, steps)
 
 
 def test_every_trainer_starts_with_the_small_one():

@@ -46,7 +46,9 @@ def test_it_composes_and_is_bound_to_what_reads_it(name):
         assert re.search(rf"^#  +\w.*train_\w+\.py --config-name {name}\b", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", sorted({"my_proteins", "my_structures", "continue", "finetune"} & {*NAMES}))
+@pytest.mark.parametrize(
+    "name", sorted({"my_proteins", "my_structures", "my_cells", "continue", "finetune"} & {*NAMES})
+)
 def test_of_ones_own_data_the_schedule_is_as_long_as_the_run(name):
     """A shorter run, which tries the settings, has the schedule of the whole."""
     usual = composed(name)["num_train_steps"]
