@@ -50,6 +50,7 @@ def measured(words: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
+    """Run all, and write what came out."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "sanity"
         times = {name: measured(words) for name, words in commands((RECIPE / "README.md").read_text(), folder).items()}
