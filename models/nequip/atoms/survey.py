@@ -17,10 +17,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from atoms.arrow_cache import in_processes
 from atoms.checks import BAD, BITS, LABELS, bond_ratios, check, fingerprints, lacks, nearest_bonds, work
 from atoms.neighbours import Cutoffs
 from atoms.structures import NUM_ELEMENTS, NUMBERS, SYMBOLS, Structures, structures_of
+from common.conversion import in_processes
 from common.distributed import Distributed
 from common.sizes import SizeIndex, read_chunk, save, writable
 
