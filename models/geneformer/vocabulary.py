@@ -4,7 +4,10 @@
 import json
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
+
+from common.safe_reading import read_plain
 
 
 FILE = "vocabulary.json"  # beside a model's weights
@@ -43,7 +46,7 @@ def name_of_size(vocab_size: int) -> str | None:
 
 @cache
 def open_vocabulary(name: str) -> Vocabulary:
-    """A published vocabulary by name, or that of a JSON file: {token: number}, also inside of `vocab` as BioNeMo's.
+    """A published vocabulary by name, or that of a JSON file or a pickle: {token: number}, also inside of `vocab`.
 
     Names of special tokens begin with < or [. Raises ValueError for what is neither, and for a file that lacks one of
     the two that training needs or numbers that do not run from 0 on.
@@ -54,10 +57,10 @@ def open_vocabulary(name: str) -> Vocabulary:
     if not path.is_file():
         raise ValueError(f"vocabulary={name}: no such file, and none of {', '.join(PUBLISHED)}; give {how}.")
     try:
-        tokens = json.loads(path.read_text())
+        tokens = read_plain(path) if path.suffix in (".pkl", ".pickle") else json.loads(path.read_text())
         tokens = tokens.get("vocab", tokens)
         numbered = sorted(tokens.values()) == list(range(len(tokens)))
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, UnpicklingError) as error:
         raise ValueError(f"vocabulary={name}: this is no JSON of tokens; give {how}.") from error
     if not numbered:
         raise ValueError(f"vocabulary={name}: its numbers must be 0 to {len(tokens) - 1}, each once.")

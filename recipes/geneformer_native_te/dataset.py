@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cells to batches: what training and validation read."""
 
+import os
 from functools import partial
 
 import datasets
@@ -10,6 +11,8 @@ from pydantic import NonNegativeInt
 
 import metrics
 from cell_rows import LABELS, Cut, TokenRows
+from cells.dictionaries import read_tokens
+from cells.token_cache import PATHS, Counts, open_cells, options_of
 from collator import MaskedLMCollator, Masking, Rule
 from common.distributed import Distributed
 from common.epoch_plan import EpochPlan
@@ -17,7 +20,7 @@ from common.loader import Loader, StreamedMicroBatches, start_worker_server
 from common.open_data import first_rows, open_rows, share_of, whence
 from common.validation import Validator
 from tokens.layout import token_grouping
-from vocabulary import Vocabulary, open_vocabulary
+from vocabulary import PUBLISHED, Vocabulary, open_vocabulary
 
 
 VALIDATION_SEED = 0  # not the run's: the same genes are masked in every validation of every run
@@ -43,6 +46,7 @@ class TrainLoader(Loader):
         load_dataset_kwargs: dict,
         vocabulary: str | None,
         token_column: str = "input_ids",
+        counts: Counts | None = None,
         micro_batch_size: int | None = None,
         token_micro_batch_size: int | None = None,
         max_seq_length: int = 2048,
@@ -60,7 +64,8 @@ class TrainLoader(Loader):
         if num_workers:
             start_worker_server()
         with distributed.main_first():
-            rows = open_rows(section, load_dataset_kwargs, {"token_column": token_column}, LABELS)
+            rows, notes = open_tokens(section, load_dataset_kwargs, vocabulary, token_column, max_seq_length,
+                                      counts, distributed)  # fmt: skip
             stream = rows if isinstance(rows, datasets.IterableDataset) else None
             if stream is not None:
                 rows = first_rows(section, load_dataset_kwargs, stream, min(window_rows, 1000))
@@ -80,8 +85,23 @@ class TrainLoader(Loader):
         collate.rule = rule
         super().__init__(distributed, section, data, collate, num_workers)
         amount = "a stream" if stream is not None else source.amount
-        self.sources = [f"{section}: {amount} of {whence(load_dataset_kwargs)}"]
+        self.sources = [f"{section}: {amount} of {whence(load_dataset_kwargs)}", *notes]
         self.sources += [f"{section}: {baseline(source, tokens, window_rows)}"] if distributed.is_main else []
+
+
+def open_tokens(section: str, load_dataset_kwargs: dict, vocabulary: str, token_column: str, max_seq_length: int,
+                counts: Counts | None, distributed: Distributed,
+                ) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str]]:  # fmt: skip
+    """Rows with tokens, and what is to be said of them; of h5ad and SCDL the tokens are made here, once.
+
+    Raises ValueError for a user's mistake.
+    """
+    if load_dataset_kwargs.get("path") not in PATHS:
+        return open_rows(section, load_dataset_kwargs, {"token_column": token_column}, LABELS), []
+    tokens = None if vocabulary in PUBLISHED else read_tokens("model_kwargs.vocabulary", vocabulary)
+    options = options_of(f"{section}.counts", tokens, max_seq_length, **(counts or {}))
+    processes = max(1, (os.cpu_count() or 1) // distributed.num_local_ranks)
+    return open_cells(section, load_dataset_kwargs, options, processes, not distributed.is_main)
 
 
 def streamed(cut: Cut, column: str, rows: list[dict], numbers: np.ndarray, *key: int) -> tuple[list, np.ndarray]:
@@ -134,6 +154,7 @@ def open_validation(
     every_n_steps: int | None = None,
     max_rows: int | None = None,
     token_column: str = "input_ids",
+    counts: Counts | None = None,
     micro_batch_size: int | None = None,
     token_micro_batch_size: int | None = None,
     max_seq_length: int = 2048,
@@ -155,7 +176,8 @@ def open_validation(
         if value is not None and value < 1:
             raise ValueError(f"{section}.{key}={value} must be at least 1.")
     with distributed.main_first():
-        rows = open_rows(section, load_dataset_kwargs, {"token_column": token_column}, LABELS)
+        rows, notes = open_tokens(section, load_dataset_kwargs, vocabulary, token_column, max_seq_length,
+                                  counts, distributed)  # fmt: skip
         if isinstance(rows, datasets.IterableDataset):
             if max_rows is None:
                 raise ValueError(f"{section}.load_dataset_kwargs.streaming=true needs {section}.max_rows.")
@@ -169,5 +191,5 @@ def open_validation(
     collate = MaskedLMCollator.on(distributed, packed, VALIDATION_SEED, mlm_probability, pad_to_multiple_of)
     collate.rule = rule
     validator = Validator(distributed, EpochPlan(source, grouping, None, window_rows), collate, metrics, every_n_steps)
-    validator.facts.append(f"{section}: {source.amount} of {whence(load_dataset_kwargs)}")
+    validator.facts += [f"{section}: {source.amount} of {whence(load_dataset_kwargs)}", *notes]
     return validator

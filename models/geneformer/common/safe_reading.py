@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a checkpoint without running what may be hidden in it.
+"""Reading a checkpoint, or a pickle of plain values, without running what may be hidden in it.
 
 DCP's `.metadata` is a pickle, and so is each entry that is no tensor; both are read here by readers that know a closed
 list of classes and build nothing else.
@@ -8,9 +8,12 @@ list of classes and build nothing else.
 import io
 import os
 import pickle
+import re
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import default_planner, metadata
@@ -92,6 +95,41 @@ def load(state: dict, step_folder: Path, *, no_dist: bool = False) -> None:
         if isinstance(error, (ValueError, pickle.UnpicklingError)):
             raise ValueError(f"{step_folder} cannot be trusted: {str(error).splitlines()[0]}") from failure
         raise
+
+
+class PlainPickle(pickle.Unpickler):
+    """Raises UnpicklingError for all but numbers, text, lists, dicts, and numpy's numbers."""
+
+    def find_class(self, module: str, name: str):
+        """What makes a numpy number, or bytes as old pickles write them."""
+        known = {
+            ("numpy.core.multiarray", "scalar"): _number, ("numpy._core.multiarray", "scalar"): _number,
+            ("numpy", "dtype"): _number_type, ("_codecs", "encode"): _bytes,
+        }  # fmt: skip
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no plain value")
+        return known[module, name]
+
+
+def _number_type(name: str, *_) -> np.dtype:
+    if not isinstance(name, str) or not re.fullmatch(r"[<>=|]?[fiu][1248]", name):
+        raise pickle.UnpicklingError("it holds something else than numbers and text")
+    return np.dtype(name)
+
+
+def _number(kind: np.dtype, value: bytes) -> float | int:
+    if not isinstance(kind, np.dtype) or kind.kind not in "fiu" or not isinstance(value, bytes):
+        raise pickle.UnpicklingError("it holds something else than numbers and text")
+    return np.frombuffer(value, kind)[0].item()
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    return text.encode("latin-1" if encoding == "latin1" else "ascii")
+
+
+def read_plain(path: Path) -> Any:
+    """What a pickle of plain values holds. Raises whatever its bytes happen to mean, if they are no such pickle."""
+    return PlainPickle(io.BytesIO(Path(path).read_bytes())).load()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 """What is this recipe's own: its masking, its cells, dropout in all ways of training, its sample, and its way out."""
 
 import json
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -13,26 +12,14 @@ from transformers import AutoModelForMaskedLM
 
 from cell_rows import TokenRows
 from collator import Rule, mask_tokens
-from common import RECIPE
 from common.contract.ranks import excess_chi_square
 from common.contract.running import curve, metrics, run_here, run_ranks
 from common.open_data import open_rows
 from vocabulary import PUBLISHED, Vocabulary, open_vocabulary
 
 
-sys.path.insert(0, str(RECIPE / "data"))
-from make_sample import make_sample
-
-
 V2 = PUBLISHED["V2"]
 SMALL = Vocabulary(20, pad=0, mask=1, cls=2, eos=3, special=(0, 1, 2, 3))
-
-
-def test_the_sample_is_what_its_script_makes():
-    files, vocabulary = make_sample()
-    for name, rows in files.items():
-        assert pq.read_table(RECIPE / "data" / f"{name}.parquet").to_pylist() == rows
-    assert json.loads((RECIPE / "data" / "vocabulary.json").read_text()) == vocabulary
 
 
 def test_genes_alone_are_masked_and_put_in():

@@ -3,6 +3,7 @@
 imported, so at the top it imports nothing of the recipe."""
 
 import json
+import shutil
 from pathlib import Path
 
 
@@ -36,6 +37,12 @@ BAD_INPUTS = [
     (["model_kwargs.vocabulary=V9"], ["vocabulary=V9: no such file, and none of V1, V2, BioNeMo"]),
     (["dataset.token_column=length"], ["dataset.token_column=length", "not lists of whole numbers"]),
     (["dataset.token_column=tokens"], ["dataset.token_column=tokens: the data has no such column; it has input_ids"]),
+    (
+        ["dataset.load_dataset_kwargs.path=h5ad", "dataset.load_dataset_kwargs.data_files=data/train.h5ad"],
+        ["dataset.counts.medians is not set: ranks need each gene's median"],
+    ),
+    (["dataset.counts.bad_cells=drop"], ["dataset.counts.bad_cells=drop must be"]),
+    (["dataset.counts.median=x"], ["dataset.counts.median", "medians"]),
     (["dataset.mask_share=0.95"], ["dataset.mask_share=0.95 and dataset.random_share=0.1", "at most 1"]),
     (["dataset.masking=all"], ["dataset.masking=all", "genes", "published"]),
     (
@@ -53,7 +60,7 @@ BAD_COMMANDS = [
     ("convert_geneformer.py --to native nope x", ["nope is no local folder, and the hub does not give it"]),
     ("convert_geneformer.py --to hf . x", ["config.json: No such file or directory; give the folder of a model"]),
 ]
-CELL = [2, 17, 300, 41, 1, 599, 8, 1, 130, 77, 3]
+CELL = [2, 17, 300, 41, 1, 399, 8, 1, 130, 77, 3]
 
 
 def open_final_model(folder: Path):
@@ -85,5 +92,6 @@ def write_examples(folder: Path) -> None:
     """A user's own files, as commands in READMEs and docs name them: here tokens of Geneformer's first vocabulary."""
     import pyarrow.parquet as pq
 
+    shutil.copy(folder / "data" / "train.h5ad", folder / "my_cells.h5ad")
     cells = pq.read_table(folder / "data" / "train.parquet").slice(0, 200)
     pq.write_table(cells, folder / "my_cells.parquet")

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Medians of genes over a corpus in one pass: a histogram for each gene, in bins 1/256 of a power of two wide.
+
+A median found so is off by at most 1/512 of itself (0.2%), whatever the number of cells. Scaled counts lie between
+2^-13 (one count of 82 million) and 2^14; a gene has 27 * 256 bins of 4 bytes, of which only those in use take memory.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from cells.dictionaries import Dictionary, Rule
+from cells.genes import genes_of
+from cells.rank_values import Block, Genes, faults, scores
+from cells.token_cache import Options, Part, columns_of, sentence, sound
+from common.sizes import save
+
+
+LOWEST, HIGHEST = -13, 14
+BINS = 256
+WIDTH = (HIGHEST - LOWEST) * BINS
+ALL_GENES = Rule("V1", 0)
+
+
+def bins_of(values: np.ndarray) -> np.ndarray:
+    """The bin of each scaled count."""
+    mantissa, exponent = np.frexp(values)  # mantissa in [1/2, 1)
+    found = (exponent - 1 - LOWEST) * BINS + ((2 * mantissa - 1) * BINS).astype(np.int64)
+    return np.clip(found, 0, WIDTH - 1)
+
+
+def middles() -> np.ndarray:
+    """The middle of each bin."""
+    power, part = np.divmod(np.arange(WIDTH), BINS)
+    return np.ldexp(1 + (part + 0.5) / BINS, power + LOWEST)
+
+
+def count(histogram: np.ndarray, block: Block, genes: Genes) -> None:
+    """Add the scaled counts of a block; `histogram` is [genes, WIDTH]."""
+    _, places, score = scores(block, genes, ALL_GENES)
+    np.add.at(histogram.reshape(-1), places * WIDTH + bins_of(score), 1)
+
+
+def count_part(path: Path, part: Part, options: Options) -> int:
+    """Count a part's cells, those that are bad apart, and save what is not 0; how many they are."""
+    one, genes, names = columns_of(replace(part, first=0, stop=0), options)
+    histogram = np.zeros((len(genes.tokens), WIDTH), np.uint32)
+    number = left_out = 0
+    for block in one.blocks(part.first, part.stop):
+        cells = len(block.indptr) - 1
+        taken = np.ones(cells, bool)
+        for kind, cell, entry in faults(block, genes):
+            if options.bad_cells == "refuse" and kind != "empty":
+                text = sentence(part, names, block, (kind, cell, entry))
+                raise ValueError(f"{text}; --bad-cells=leave_out leaves such cells out.")
+            taken[cell] = False
+        left_out += int((~taken).sum())
+        number += int(taken.sum())
+        count(histogram, sound(block, taken), genes)
+    flat = np.flatnonzero(histogram)
+    ids = np.array(genes_of(names, options.dictionary))
+    arrays = {"flat": flat, "counts": histogram.reshape(-1)[flat], "ids": ids, "cells": np.array([number, left_out])}
+    save(path, lambda file: np.savez(file, **arrays))
+    return number
+
+
+class Medians:
+    """Histograms of all genes, added up part by part."""
+
+    def __init__(self):
+        self.places: dict[str, int] = {}
+        self.histogram = np.zeros((0, WIDTH), np.uint32)
+        self.cells = self.left_out = 0
+
+    def add(self, arrays: dict[str, np.ndarray]) -> None:
+        """What `count_part` has saved."""
+        place = np.array([self.places.setdefault(name, len(self.places)) for name in arrays["ids"].tolist()], np.int64)
+        if len(self.places) > len(self.histogram):
+            more = np.zeros((max(1024, len(self.places) - len(self.histogram)), WIDTH), np.uint32)
+            self.histogram = np.concatenate((self.histogram, more))
+        gene, where = np.divmod(arrays["flat"], WIDTH)
+        self.histogram[place[gene], where] += arrays["counts"]
+        self.cells += int(arrays["cells"][0])
+        self.left_out += int(arrays["cells"][1])
+
+    def result(self, min_cells: int = 1) -> dict[str, float]:
+        """The median of each gene that is expressed in at least `min_cells` cells, by id in their order."""
+        values, found = middles(), {}
+        for name in sorted(self.places):
+            sums = np.cumsum(self.histogram[self.places[name]], dtype=np.int64)
+            if sums[-1] >= min_cells:
+                low, high = np.searchsorted(sums, [(sums[-1] + 1) // 2, sums[-1] // 2 + 1])
+                found[name] = float((values[low] + values[high]) / 2)
+        return found
+
+
+def vocabulary_of(medians: dict[str, float], rule: str) -> dict[str, int]:
+    """Tokens for these genes, with the special tokens of a published rule: V1, V2 or BioNeMo."""
+    special = {"V1": ["<pad>", "<mask>"], "V2": ["<pad>", "<mask>", "<cls>", "<eos>"],
+               "BioNeMo": ["[CLS]", "[MASK]", "[PAD]", "[SEP]", "[UKW]"]}[rule]  # fmt: skip
+    return {name: token for token, name in enumerate([*special, *medians])}
+
+
+def everything(names: dict[str, str] | None = None) -> Dictionary:
+    """Every gene of a file, by its own id or the one that `names` has for it."""
+    return Dictionary(names=names or {})
