@@ -39,9 +39,9 @@ def main(arguments: list[str]) -> int:
         return 2
     if here and (missing := [name for name in ("pytest", "torch") if find_spec(name) is None]):
         print(
-            f"error: --here tests with {sys.executable}, which has no {missing[0]}; pip install -r "
-            f"{folders[0] / 'requirements.txt'} -r {ROOT / 'ci' / 'requirements.txt'} in an environment of yours, or "
-            "leave --here out, and one is made.",
+            f"error: --here tests with {sys.executable}, which has no {missing[0]}. Activate an environment that has "
+            f"it (pip install -r {folders[0] / 'requirements.txt'} -r {ROOT / 'ci' / 'requirements.txt'}), or leave "
+            "out --here, and one is made.",
             file=sys.stderr,
         )
         return 2

@@ -31,7 +31,7 @@ def root(tmp_path):
         shutil.copy(CI / name, tmp_path / "ci")
     write(tmp_path, {
         "ci/requirements.txt": "",
-        "ci/lint.sh": "echo lint was here; echo 'failed: ruff; what mends it: ruff format .' >&2; exit 1\n",
+        "ci/lint.sh": "echo lint was here; echo 'failed: ruff; to fix it: ruff format .' >&2; exit 1\n",
         ".gitignore": ".venv/\n__pycache__/\n",
         "recipes/good/requirements.txt": "torch==2\n", "recipes/other/requirements.txt": "torch==1\n",
         "recipes/esm2_native_te/requirements.txt": "torch==2\n", "docs/requirements.txt": "",
@@ -69,7 +69,7 @@ def test_all_of_it(root):
         "zips": "ok", "environments": "ok",
     }, done.stdout + done.stderr  # fmt: skip
     end = done.stdout.partition("| all |")[2]
-    assert "lint failed:\n  failed: ruff; what mends it: ruff format .\n" in end
+    assert "lint failed:\n  failed: ruff; to fix it: ruff format .\n" in end
     assert re.search(r"recipes/other failed:\n  FAILED test_a.py::test_wrong.*\n", end), end
     assert done.returncode == 1 and "lint was here" in done.stdout
     assert "pages of ['recipes/esm2_native_te', 'recipes/good', 'docs', '.']\n" in done.stdout
@@ -139,4 +139,7 @@ def test_here_without_an_environment_names_what_to_do(tmp_path):
     command = [sys.executable, "-S", str(CI / "scripts" / "recipes_local_test.py"), "--here", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"which has no pytest; pip install -r {tmp_path}/requirements.txt" in done.stderr
+    assert (
+        f"has no pytest. Activate an environment that has it (pip install -r {tmp_path}/requirements.txt"
+        in done.stderr
+    )

@@ -97,7 +97,7 @@ class TrainLoader(Loader):
         self.notes += notes
         for (name, part), source, baseline in zip(asked.items(), sources, baselines, strict=True):
             amount = "a stream" if stream is not None else source.amount
-            self.sources += [f"{name}: {amount} of {whence(part['load_dataset_kwargs'])}", f"{name}: {baseline}"]
+            self.sources += [f"{name}: {amount} from {whence(part['load_dataset_kwargs'])}", f"{name}: {baseline}"]
 
 
 def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:

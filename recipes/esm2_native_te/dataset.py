@@ -106,7 +106,7 @@ class TrainLoader(Loader):
         self.notes += [odd] if odd else []
         amount = "a stream" if streaming else source.amount
         self.sources += [
-            f"{section}: {amount} of {whence(load_dataset_kwargs)}",
+            f"{section}: {amount} from {whence(load_dataset_kwargs)}",
             f"{section}: {baseline}",
         ]
 

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=2 embed.py my.fasta MODEL out.parquet --per-residue
 
 MODEL is a final model, a checkpoint, a run's folder, or a name on the hub. A protein's vector is the mean of its
-residues' after the last layer. Stopped, the same command goes on. Columns: `row` in the file, `id` (or name,
+residues' after the last layer. Interrupted, the same command continues. Columns: `row` in the file, `id` (or name,
 accession, entry) where there is one, `num_residues`, `embedding`, `residue_embeddings`; rows as in the file, null
 where a sequence is empty.
 """
@@ -138,19 +138,20 @@ def embed(distributed: Distributed, options: argparse.Namespace) -> None:
             f"{int((sizes > trained).sum()):,} of {len(source):,} proteins are longer than the {trained:,} tokens "
             f"that the model was trained on, up to {longest - 2:,} residues: they are embedded whole."
         )
-    with tqdm(total=int(sizes.sum()), unit=" residues", unit_scale=True, disable=not distributed.is_main) as bar:
-        for number, is_there in parts.mine(count):
-            some = np.arange(number * ROWS_PER_PART, min((number + 1) * ROWS_PER_PART, len(source)))
-            if not is_there:
-                found: dict[int, np.ndarray] = {}
-                for batch in batches(sizes[some], options.tokens):
-                    tokens = source.read(some[batch], 0)
-                    found |= zip(some[batch].tolist(), vectors(model, precision, tokens), strict=True)
-                    bar.update(int(sizes[some[batch]].sum()) * min(distributed.num_ranks, count))
-                names = next((name for name in LABELS if name in rows.column_names), None)
-                ids = [str(name) for name in rows[some][names]] if names else None
-                done = table(some, ids, found, model.config.hidden_size, options.per_residue, options.half)
-                parts.save(number, done)
+    mine = {number: np.arange(number * ROWS_PER_PART, min((number + 1) * ROWS_PER_PART, len(source)))
+            for number, is_there in parts.mine(count) if not is_there}  # fmt: skip
+    ranks, left = min(distributed.num_ranks, count), sum(int(sizes[some].sum()) for some in mine.values())
+    with tqdm(total=left * ranks, unit=" tokens", unit_scale=True, disable=not distributed.is_main) as bar:
+        for number, some in mine.items():
+            found: dict[int, np.ndarray] = {}
+            for batch in batches(sizes[some], options.tokens):
+                tokens = source.read(some[batch], 0)
+                found |= zip(some[batch].tolist(), vectors(model, precision, tokens), strict=True)
+                bar.update(int(sizes[some[batch]].sum()) * ranks)
+            names = next((name for name in LABELS if name in rows.column_names), None)
+            ids = [str(name) for name in rows[some][names]] if names else None
+            done = table(some, ids, found, model.config.hidden_size, options.per_residue, options.half)
+            parts.save(number, done)
     parts.join(count)
     distributed.say(f"{len(source):,} proteins, {model.config.hidden_size} numbers each: {target}")
 

@@ -55,7 +55,7 @@ status=0
 srun --cpus-per-task="$cores" --cpu-bind=cores ${container[@]+"${container[@]}"} ${inside[@]+"${inside[@]}"} bash slurm_node.sh "$trainer" "$@" || status=$?
 # 75: SIGUSR1 came, from Slurm shortly before the time limit (--signal above) or by hand, and all is saved.
 if [ $status -eq 75 ]; then
-  echo "Stopped by SIGUSR1, sent before the time limit or by hand: saved, and back into the queue to go on from there."
+  echo "Stopped by SIGUSR1, sent before the time limit or by hand: saved, and requeued to resume from there."
   scontrol requeue "$SLURM_JOB_ID"
   sleep 60  # for Slurm to end this script
 fi

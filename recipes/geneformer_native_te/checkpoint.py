@@ -124,7 +124,7 @@ class Checkpointer:
             self._compare(self.saved["config"], allow_config_change)
             if self.resume_step == config.num_train_steps:
                 self.notes.append(
-                    "That is the last step: nothing is left to train. Give more num_train_steps to go on."
+                    "That is the last step: nothing is left to train. Give more num_train_steps to continue."
                 )
         elif save_final_model and (self.folder / "final_model").exists():
             raise ValueError(
@@ -138,7 +138,7 @@ class Checkpointer:
         if steps and not resume:
             raise ValueError(
                 f"checkpoint.ckpt_dir={self.folder} holds step_{steps[-1]} of an earlier run; set "
-                "checkpoint.resume_from_checkpoint=true to go on from it, or take another folder."
+                "checkpoint.resume_from_checkpoint=true to resume from it, or take another folder."
             )
         for step in reversed(steps):
             reason = damage(self._path(step), self.distributed.rank, self.distributed.num_ranks)
@@ -154,7 +154,7 @@ class Checkpointer:
             reasons = "; ".join(f"step_{step}: {reason}" for step, reason in self.damaged.items())
             raise ValueError(
                 f"checkpoint.ckpt_dir={self.folder} holds no whole checkpoint ({reasons}); put a whole one there, or "
-                "take another folder to start anew."
+                "take another folder to start again."
             )
 
     def _path(self, step: int) -> Path:
@@ -171,12 +171,12 @@ class Checkpointer:
         serious = [k for k in changed if not k.startswith(HARMLESS + harmless_keys(now))]
         for step, reason in self.damaged.items():
             self.notes.append(f"step_{step} is damaged and set aside as step_{step}.damaged: {reason}.")
-        self.notes.append(f"Going on from {self._path(self.resume_step)}.")
+        self.notes.append(f"Resuming from {self._path(self.resume_step)}.")
         if changes := [f"{k} {before.get(k)} -> {now.get(k)}" for k in changed if not k.startswith("checkpoint.")]:
             self.notes.append(f"Changed since: {', '.join(changes)}.")
         if model or (serious and not allowed):
             changes = "; ".join(f"{k} was {before.get(k)} and is {now.get(k)}" for k in model or serious)
-            way_out = "" if model else ", or set checkpoint.allow_config_change=true to go on all the same"
+            way_out = "" if model else ", or set checkpoint.allow_config_change=true to resume anyway"
             raise ValueError(
                 f"checkpoint.ckpt_dir={self.folder} was written with another configuration: {changes}; give the old "
                 f"values, take another folder{way_out}."
@@ -255,7 +255,7 @@ class Checkpointer:
             rank, (error, _) = min(failure.failures.items())
             self.distributed.say(
                 f"step_{self.step} could not be saved, on rank {rank}: {error.strerror or error}. {self._newest()} "
-                "Training goes on."
+                "Training continues."
             )
             if self.distributed.is_main:
                 tidy_litter(self.folder)
@@ -304,7 +304,7 @@ class Checkpointer:
             self._tidy()
             if self.resume_step < self.last_step and (self.folder / "final_model").exists():  # of a shorter run
                 kept = moved_aside(self.folder / "final_model")
-                self.notes.append(f"{self.folder / 'final_model'} is of fewer steps, and is kept as {kept.name}.")
+                self.notes.append(f"{self.folder / 'final_model'} had fewer steps, and is kept as {kept.name}.")
         path, state = self._path(self.resume_step), self._state(model, optimizer, ema)
         configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         with self.distributed.fail_together():
@@ -348,7 +348,7 @@ class Checkpointer:
         self.finish()
         if marker := os.environ.get("STOPPED_EARLY"):
             Path(marker).touch()
-        what = "the same command goes on from there."
+        what = "the same command resumes from there."
         if self.folder is None:
             what = "nothing was saved."
         elif self.failed_step is not None:
@@ -392,7 +392,7 @@ class Checkpointer:
         return Outcome(
             2,
             f"checkpoint.ckpt_dir={self.folder}: step_{self.failed_step}, the last, could not be saved. "
-            f"{self._newest()} Make room, and the same command goes on from there.",
+            f"{self._newest()} Make room, and the same command resumes from there.",
         )
 
     def unlock(self) -> None:

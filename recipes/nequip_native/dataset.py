@@ -216,7 +216,7 @@ class TrainLoader(Loader):
             rows, found, kept, told = open_source(distributed, name, cutoffs, max_neighbors=max_neighbors, **keys)
             sources.append(StructureRows(rows, found, by, kept))
             surveys.append(found)
-            facts.append(f"{name}: {amount_of(found, kept)} of {whence(part['load_dataset_kwargs'])}")
+            facts.append(f"{name}: {amount_of(found, kept)} from {whence(part['load_dataset_kwargs'])}")
             notes += told
         found, source = Surveys(surveys), sources[0]
         if mix is not None:
@@ -308,5 +308,5 @@ def open_validation(
     plan, _ = plan_of(section, source, grouping, by, None, window_rows)
     collate = GraphCollator(section, cutoffs, elements, max_neighbors, with_data_sets=True)
     validator = Validator(distributed, plan, collate, Errors(elements, source.data_sets), every_n_steps)
-    validator.facts += [f"{section}: {amount_of(found, kept)} of {whence(load_dataset_kwargs)}", *notes]
+    validator.facts += [f"{section}: {amount_of(found, kept)} from {whence(load_dataset_kwargs)}", *notes]
     return validator

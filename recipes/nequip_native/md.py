@@ -57,7 +57,7 @@ def run(model: Path, structure: Path, target: Path, temperature: float, steps: i
                 energies.append([step * timestep, atoms.get_potential_energy(), atoms.get_kinetic_energy()])
                 trajectory.write(atoms)
                 if not np.isfinite(energies[-1]).all():
-                    raise ValueError(f"the energy is no number any more at step {step}; take a shorter --timestep.")
+                    raise ValueError(f"the energy is not a number any more at step {step}; take a shorter --timestep.")
             if step < steps:
                 dynamics.run(1)
                 bar.update()

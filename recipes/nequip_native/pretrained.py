@@ -16,6 +16,7 @@ from atoms.first_weights import init_parameters
 from atoms.package_files import read_checkpoint
 from atoms.potential import PotentialConfig, read_config
 from common.command import one_line
+from common.config import notes_on_continuing
 from common.step_folder import complete_steps, damage, read_weights
 from common.weights import listed, open_weights
 from convert_allegro import allegro_to_native, config_from_allegro
@@ -181,7 +182,7 @@ def read_pretrained(config: DictConfig, shape: PotentialConfig, notes: list[str]
         state = to_shape(found, weights, shape, config.seed)
     except ValueError as error:
         raise ValueError(f"init_from={source} cannot be used: {error}") from error
-    notes += what_is_kept(source, found, shape)
+    notes += [*what_is_kept(source, found, shape), *notes_on_continuing(config, highest_lr=2e-3, usual_lr="1e-3")]
     return state
 
 

@@ -128,11 +128,11 @@ def test_near_its_time_limit_it_saves_requeues_itself_and_goes_on(recipe):
     That the curve is that of a run that was not stopped, the slow tests show, and those of the recipe.
     """
     number, folder = submit_long_run(recipe, "--time=2", "--signal=USR1@105")
-    wait_until(lambda: "back into the queue" in output(recipe), 120, "the warning", recipe)
+    wait_until(lambda: "requeued to resume" in output(recipe), 120, "the warning", recipe)
     # Or it would go on by 15 s each time.
     subprocess.run(["scontrol", "update", f"JobId={number}", "TimeLimit=20"], check=True)
     assert wait_for_end(recipe, number)["JobState"] == "COMPLETED", output(recipe)
-    assert int(job(number)["Restarts"]) >= 1 and "Going on from" in output(recipe)
+    assert int(job(number)["Restarts"]) >= 1 and "Resuming from" in output(recipe)
     assert metrics(folder, "train", "step") == list(range(10, 601, 10))
 
 

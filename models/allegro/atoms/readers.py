@@ -149,7 +149,7 @@ def extxyz_blocks(file: str) -> list[Part]:
             if got < num_atoms + 1:
                 raise ValueError(
                     f"{file}: frame {frame}, the last, is cut short: {max(got - 1, 0)} of its {num_atoms} atoms are "
-                    "there; take it out, or copy the file anew."
+                    "there; take it out, or copy the file again."
                 )
             frame, end = frame + 1, lines.tell()
             if frame - first == PART or end - start > PART_BYTES:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a long command writes, in parts that ranks share out; stopped, the same command goes on with those it lacks."""
+"""What a long command writes, in parts that ranks share out; the same command resumes an interrupted one."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ class Parts:
             distributed.gather(None)
             if json.loads((self.folder / "job.json").read_text()) != job:
                 raise ValueError(
-                    f"{self.folder} was begun with another file, model or option; remove it to start anew."
+                    f"{self.folder} was begun with another file, model or option; remove it to start again."
                 )
 
     def file(self, number: int) -> Path:

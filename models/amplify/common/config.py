@@ -31,6 +31,7 @@ from common.type_hints import as_text, misfit
 
 
 FOLDER = RECIPE / "hydra_config"
+IN_SAMPLE = str(RECIPE / "data") + os.sep
 FOLDER_KEY = re.compile(r"(?<!data)_dir$|\.dir$")  # of a folder that is written to
 
 
@@ -202,21 +203,22 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("max", max, replace=True)
 
 
-def notes_on_continuing(config: DictConfig) -> list[str]:
+def notes_on_continuing(config: DictConfig, highest_lr: float = 1e-4, usual_lr: str = "1e-5") -> list[str]:
     """Sentences for a run that starts from weights with what is meant for a start from scratch."""
-    notes, files = (
-        [],
-        OmegaConf.to_container(config.dataset, resolve=True).get("load_dataset_kwargs", {}).get("data_files"),
-    )
-    if config.adamw_kwargs.lr > 1e-4:
+    notes = []
+    if config.adamw_kwargs.lr > highest_lr:
         notes.append(
             f"adamw_kwargs.lr={config.adamw_kwargs.lr:g} is a rate for training from scratch and may undo what "
-            f"init_from={config.init_from} has learnt; to continue, about 1e-5 with a warm-up is usual."
+            f"init_from={config.init_from} has learnt; to continue, about {usual_lr} with a warm-up is usual."
         )
-    if str(RECIPE / "data") in str(files):
+    data = flat(OmegaConf.to_container(config.dataset, resolve=True), "dataset.")
+    sample = [
+        f"{key}={value}" for key, value in data.items() if key.endswith("data_files") and IN_SAMPLE in str(value)
+    ]
+    if sample:
         notes.append(
-            f"dataset.load_dataset_kwargs.data_files={files} is the bundled sample, which makes init_from="
-            f"{config.init_from} no better; give your own data."
+            f"{sample[0]} is the bundled sample, from which init_from={config.init_from} learns nothing of use; give "
+            "your own data."
         )
     return notes
 

@@ -123,7 +123,7 @@ class Mixture:
     def note(self) -> str:
         """One sentence for the log."""
         shares = (
-            f"{name} {share:,} ({share / length:.2g} times its {length:,} rows)"
+            f"{share:,} of {name} ({share / length:.2g} times its {length:,} rows)"
             for name, share, length in zip(self.names, self.draws_before(1), self.lengths, strict=True)
         )
-        return f"an epoch of {len(self):,} rows has of {', '.join(shares)}"
+        return f"an epoch of {len(self):,} rows has {', '.join(shares)}"

@@ -86,5 +86,5 @@ def validator_of(
     if not source.sizes(np.arange(min(window_rows, len(source))), epoch=0).any():
         raise ValueError(f"{source.section}: the sequences are all empty; is {source.section}.sequence_column right?")
     validator = Validator(distributed, EpochPlan(source, grouping, None, window_rows), collate, metrics, every_n_steps)
-    validator.facts.append(f"{source.section}: {source.amount} of {whence(load_dataset_kwargs)}")
+    validator.facts.append(f"{source.section}: {source.amount} from {whence(load_dataset_kwargs)}")
     return validator

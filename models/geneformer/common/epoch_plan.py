@@ -128,7 +128,7 @@ class EpochPlan:
             return (epoch + 1, 0, 0), f"The seed has changed: what was left of epoch {epoch} is not read."
         first = window * rules["window_rows"] // self.window_rows * self.window_rows
         sentence = (
-            f"Micro-batches are made up anew, because {', '.join(changed)} changed, from row {first:,} of epoch "
+            f"Micro-batches are made up again, because {', '.join(changed)} changed, from row {first:,} of epoch "
             f"{epoch} on; what had been read since is read again."
         )
         return (epoch, first // self.window_rows, 0), sentence

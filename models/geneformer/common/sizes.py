@@ -159,7 +159,7 @@ def read_chunk(path: Path) -> dict[str, np.ndarray]:
             return dict(arrays)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         path.unlink(missing_ok=True)
-        raise ValueError(f"{path} was damaged and is removed; start again, it will be measured anew.") from error
+        raise ValueError(f"{path} was damaged and is removed; start again, and it will be measured again.") from error
 
 
 def open_index(folder: Path) -> SizeIndex:

@@ -62,7 +62,7 @@ class Alphabet:
                  f"stops (dropped at the end, {self.unknown} inside)": b"*",
                  f"digits (read as {self.unknown}: positions, as in GenBank and PIR?)": b"0123456789"}  # fmt: skip
         usual = self.signs.encode() + DROPPED + b"".join(signs.values())
-        signs[f"unknown signs (read as {self.unknown})"] = bytes(set(range(256)) - set(usual))
+        signs[f"unknown characters (read as {self.unknown})"] = bytes(set(range(256)) - set(usual))
         found = [f"{total:,} {what}" for what, which in signs.items() if (total := int(counts[list(which)].sum()))]
         letters = [sequence.translate(None, DROPPED + b"*") for sequence in sequences]
         if nucleic := sum(len(s) >= 10 and not s.translate(None, b"ACGTUNacgtun") for s in letters):
@@ -79,7 +79,8 @@ class Alphabet:
         shares = np.bincount(tokens)[np.unique(tokens)] / max(1, len(tokens))
         entropy = -(shares * np.log(shares)).sum()
         return (
-            f"the entropy of its residues is {entropy:.3f} nats: a loss that stays there has learnt nothing of context"
+            f"the entropy of its residues is {entropy:.3f} nats: a model whose loss stays there "
+            "has learnt nothing from context"
         )
 
     def num_residues(self, sequences: list[bytes]) -> np.ndarray:

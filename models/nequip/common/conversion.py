@@ -89,6 +89,6 @@ def in_processes(work: Callable, tasks: list[tuple], num_processes: int, note: s
                         bar.update()
                         running |= {pool.submit(work, *task) for task in islice(waiting, 1)}
             except BrokenProcessPool as error:
-                raise ValueError(f"{note}: a process was killed, for want of memory perhaps; use fewer.") from error
+                raise ValueError(f"{note}: a process was killed, perhaps for lack of memory; use fewer.") from error
             finally:
                 pool.shutdown(cancel_futures=True)

@@ -23,14 +23,14 @@ def left_behind(step: int, checkpointer, log_dir: Path | None) -> str:
     if folder is None:
         sentence = "The weights are not kept, since checkpoint.ckpt_dir is not set."
     elif checkpointer.save_final_model:
-        sentence = f"The model is in {folder / 'final_model'}, its README.md says how to open it."
+        sentence = f"The model is in {folder / 'final_model'}; its README.md says how to open it."
         if checkpointer.best and checkpointer.best[1] != step:
             best = quote(str(folder / f"step_{checkpointer.best[1]}"))
             sentence += f"\nIt is of the last step; the best one is exported by: python export.py {best} "
             sentence += quote(str(folder / "best_model"))
     else:
-        sentence = f"A model to use is made by: python export.py {quote(str(folder / f'step_{step}'))}"
-    return sentence + (f"\nThe curve is drawn by: python plot_metrics.py {quote(str(log_dir))}" if log_dir else "")
+        sentence = f"To make a model of it: python export.py {quote(str(folder / f'step_{step}'))}"
+    return sentence + (f"\nTo draw the curves: python plot_metrics.py {quote(str(log_dir))}" if log_dir else "")
 
 
 def end_run(step: int, last_step: int, checkpointer, logger: PerfLogger, anomalies: Anomalies) -> None:

@@ -29,7 +29,7 @@ def fingerprint(weights: Mapping[str, Tensor], saved: str | None, source: str) -
     if saved not in (None, found):
         raise ValueError(
             f"{source} is not what the checkpoint was begun with, and the frozen weights are read from it; put the "
-            "old one back, or start anew in another folder."
+            "old one back, or start again in another folder."
         )
     return found
 

@@ -122,7 +122,7 @@ class PerfLogger:
                 (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(self.config))
                 (self.folder / "run.json").write_text(json.dumps(self.run, indent=1) + "\n")
             except OSError as error:
-                self.distributed.say(f"{self.folder}: {error.strerror}. Training goes on without it.")
+                self.distributed.say(f"{self.folder}: {error.strerror}. Training continues without it.")
         interactive = sys.stderr.isatty()
         self.bar = tqdm(total=self.num_steps, initial=step, unit="step", disable=not interactive, dynamic_ncols=True)
         run = self.run
@@ -246,9 +246,9 @@ class PerfLogger:
         elif loss > 1.01 * best["loss"] and train_loss < best["train_loss"] and not best["is_said"]:
             best["is_said"] = True
             self.distributed.say(
-                f"The validation loss was lower at step {best['step']} ({best['loss']:.4f}), and training's has "
-                f"fallen since ({best['train_loss']:.4f} -> {train_loss:.4f}): the model learns these rows by heart. "
-                "Give fewer steps, more data or a smaller model."
+                f"The validation loss has risen since step {best['step']} ({best['loss']:.4f} -> {loss:.4f}), while "
+                f"the training loss has fallen ({best['train_loss']:.4f} -> {train_loss:.4f}): the model is "
+                "overfitting. Give fewer steps, more data or a smaller model."
             )
 
     def _write(self, line: dict) -> None:
@@ -259,7 +259,7 @@ class PerfLogger:
             path = self.folder / "metrics.jsonl"
             error = append_line(path, json.dumps(line))
             if error and not self.is_full:
-                self.distributed.say(f"{path} cannot be written: {error}. Training goes on without it.")
+                self.distributed.say(f"{path} cannot be written: {error}. Training continues without it.")
             self.is_full = error is not None
         if self.wandb is not None:
             values = {f"{line['kind']}/{k}": v for k, v in line.items() if k not in ("kind", "step")}

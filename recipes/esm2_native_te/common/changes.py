@@ -44,6 +44,6 @@ def check_start(before: dict, now: dict, folder: Path) -> None:
     if was != is_:
         was, is_ = ("null" if name is None else name for name in (was, is_))
         raise ValueError(
-            f"init_from was {was} and is {is_}, but checkpoint.ckpt_dir={folder} has weights to go on from; give "
+            f"init_from was {was} and is {is_}, but checkpoint.ckpt_dir={folder} has weights to resume from; give "
             f"init_from={was}, or take another folder to start from other ones."
         )

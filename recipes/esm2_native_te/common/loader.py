@@ -200,7 +200,8 @@ class Loader:
         if not self.plan or not self.distributed.is_main:
             return self.sources
         epochs = config.num_train_steps * config.micro_batches_per_step / max(1, self.plan.num_micro_batches)
-        steps = f"{config.num_train_steps:,} steps of {config.micro_batches_per_step} micro-batches"
+        number = config.micro_batches_per_step
+        steps = f"{config.num_train_steps:,} steps of {number} micro-batch{'es' if number > 1 else ''}"
         shown = f"{epochs:,.1f}" if epochs >= 1 else f"{epochs:.2g}"
         return [*self.sources, f"{self.section}: {steps} are {shown} epochs"]
 
@@ -221,7 +222,7 @@ class Loader:
         if was_streamed != is_streamed:
             raise ValueError(
                 f"{kwargs}.streaming={str(is_streamed).lower()}, but the checkpoint was made with "
-                f"{str(was_streamed).lower()}; give that, or start anew in another folder."
+                f"{str(was_streamed).lower()}; give that, or start again in another folder."
             )
         if self.plan:
             # Before there was an identity, checkpoints had the number of rows alone.
@@ -229,12 +230,12 @@ class Loader:
             if saved["num_rows"] != found["num_rows"]:
                 raise ValueError(
                     f"{kwargs}: the checkpoint was made with {saved['num_rows']:,} rows and the data now has "
-                    f"{found['num_rows']:,}; give the old data, or start anew in another folder."
+                    f"{found['num_rows']:,}; give the old data, or start again in another folder."
                 )
             if wrong := [key for key in saved if saved[key] != found.get(key)]:
                 raise ValueError(
                     f"{kwargs}: the data is not what the checkpoint was made with ({', '.join(wrong)} differ), though "
-                    "it has as many rows; give the old data, or start anew in another folder."
+                    "it has as many rows; give the old data, or start again in another folder."
                 )
             rules = state.get("rules", self.plan.rules)
             self.sampler.position, note = self.plan.place_under(rules, tuple(state["position"]))
@@ -242,12 +243,12 @@ class Loader:
         elif state.get("data", self.identity) != self.identity:
             raise ValueError(
                 f"{kwargs}: the stream is not what the checkpoint was made with, its first rows differ; give the old "
-                "data, or start anew in another folder."
+                "data, or start again in another folder."
             )
         elif state["layout"] != self._layout():
             raise ValueError(
                 f"A streamed data set resumes only on the layout it was saved on, {state['layout']}; this run has "
-                f"{self._layout()}; use that layout, or start anew in another folder, with {kwargs}.streaming=false "
+                f"{self._layout()}; use that layout, or start again in another folder, with {kwargs}.streaming=false "
                 "if it is to resume on any."
             )
         else:

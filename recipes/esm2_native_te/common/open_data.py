@@ -98,7 +98,7 @@ def check_form(name: str, kwargs: dict) -> None:
     on_disk = isinstance(path, str) and saved_to_disk(Path(path).expanduser())  # its rows have numbers
     if kwargs.get("streaming") and isinstance(split, str) and "[" in split and not on_disk:
         raise ValueError(
-            f"{name}.split={split} cannot be with streaming=true, which reads a split from its begin to its end; give "
+            f"{name}.split={split} cannot be combined with streaming=true, which reads a whole split; give "
             f"split={split.partition('[')[0]} and files of their own for validation, or streaming=false."
         )
 

@@ -116,7 +116,7 @@ def test_a_cache_without_locks(error):
 
 def test_forms_that_are_refused(distributed, tmp_path):
     kwargs = good(tmp_path)
-    parts = ["dataset.load_dataset_kwargs.split=train[:50%] cannot be with streaming=true", "split=train and files"]
+    parts = ["split=train[:50%] cannot be combined with streaming=true", "split=train and files"]
     assert_refused(parts, lambda: make_loader(distributed, kwargs | {"streaming": True, "split": "train[:50%]"}))
     file = kwargs["data_files"]
     parts = [f"path={file} is a file; give its format, as path=parquet, and data_files={file}"]

@@ -81,7 +81,7 @@ def test_a_sign_beyond_ascii_is_one_unknown_residue(distributed, tmp_path, kind,
     kwargs = {"path": kind, "data_files": str(tmp_path / "a"), "split": "train", "streaming": streaming}
     loader = make_loader(distributed, kwargs)
     assert read_epochs(loader, 1) == [["MKXVL"] * 2]
-    assert loader.notes == ["in the first 2 sequences: 2 unknown signs (read as X)"]
+    assert loader.notes == ["in the first 2 sequences: 2 unknown characters (read as X)"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -193,8 +193,8 @@ def test_what_is_cleaned_is_counted():
     sequences = [b"MKVL", b"mkVL", b"M-K.V", b"MK*V*", b"MJK1", b"", b"--", b"MK V\r\n"]
     assert ALPHABET.describe_cleaning(sequences) == (
         "in the first 8 sequences: 2 lower-case letters (read as upper case), 4 gaps (dropped), 2 stops (dropped at "
-        "the end, X inside), 1 digits (read as X: positions, as in GenBank and PIR?), 1 unknown signs (read as X), "
-        "2 empty sequences (skipped)"
+        "the end, X inside), 1 digits (read as X: positions, as in GenBank and PIR?), 1 unknown characters (read as "
+        "X), 2 empty sequences (skipped)"
     )
     assert ALPHABET.describe_cleaning([b"MKVLXBUZO", b"MK V\r\n"]) is None
 
@@ -230,12 +230,13 @@ def test_what_is_read_is_said_first(distributed, tmp_path):
     loader = make_loader(distributed, kwargs, token_micro_batch_size=None, micro_batch_size=1)
     where = f"fasta {tmp_path}/proteins.fasta, split train[:75%]"
     assert loader.facts(config) == [
-        f"dataset: 3 rows, 8 residues of {where}",
-        "dataset: the entropy of its residues is 1.560 nats: a loss that stays there has learnt nothing of context",
+        f"dataset: 3 rows, 8 residues from {where}",
+        "dataset: the entropy of its residues is 1.560 nats: a model whose loss stays there has learnt nothing from "
+        "context",
         "dataset: 30 steps of 2 micro-batches are 30.0 epochs",
     ]
     loader = make_loader(distributed, kwargs | {"split": "train", "streaming": True})
-    assert loader.facts(config)[0] == f"dataset: a stream of fasta {tmp_path}/proteins.fasta, split train"
+    assert loader.facts(config)[0] == f"dataset: a stream from fasta {tmp_path}/proteins.fasta, split train"
 
 
 # ---- crops

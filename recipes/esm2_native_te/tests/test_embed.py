@@ -87,7 +87,7 @@ def test_ranks_share_the_work(run, fasta, expected, tmp_path):
     assert "residue_embeddings" not in same(tmp_path / "out.parquet", expected)[0]
 
 
-def test_the_same_command_goes_on_and_another_does_not(run, fasta, expected, tmp_path, monkeypatch):
+def test_the_same_command_continues_and_another_does_not(run, fasta, expected, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(embed, "ROWS_PER_PART", 2)
     computed, real = [], embed.vectors
 
@@ -109,7 +109,9 @@ def test_the_same_command_goes_on_and_another_does_not(run, fasta, expected, tmp
     assert len(kept) == 2
     monkeypatch.setattr(parts, "joined", lambda files, target, joined=parts.joined: (
         times.append([path.stat().st_mtime_ns for path in kept]), joined(files, target)))  # fmt: skip
+    capfd.readouterr()
     embed.main(words)
+    assert "100%" in capfd.readouterr().err  # of what was left
     assert times.pop() == times
     same(tmp_path / "out.parquet", expected, 2e-3)
 

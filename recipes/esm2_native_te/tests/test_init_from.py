@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, EsmForMaskedLM
 
+from common.config import notes_on_continuing
 from common.contract.running import RECIPE, metrics, run_here
 from modeling_esm2 import Esm2Config
 from pretrained import FAMILY, open_pretrained, open_step, shapes
@@ -131,3 +133,10 @@ def test_continuing_with_what_is_meant_for_a_start_is_told(run, tmp_path, capsys
     run_here("train_ddp", tmp_path / "b", *start, own, "adamw_kwargs.lr=1e-5")
     said = capsys.readouterr().err
     assert "from scratch" not in said and "bundled" not in said
+
+
+def test_a_bundled_sample_among_several_sources_is_told():
+    mix = {"a": {"load_dataset_kwargs": {"data_files": str(RECIPE / "data" / "train.parquet")}}, "b": {"weight": 2}}
+    config = {"init_from": "m", "adamw_kwargs": {"lr": 1e-5}, "dataset": {"load_dataset_kwargs": {}, "mix": mix}}
+    (note,) = notes_on_continuing(OmegaConf.create(config))
+    assert note.startswith("dataset.mix.a.load_dataset_kwargs.data_files=") and "bundled sample" in note

@@ -163,7 +163,7 @@ def test_a_stream_goes_on_only_on_its_layout(two_ranks, tmp_path, capsys):
     message = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and message.startswith("error: ") and one in message and two in message, message
     message = refused(two_ranks(tmp_path / "ranks", *options))
-    assert one in message and "'num_ranks': 2, 'num_workers': 0" in message and "start anew" in message
+    assert one in message and "'num_ranks': 2, 'num_workers': 0" in message and "start again" in message
 
 
 def test_a_stream_and_a_plan_do_not_go_on_from_each_other(tmp_path, capsys):

@@ -78,7 +78,7 @@ class LowPrecision(Precision):
             self.scalings[name] = te_scaling(section)
             if name == "DelayedScaling":
                 self.notes.append(
-                    "DelayedScaling's scales are pickles of TransformerEngine: to go on from a checkpoint, which a "
+                    "DelayedScaling's scales are pickles of TransformerEngine: to resume from a checkpoint, which a "
                     "scheduler may do by itself, needs checkpoint.allow_pickled_scales=true."
                 )
         elif not needs.torchao or section["format"] not in (None, needs.torchao_format) or section["recipe_kwargs"]:
@@ -172,13 +172,13 @@ def check_together(config: DictConfig) -> None:
         attention = [key for key in ("fp8_dpa", "fp8_mha") if (section["recipe_kwargs"] or {}).get(key)]
         if section.enabled and config.cp_size > 1 and attention:
             raise ValueError(
-                f"{section.as_given('recipe_kwargs')} cannot be with cp_size={config.cp_size}, which exchanges "
-                f"attention's inputs in BF16; leave {attention[0]} out."
+                f"{section.as_given('recipe_kwargs')} cannot be combined with cp_size={config.cp_size}, which "
+                f"exchanges attention's inputs in BF16; leave {attention[0]} out."
             )
         if section.enabled and config.use_torch_compile and section.recipe == "DelayedScaling":
             raise ValueError(
-                f"{section.as_given()} cannot be with use_torch_compile=true: TransformerEngine does not compile it; "
-                "Float8CurrentScaling can be."
+                f"{section.as_given()} cannot be combined with use_torch_compile=true: TransformerEngine does not "
+                "compile it; Float8CurrentScaling can be."
             )
     if config.quant_stats_config.enabled and config.use_torch_compile:
-        raise ValueError("quant_stats_config.enabled=true cannot be with use_torch_compile=true; leave one out.")
+        raise ValueError("quant_stats_config.enabled=true does not work with use_torch_compile=true; leave one out.")

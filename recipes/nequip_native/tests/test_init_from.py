@@ -135,9 +135,12 @@ def test_new_elements_by_the_stated_rule(kind, more, tmp_path):
     assert shape.num_neighbors == 17.0 and shape.energy_scales == pytest.approx([0.3, 0.2, 0.1])
     assert shape.energy_shifts == pytest.approx([2.0, 3.0, -1.0])
     notes = []
-    state = read_pretrained(OmegaConf.create({"init_from": source, "seed": 3}), shape, notes)
+    config = {"init_from": source, "seed": 3, "adamw_kwargs": {"lr": 0.005}}
+    config["dataset"] = {"load_dataset_kwargs": {"data_files": str(RECIPE / "data" / "train.extxyz")}}
+    state = read_pretrained(OmegaConf.create(config), shape, notes)
     assert "New elements: Cu; first weights by the seed, energy_shifts by least squares" in notes[1]
     assert "(Cu 3.0000 eV)" in notes[1]
+    assert "lr=0.005 is a rate for training from scratch" in notes[2] and "is the bundled sample" in notes[3]
     new = KINDS[kind][1](shape)
     new.load_state_dict(state)
     (tmp_path / "new").mkdir()

@@ -97,7 +97,8 @@ def open_checkpoint(step_folder: Path):
 
 
 def write_examples(folder: Path) -> None:
-    """A user's own file, as commands in READMEs and docs name it."""
+    """A user's own files, as commands in READMEs and docs name them."""
     from ase.io import read, write
 
-    write(folder / "my_structures.xyz", read(folder / "data" / "train.extxyz", ":60"))
+    for name, some in {"my_structures": ":60", "new": "60:80", "test": "80:90", "structure": "90"}.items():
+        write(folder / f"{name}.xyz", read(folder / "data" / "train.extxyz", some))

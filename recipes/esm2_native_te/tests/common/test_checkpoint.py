@@ -257,7 +257,7 @@ def test_torchrun_told_to_stop_saves_although_its_workers_hear_it_too(tmp_path):
         lambda: (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").read_text().count("\n") > 4
     )
     os.kill(process.pid, signal.SIGTERM)
-    assert "goes on from there" in process.communicate(timeout=120)[1]
+    assert "resumes from there" in process.communicate(timeout=120)[1]
     stopped = complete_steps(tmp_path)[-1]
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert stopped == last
@@ -272,7 +272,7 @@ def test_ranks_that_torchrun_leaves_behind_save_and_the_same_command_goes_on(tmp
     wait_for(lambda: (parts / "metrics.jsonl").exists() and (parts / "metrics.jsonl").read_text().count("\n") > 4)
     process.kill()
     process = start(*again)  # at once: it waits for the first to leave
-    assert process.communicate(timeout=200)[1].count("Going on from") == 1
+    assert process.communicate(timeout=200)[1].count("Resuming from") == 1
     assert process.returncode == 0
     assert curve(parts) == pytest.approx(straight, rel=1e-5)
 
@@ -290,7 +290,7 @@ def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(number, long_cu
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), number)
     message = process.communicate(timeout=120)[1]
-    assert "goes on from there" in message
+    assert "resumes from there" in message
     assert process.returncode == 0
     (stopped,) = complete_steps(tmp_path)
     assert stopped < 60

@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_goes_on(name, whole,
     run_here("train_fsdp2", stopped, *save_to(stopped))
     message = capsys.readouterr().err
     assert "step_4 is damaged and set aside as step_4.damaged" in message
-    assert f"Going on from {stopped / 'step_2'}" in message
+    assert f"Resuming from {stopped / 'step_2'}" in message
     assert curve(stopped) == curve(whole)
     assert complete_steps(stopped) == [2, 4, 6]
     assert (stopped / "step_4.damaged").exists()
@@ -233,7 +233,7 @@ def test_a_log_folder_that_is_full_from_the_start_stops_nothing(small_disk, size
     ckpt = tmp_path_factory.mktemp("ckpt")
     (small_disk / "filler").write_bytes(b"\0" * (int(2.5 * size) // 4096 * 4096))
     run_here("train_ddp", small_disk, *save_to(ckpt))
-    assert "No space left on device. Training goes on without it." in capsys.readouterr().err
+    assert "No space left on device. Training continues without it." in capsys.readouterr().err
     assert complete_steps(ckpt)[-1] == 6
 
 

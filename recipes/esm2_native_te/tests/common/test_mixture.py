@@ -131,8 +131,8 @@ def test_other_mistakes(mix, words):
 
 def test_it_says_what_an_epoch_has():
     assert mixture((50, 30, 20), (3, 2, 1)).note() == (
-        "an epoch of 100 rows has of s0 51 (1 times its 50 rows), s1 33 (1.1 times its 30 rows), "
-        "s2 16 (0.8 times its 20 rows)"
+        "an epoch of 100 rows has 51 of s0 (1 times its 50 rows), 33 of s1 (1.1 times its 30 rows), "
+        "16 of s2 (0.8 times its 20 rows)"
     )
 
 

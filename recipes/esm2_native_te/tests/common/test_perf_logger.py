@@ -321,7 +321,7 @@ def test_two_runs_do_not_share_a_folder(distributed, tmp_path, monkeypatch):
         ([3.0, 2.0, 1.9, 1.8, 1.7, 1.6], [2.9, 2.5, 2.6, 2.4, 2.39, 2.5], [3, 6]),  # lower again meanwhile
     ],
 )
-def test_rows_learnt_by_heart_are_said(distributed, tmp_path, capsys, train, validation, said_at):
+def test_overfitting_is_said(distributed, tmp_path, capsys, train, validation, said_at):
     """Also where the run was stopped between: the lowest loss is in the checkpoint."""
     logger, said = make_logger(distributed, tmp_path), []
     logger.start(0, [])
@@ -330,9 +330,9 @@ def test_rows_learnt_by_heart_are_said(distributed, tmp_path, capsys, train, val
         logger.log_step(step, {"loss": loss}, 1.0, learning_rate=0.1)
         capsys.readouterr()
         logger.log_validation(step, {"loss": found})
-        if "by heart" in (message := capsys.readouterr().err):
+        if "overfitting" in (message := capsys.readouterr().err):
             said.append(step)
-            assert f"lower at step {step - 1} ({validation[step - 2]:.4f})" in message
+            assert f"since step {step - 1} ({validation[step - 2]:.4f} -> {found:.4f})" in message
         state, logger = logger.state_dict(), make_logger(distributed, tmp_path)
         logger.load_state_dict(json.loads(json.dumps(state)))
         logger.start(step, [])
