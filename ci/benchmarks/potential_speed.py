@@ -6,16 +6,19 @@ In an environment with requirements.txt of recipes/nequip_native, and models/neq
 
     python ci/benchmarks/potential_speed.py --output docs/results/potential_speed.json
 
-Forward pass, forces and stress, and the gradients of a loss, eager, FP32, one thread. Seconds are those of the process
-on the CPU, so that other work on the machine counts for little; of several rounds the best is taken.
+Forward pass, forces and stress, and the gradients of a loss, eager and compiled, FP32, one thread. Seconds are those
+of the process on the CPU, so that other work on the machine counts for little; of several rounds the best is taken.
+Memory is what eager steps add at most to what the process had before the first, each side in a process of its own.
 """
 
 import argparse
 import json
 import platform
+import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -25,11 +28,15 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 from ase.build import bulk  # noqa: E402
-from peer import peer_model  # noqa: E402
+from ase.io import read  # noqa: E402
+from peer import peer_model, peer_output  # noqa: E402
 
 from atoms.ase_calculator import graph  # noqa: E402
+from atoms.compiled import CompiledDerivatives  # noqa: E402
 from atoms.first_weights import init_parameters  # noqa: E402
+from atoms.kernels import products  # noqa: E402
 from atoms.losses import loss_terms  # noqa: E402
+from atoms.neighbours import lengths_once  # noqa: E402
 from common.run_facts import cpu_name, versions  # noqa: E402
 from convert_allegro import allegro_arguments, native_to_allegro  # noqa: E402
 from convert_nequip import native_to_nequip, nequip_arguments  # noqa: E402
@@ -38,94 +45,166 @@ from modeling_allegro import Allegro, AllegroConfig  # noqa: E402
 from modeling_nequip import SIZES, NequIP, NequIPConfig  # noqa: E402
 
 
-ELEMENTS, CUTOFF, COPIES = ["Al", "Cu", "Ni"], 4.5, 4
+CUTOFF = 4.5
 CASES = {
     "nequip_S": SIZES["nequip_S"],
     "nequip, 3 layers of 64, 32, 16": {"num_layers": 3, "num_features": [64, 32, 16], "radial_width": 64},
     "allegro_S": ALLEGRO_SIZES["allegro_S"],
 }
+SIDES = ("package", "ours", "package_compiled", "ours_compiled")
 
 
-def structures() -> dict[str, torch.Tensor]:
-    """Crystals of 32 atoms of three elements, a little shaken, laid end to end."""
-    atoms = bulk("Cu", cubic=True) * (2, 2, 2)
-    atoms.rattle(0.1, seed=0)
-    atoms.set_chemical_symbols([ELEMENTS[i % 3] for i in range(len(atoms))])
-    one, n = graph(atoms, ELEMENTS, CUTOFF, None), len(atoms)
-    return {
-        "positions": one["positions"].repeat(COPIES, 1), "types": one["types"].repeat(COPIES),
-        "cell": one["cell"].repeat(COPIES, 1, 1), "shifts": one["shifts"].repeat(COPIES, 1),
-        "edges": torch.cat([one["edges"] + n * i for i in range(COPIES)], 1),
-        "structure": torch.arange(COPIES).repeat_interleave(n),
-    }  # fmt: skip
+def crystals() -> list:
+    """Four of 32 atoms of three elements, a little shaken."""
+    found = []
+    for seed in range(4):
+        atoms = bulk("Cu", cubic=True) * (2, 2, 2)
+        atoms.rattle(0.1, seed=seed)
+        atoms.set_chemical_symbols([("Al", "Cu", "Ni")[i % 3] for i in range(len(atoms))])
+        found.append(atoms)
+    return found
 
 
-def steps(name: str, options: dict, inputs: dict[str, torch.Tensor]):
-    """One training step of ours, and of theirs; each returns its loss."""
-    n = len(inputs["types"])
-    common = {"elements": ELEMENTS, "cutoff": CUTOFF, "num_neighbors": inputs["edges"].shape[1] / n,
-              "energy_scales": [1.0] * 3, "energy_shifts": [0.0] * 3}  # fmt: skip
+def batch(data: Path | None) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Crystals, or the first two structures of a file, laid end to end, and their elements."""
+    frames = crystals() if data is None else read(data, ":2")
+    elements = sorted({symbol for atoms in frames for symbol in atoms.get_chemical_symbols()})
+    found, start = [graph(atoms, elements, CUTOFF, None) for atoms in frames], 0
+    for one in found:
+        one["edges"], start = one["edges"] + start, start + len(one["types"])
+    inputs = {name: torch.cat([one[name] for one in found]) for name in ("positions", "types", "cell", "shifts")}
+    sizes = torch.tensor([len(one["types"]) for one in found])
+    inputs["edges"] = torch.cat([one["edges"] for one in found], 1)
+    inputs["structure"] = torch.repeat_interleave(sizes)
+    return inputs, elements
+
+
+def step_of(side: str, name: str, inputs: dict[str, torch.Tensor], elements: list[str]) -> tuple[Callable, int]:
+    """One training step, which returns its loss, and the number of parameters."""
+    n, number = len(inputs["types"]), len(elements)
+    common = {"elements": elements, "cutoff": CUTOFF, "num_neighbors": inputs["edges"].shape[1] / n,
+              "energy_scales": [1.0] * number, "energy_shifts": [0.0] * number}  # fmt: skip
     kinds = (AllegroConfig, Allegro, allegro_arguments, native_to_allegro)
     if name.startswith("nequip"):
         kinds = (NequIPConfig, NequIP, nequip_arguments, native_to_nequip)
-    config = kinds[0](**common, **options)
+    config = kinds[0](**common, **CASES[name])
     model = kinds[1](config)
     init_parameters(model, 0)
-    model.train().losses = loss_terms(ELEMENTS)
-    peer = peer_model("", kinds[2](config), kinds[3](dict(model.state_dict()), config)).train()
-    labels = {"energy": torch.zeros(COPIES).double(), "forces": torch.zeros(n, 3).double()}
-    counts = {"energies": COPIES, "force_components": 3 * n, "stress_components": 0}
+    num_structures = len(inputs["cell"])
+    num_parameters = sum(p.numel() for p in model.parameters())
+    if side.startswith("package"):
+        mode = "compile" if side.endswith("compiled") else "eager"
+        peer = peer_model("", kinds[2](config), kinds[3](dict(model.state_dict()), config), mode).train()
+
+        def theirs() -> float:
+            peer.zero_grad()
+            found = peer_output(peer, inputs)
+            loss = (found["energy"] / (n / num_structures)).square().mean() / 2 + found["forces"].square().mean() / 2
+            loss.backward()
+            return float(loss.detach())
+
+        return theirs, num_parameters
+    model.train().losses = loss_terms(elements)
+    model.kernels, *_ = products("auto", torch.device("cpu"))
+    if side.endswith("compiled"):
+        model.compiled = CompiledDerivatives(model)
+    once, row = lengths_once(inputs["edges"].numpy(), inputs["shifts"].long().numpy())  # as workers do
+    labels = {"energy": torch.zeros(num_structures).double(), "forces": torch.zeros(n, 3).double()}
+    counts = {"energies": num_structures, "force_components": 3 * n, "stress_components": 0}
+    inputs = inputs | labels | {"once": torch.from_numpy(once), "row": torch.from_numpy(row)}
 
     def ours() -> float:
         model.zero_grad()
-        loss = model(**inputs, **labels, counts=counts).loss
+        loss = model(**inputs, counts=counts).loss
         loss.backward()
         return float(loss.detach())
 
-    def theirs() -> float:
-        from peer import peer_output
-
-        peer.zero_grad()
-        found = peer_output(peer, inputs)
-        loss = (found["energy"] / (n / COPIES)).square().mean() / 2 + found["forces"].square().mean() / 2
-        loss.backward()
-        return float(loss.detach())
-
-    return ours, theirs, sum(p.numel() for p in model.parameters())
+    return ours, num_parameters
 
 
-def measure(name: str, options: dict, rounds: int) -> dict:
-    """Atoms a second of both, in turn."""
-    inputs = structures()
-    ours, theirs, num_parameters = steps(name, options, inputs)
-    losses, best = (ours(), theirs()), [float("inf")] * 2
-    assert abs(losses[0] - losses[1]) < 1e-4 * abs(losses[0]), losses
+def memory_of(side: str, name: str, data: Path | None) -> float:
+    """MiB that steps add, in this process."""
+    inputs, elements = batch(data)
+    step, _ = step_of(side, name, inputs, elements)
+
+    def held(what: str) -> int:
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(what))
+        return int(line.split()[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the highest begins anew
+    before = held("VmRSS")
+    for _ in range(3):
+        step()
+    return (held("VmHWM") - before) / 1024
+
+
+def measure(name: str, data: Path | None, rounds: int) -> dict:
+    """Atoms a second of all sides, in turn, and what their steps need of memory."""
+    inputs, elements = batch(data)
+    steps, losses, first_s = {}, {}, {}
+    for side in SIDES:
+        start = time.perf_counter()
+        steps[side], num_parameters = step_of(side, name, inputs, elements)
+        losses[side] = steps[side]()
+        first_s[side] = time.perf_counter() - start
+        steps[side]()
+    assert max(losses.values()) - min(losses.values()) < 1e-4 * abs(losses["ours"]), losses
+    best = dict.fromkeys(SIDES, float("inf"))
     for _ in range(rounds):
-        for i, step in enumerate((ours, theirs)):
+        for side, step in steps.items():
             start = time.process_time()
             step()
-            best[i] = min(best[i], time.process_time() - start)
-    speeds = [len(inputs["types"]) / seconds for seconds in best]
-    return {"name": name, "num_parameters": num_parameters, "ours": speeds[0], "package": speeds[1],
-            "ratio": speeds[0] / speeds[1]}  # fmt: skip
+            best[side] = min(best[side], time.process_time() - start)
+    speeds = {side: len(inputs["types"]) / seconds for side, seconds in best.items()}
+    memory = {}
+    for side in ("package", "ours"):
+        command = [sys.executable, __file__, "--memory-of", side, name, *(["--data", str(data)] if data else [])]
+        memory[side] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return {
+        "name": name, "num_parameters": num_parameters, "num_atoms": len(inputs["types"]),
+        "num_edges": inputs["edges"].shape[1], "atoms_per_s": speeds,
+        "eager_ratio": speeds["ours"] / speeds["package"],
+        "compiled_ratio": speeds["ours_compiled"] / speeds["package_compiled"], "step_mib": memory,
+        "first_step_s": first_s,
+    }  # fmt: skip
+
+
+def table(rows: list[dict]) -> str:
+    """For a page."""
+    lines = ["| | package | ours | | package, compiled | ours, compiled | |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        speed = row["atoms_per_s"]
+        lines.append(
+            f"| {row['name']} | {speed['package']:,.0f} | {speed['ours']:,.0f} | {row['eager_ratio']:.2f} x | "
+            f"{speed['package_compiled']:,.0f} | {speed['ours_compiled']:,.0f} | {row['compiled_ratio']:.2f} x |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Measure, print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--data", type=Path, help="a file with structures; without, crystals are made")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--memory-of", nargs=2, metavar=("SIDE", "CASE"), help="what a measurement asks of itself")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.memory_of:
+        print(memory_of(*arguments.memory_of, arguments.data))
+        return
     rows = []
-    for name, options in CASES.items():
-        rows.append(measure(name, options, arguments.rounds))
+    for name in arguments.cases:
+        rows.append(measure(name, arguments.data, arguments.rounds))
         print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
     from importlib.metadata import version
 
     packages = {name: version(name) for name in ("nequip", "nequip-allegro", "e3nn")}
     found = {"cpu": cpu_name(), "system": platform.platform(), "versions": versions() | packages, "threads": 1,
-             "unit": "atoms a second of the process's time on the CPU", "rows": rows}  # fmt: skip
+             "data": arguments.data.name if arguments.data else "crystals",
+             "unit": "atoms a second of the process's time on the CPU; MiB", "rows": rows}  # fmt: skip
     if arguments.output:
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")
 

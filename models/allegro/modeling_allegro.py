@@ -16,7 +16,7 @@ from atoms.irreps import SCALAR, Irrep, harmonics, wigner_3j
 from atoms.potential import Graph, Potential, PotentialConfig
 from atoms.radial import Bessel, ScalarMLP, Spline
 from atoms.spherical_harmonics import spherical_harmonics
-from atoms.tensor_product import centre_product, sum_at_centre
+from atoms.tensor_product import Products, sum_at_centre
 
 
 # The package has no sizes of its own; these are steps of about four in cost.
@@ -102,7 +102,7 @@ class TensorProduct(nn.Module):
             self._table = (key, table.to(like.device, like.dtype))
         return self._table[1]
 
-    def forward(self, x: Tensor, environment: Tensor, centre: Tensor) -> Tensor:
+    def forward(self, x: Tensor, environment: Tensor, centre: Tensor, products: Products) -> Tensor:
         """`x` [E, I, U], `environment` [A, J, U]: [E, K, U]. The sum over paths and J is an atom's, not an edge's."""
         table = self.table(x)
         num_paths, i, j, k = table.shape
@@ -113,7 +113,7 @@ class TensorProduct(nn.Module):
         else:
             matrices = torch.bmm(mixed, environment.permute(2, 1, 0)).permute(2, 1, 0)
             matrices = matrices.reshape(-1, i, k, environment.shape[2])
-        return centre_product(x, matrices, centre)
+        return products.centre(x, matrices, centre)
 
 
 class Allegro(Potential):
@@ -151,9 +151,11 @@ class Allegro(Potential):
         """Distance and both elements: [E, features]."""
         centre, neighbor = graph.types[graph.edges[0]], graph.types[graph.edges[1]]
         if self.config.radial == "spline":
-            return self.spline(graph.x, centre * len(self.config.elements) + neighbor)
+            x = graph.x if graph.row is None else graph.x.index_select(0, graph.row)
+            return self.spline(x, centre * len(self.config.elements) + neighbor)
         elements = torch.cat([self.centre_elements[centre], self.neighbor_elements[neighbor]], 1)
-        return elements * self.bessel_mlp(self.bessel(graph.x))
+        radial = self.bessel_mlp(self.bessel(graph.x))
+        return elements * (radial if graph.row is None else radial.index_select(0, graph.row))
 
     def network(self, graph: Graph) -> Tensor:
         config, centre, num_atoms = self.config, graph.edges[0], graph.types.shape[0]
@@ -161,21 +163,19 @@ class Allegro(Potential):
         harmonic = spherical_harmonics(graph.directions, config.l_max).to(config.torch_dtype)
         component = torch.tensor(l_of_component(self.edge), device=harmonic.device)
 
-        def weighted(weights: Tensor) -> Tensor:
-            """Harmonics times a weight for each l and channel: [E, (l_max + 1)^2, U]."""
-            by_l = weights.view(-1, len(self.edge), config.num_tensors)
-            return by_l.index_select(1, component) * harmonic.unsqueeze(2)
+        def by_l(weights: Tensor) -> Tensor:
+            return weights.view(-1, len(self.edge), config.num_tensors)
 
         embedded = self.embedding_mlp(self.embed(graph))
-        tensors = weighted(self.tensor_mlp(embedded))
+        tensors = by_l(self.tensor_mlp(embedded)).index_select(1, component) * harmonic.unsqueeze(2)
         scalars, weights = self.environment_mlp(embedded).split([s, len(self.edge) * config.num_tensors], 1)
         scalars = [scalars]
         kept = torch.tensor([d for d, i in enumerate(l_of_component(self.edge)) if self.edge[i] in
                              self.products[0].before], device=harmonic.device)  # fmt: skip
         tensors = tensors if len(kept) == harmonic.shape[1] else tensors.index_select(1, kept)
         for product, mlp in zip(self.products, self.latent_mlps, strict=True):
-            environment = sum_at_centre(weighted(weights), centre, num_atoms) * norm
-            tensors = product(tensors, environment, centre)
+            summed = graph.products.environment(by_l(weights), harmonic, component, centre, num_atoms)
+            tensors = product(tensors, summed * norm, centre, graph.products)
             latents = mlp(torch.cat([*scalars, tensors[:, 0]], 1))
             scalars.append(latents[:, :s])
             weights = latents[:, s:]

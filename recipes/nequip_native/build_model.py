@@ -15,8 +15,10 @@ from safetensors import SafetensorError
 
 import modeling_allegro
 import modeling_nequip
+from atoms.compiled import CompiledDerivatives
 from atoms.elements import SYMBOLS
 from atoms.first_weights import init_parameters
+from atoms.kernels import products
 from atoms.losses import loss_terms
 from atoms.neighbours import Cutoffs
 from atoms.potential import Potential, PotentialConfig
@@ -184,6 +186,19 @@ def build_model(shape: PotentialConfig, loss_kwargs: Mapping, distributed: Distr
     return model
 
 
+def prepare(model: Potential, config: DictConfig, precision: Precision) -> None:
+    """How it is computed: by which kernels, and in training as a compiled program or not.
+
+    Raises ValueError where a compiler is needed and there is none.
+    """
+    model.kernels, precision.backend, note = products(config.layer_backend, precision.device)
+    precision.notes += [note] if note else []
+    if config.use_torch_compile:
+        if precision.device.type == "cpu" and products("auto", precision.device)[2]:
+            raise ValueError("use_torch_compile=true needs a C++ compiler on a CPU, and there is none; give false.")
+        model.compiled = CompiledDerivatives(model)
+
+
 def sharded_parts(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The whole: the derivative inside the forward pass needs all parameters at once."""
     return [model]
@@ -241,8 +256,8 @@ def facts(shape: PotentialConfig, saved: dict | None = None) -> dict:
 
 
 def harmless_keys(config: Mapping) -> tuple[str, ...]:
-    """Keys of this recipe that a resume may change without moving the trajectory."""
-    return ()
+    """Keys of this recipe that a resume may change without moving the trajectory but by rounding."""
+    return ("layer_backend",)
 
 
 def training_flops(shape: PotentialConfig, batch: Batch) -> float:

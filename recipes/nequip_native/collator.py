@@ -4,7 +4,7 @@
 import numpy as np
 import torch
 
-from atoms.neighbours import Cutoffs, all_neighbours
+from atoms.neighbours import Cutoffs, all_neighbours, lengths_once
 from atoms.structures import NUM_ELEMENTS, NUMBERS, Structures
 from common.batch import Batch
 
@@ -23,7 +23,8 @@ class GraphCollator:
         self.type_of[[NUMBERS[symbol] for symbol in elements]] = np.arange(len(elements))
 
     def __call__(self, sample: dict) -> Batch:
-        """`inputs`: positions [A, 3], types [A], cell [S, 3, 3], edges [2, E], shifts [E, 3], structure [A].
+        """`inputs`: positions [A, 3], types [A], cell [S, 3, 3], edges [2, E], shifts [E, 3], structure [A];
+        once [less], row [E] as the model takes them, unless a pair's cutoff differs by direction.
 
         Labels are energy [S], forces [A, 3], stress [S, 3, 3], NaN where there is none; floats are float64. `counts`:
         structures, atoms, edges, energies, force_components, stress_components.
@@ -42,6 +43,8 @@ class GraphCollator:
             "shifts": shifts.astype(np.float64), "structure": structures.structure, "energy": structures.energy,
             "forces": structures.forces, "stress": structures.stress,
         }  # fmt: skip
+        if not (self.cutoffs.by_number != self.cutoffs.by_number.T).any():  # else x differs by direction
+            inputs["once"], inputs["row"] = lengths_once(edges, shifts)
         if self.with_data_sets:
             inputs["data_set"] = structures.data_set
         counts = {

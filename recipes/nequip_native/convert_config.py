@@ -41,7 +41,7 @@ NOT_HERE = {
     "trainer.max_time": "a time limit is Slurm's: the run saves before it and goes on",
     **dict.fromkeys(("trainer.accelerator", "trainer.devices", "trainer.num_nodes"), "torchrun or slurm.sh says it"),
     "trainer.strategy": "the script says it: train_ddp.py, train_fsdp2.py",
-    "training_module.model.compile_mode": "how a model computes is no part of this configuration",
+    "training_module.model.compile_mode": "give use_torch_compile=true for a compiled one",
 }
 
 

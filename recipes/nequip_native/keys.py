@@ -26,6 +26,8 @@ def top_level(
     model_tag: str,
     init_from: str | None = None,
     num_train_steps: PositiveInt,
+    layer_backend: Literal["auto", "cpp", "torch"] = "auto",
+    use_torch_compile: bool = False,
     precision: Literal["fp32", "tf32", "fp64"] = "fp32",
     micro_batches_per_step: PositiveInt | None = None,
     max_grad_norm: PositiveFloat = 1.0,

@@ -22,7 +22,6 @@ from atoms.tensor_product import (
     Linear,
     Paths,
     couplings,
-    neighbor_product,
     path_of_component,
 )
 
@@ -117,7 +116,8 @@ class Convolution(nn.Module):
         for paths, weights in zip(self.paths, self.radial_mlp(radial).split(self.sizes, 1), strict=True):
             weights = weights.view(weights.shape[0], len(paths.pairs), y[paths.first].shape[2])
             path = path_of_component(paths.pairs, weights.device)
-            product = neighbor_product(y[paths.first] * norm, weights, coupled[paths], path, graph.edges)
+            sent = y[paths.first] * norm
+            product = graph.products.neighbor(sent, weights, coupled[paths], path, graph.edges, graph.row)
             for (_, out), part in zip(paths.pairs, product.split([o.dim for _, o in paths.pairs], 1), strict=True):
                 summed.setdefault(out, []).append(part)
         y = self.linear_2({ir: torch.cat(parts, 2) for ir, parts in summed.items()})

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from torch.distributed.device_mesh import init_device_mesh
 
 import metrics
-from build_model import build_model, build_precision, materialize, model_config, training_flops
+from build_model import build_model, build_precision, materialize, model_config, prepare, training_flops
 from checkpoint import Checkpointer
 from common.anomalies import Anomalies
 from common.config import joined, launch
@@ -58,6 +58,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         validator = open_validation(distributed, wanted.cutoffs, loader.elements, **config.validation)
         shape = wanted.on(loader.elements, loader.statistics)
         model = build_model(shape, config.loss_kwargs, distributed)  # on the meta device: no storage yet
+        prepare(model, config, precision)
         freeze(model, **config.adamw_kwargs)
         checkpointer = Checkpointer(distributed, config, shape, model, **config.checkpoint)
         pretrained = checkpointer.first_weights(partial(read_pretrained, config, shape, loader.notes))

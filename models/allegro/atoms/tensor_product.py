@@ -5,6 +5,7 @@ Features are dictionaries by irrep of [A, 2 l + 1, U]: channels lie last, so tha
 or a long row. A: atoms, E: edges, U: channels, I and K: components before and after, P: paths.
 """
 
+from collections.abc import Callable
 from functools import cache
 from math import sqrt
 from typing import NamedTuple
@@ -54,9 +55,13 @@ def sum_at_centre(values: Tensor, centre: Tensor, num_atoms: int) -> Tensor:
     return zeros.index_add(0, centre, values)
 
 
-def neighbor_product(x: Tensor, weights: Tensor, coupling: Tensor, path: Tensor, edges: Tensor) -> Tensor:
-    """Sum over each atom's edges of weights [E, P, U] times coupling [E, I, K] times the neighbour's x: [A, K, U]."""
+def neighbor_product(x: Tensor, weights: Tensor, coupling: Tensor, path: Tensor, edges: Tensor, row: Tensor | None):
+    """Sum over each atom's edges of weights [rows, P, U] times coupling [E, I, K] times the neighbour's x: [A, K, U].
+
+    `row` says which weights are an edge's; None: there is a row for each.
+    """
     neighbors = x.index_select(0, edges[1])
+    weights = weights if row is None else weights.index_select(0, row)
     if x.shape[1] == 1:  # scalars are weighted before they are spread over components
         messages = coupling.transpose(1, 2) * (neighbors * weights).index_select(1, path)
     else:
@@ -64,9 +69,25 @@ def neighbor_product(x: Tensor, weights: Tensor, coupling: Tensor, path: Tensor,
     return sum_at_centre(messages, edges[0], x.shape[0])
 
 
+def environment(weights: Tensor, harmonics: Tensor, path: Tensor, centre: Tensor, num_atoms: int) -> Tensor:
+    """Sum over each atom's edges of weights [E, P, U] times harmonics [E, J]: [A, J, U]."""
+    return sum_at_centre(weights.index_select(1, path) * harmonics.unsqueeze(2), centre, num_atoms)
+
+
 def centre_product(x: Tensor, matrices: Tensor, centre: Tensor) -> Tensor:
     """Each edge's x [E, I, U] through the matrices of its centre [A, I, K, U]: [E, K, U]."""
     return (x.unsqueeze(2) * matrices.index_select(0, centre)).sum(1)
+
+
+class Products(NamedTuple):
+    """The three above, or others that do the same faster."""
+
+    neighbor: Callable
+    environment: Callable
+    centre: Callable
+
+
+TORCH = Products(neighbor_product, environment, centre_product)
 
 
 class Linear(nn.Module):

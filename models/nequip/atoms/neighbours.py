@@ -117,3 +117,23 @@ def all_neighbours(
         found.append((edges + atoms.start, shifts))
     edges = np.concatenate([edges for edges, _ in found], axis=1)
     return edges, np.concatenate([shifts for _, shifts in found]), np.array([edges.shape[1] for edges, _ in found])
+
+
+def lengths_once(edges: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Edges of which none is another's reverse, and for each of all edges the place of itself or its reverse therein.
+
+    One whose reverse is not there stands for itself.
+    """
+    number, reach = int(edges.max(initial=0)) + 1, int(np.abs(shifts).max(initial=0))
+
+    def key(centres: np.ndarray, others: np.ndarray, away: np.ndarray) -> np.ndarray:
+        found = centres * number + others
+        for axis in range(3):
+            found = found * (2 * reach + 1) + away[:, axis] + reach
+        return found
+
+    forth, back = key(edges[0], edges[1], shifts), key(edges[1], edges[0], -shifts)
+    place, order = np.arange(len(forth)), np.argsort(forth, kind="stable")
+    reverse = order[np.minimum(np.searchsorted(forth, back, sorter=order), len(forth) - 1)]
+    first = np.where(forth[reverse] == back, np.minimum(place, reverse), place)
+    return np.unique(first, return_inverse=True)

@@ -8,14 +8,16 @@ from golden import WEIGHTS, digest, labelled
 from torch import Tensor
 
 
-def peer_model(package: str, arguments: dict, state: dict[str, Tensor]) -> torch.nn.Module:
+def peer_model(
+    package: str, arguments: dict, state: dict[str, Tensor], compile_mode: str = "eager"
+) -> torch.nn.Module:
     """Their model with these weights; what a state dict of ours lacks must be a table."""
     from hydra.utils import get_method
     from nequip.utils.global_state import set_global_state
 
     set_global_state()
     arguments = dict(arguments)
-    model = get_method(arguments.pop("_target_"))(**arguments, compile_mode="eager")
+    model = get_method(arguments.pop("_target_"))(**arguments, compile_mode=compile_mode)
     missing, unexpected = model.load_state_dict(state, strict=False)
     tables = ("output_mask", "w3j", "_empty", "mul.weight", "tp.weight", ".bias", "atomic_numbers", "_qqr2exesquare",
               "spline.lower", "spline.upper")  # fmt: skip

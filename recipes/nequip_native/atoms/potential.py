@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from atoms.elements import SYMBOLS
-from atoms.tensor_product import sum_at_centre
+from atoms.tensor_product import TORCH, Products, sum_at_centre
 from atoms.zbl import zbl_energy
 
 
@@ -63,12 +63,17 @@ class Output(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """What layers see of a batch: unit vectors [E, 3] and distances over the cutoff [E], in float64; sorted edges."""
+    """What layers see of a batch: unit vectors [E, 3] in float64, sorted edges, and how to go over them.
+
+    `x` are distances over the cutoff, in float64: one for each edge, or `row` [E] says which is an edge's.
+    """
 
     directions: Tensor
     x: Tensor
+    row: Tensor | None
     types: Tensor
     edges: Tensor
+    products: Products
 
 
 class Potential(nn.Module):
@@ -77,6 +82,7 @@ class Potential(nn.Module):
     def __init__(self, config: PotentialConfig):
         super().__init__()
         self.config, self.losses = config, None
+        self.kernels, self.compiled = TORCH, None  # how, not what: kernels and a compiled `derive`
         number = len(config.elements)
         for name in ("scales", "shifts"):
             trained = getattr(config, f"train_{name}")
@@ -98,8 +104,9 @@ class Potential(nn.Module):
             return 1 / sqrt(number)
         return self.constant([1 / sqrt(n) for n in number], types, self.config.torch_dtype)[types].view(-1, 1, 1)
 
-    def atomic_energies(self, vectors: Tensor, edges: Tensor, types: Tensor) -> Tensor:
-        """Energy of each atom, by the vectors from centres to neighbours [E, 3]."""
+    def atomic_energies(self, vectors: Tensor, edges: Tensor, types: Tensor, once: Tensor | None = None,
+                        row: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Energy of each atom, by the vectors from centres to neighbours [E, 3]; `once` and `row` as in `forward`."""
         config = self.config
         distance = vectors.square().sum(1).sqrt()
         centre, neighbor = types[edges[0]], types[edges[1]]
@@ -108,7 +115,8 @@ class Potential(nn.Module):
         else:
             reciprocal = self.constant(config.pair_cutoffs, vectors).reciprocal()
             x = distance * reciprocal[centre, neighbor]
-        graph = Graph(vectors / distance.unsqueeze(1), x, types, edges)
+        lengths = x if once is None else x.index_select(0, once)
+        graph = Graph(vectors / distance.unsqueeze(1), lengths, row, types, edges, self.kernels)
         scales, shifts = self.constant(config.energy_scales, vectors), self.constant(config.energy_shifts, vectors)
         if self.added_scales is not None:
             scales = scales + self.added_scales.double()
@@ -129,6 +137,8 @@ class Potential(nn.Module):
         edges: Tensor,
         shifts: Tensor,
         structure: Tensor,
+        once: Tensor | None = None,
+        row: Tensor | None = None,
         energy: Tensor | None = None,
         forces: Tensor | None = None,
         stress: Tensor | None = None,
@@ -138,15 +148,40 @@ class Potential(nn.Module):
         """Of structures laid end to end.
 
         `positions` [A, 3] and `cell` [S, 3, 3] in float64, `types` [A] as indices into the elements, `edges` [2, E]
-        with centres in order first, `shifts` [E, 3] whole cells that the neighbour is away, `structure` [A]. Labels
-        are NaN where there are none. `counts` are the labels of the whole step; `weights` as `losses` takes them.
+        with centres in order first, `shifts` [E, 3] whole cells that the neighbour is away, `structure` [A]. Where an
+        edge and its reverse are to share what depends on distance alone, `once` are edges whose lengths differ and
+        `row` [E] says which of them is as long. Labels are NaN where there are none. `counts` are the labels of the
+        whole step; `weights` as `losses` takes them.
         """
+        derive = self.compiled if self.compiled and self.training else self.derive
+        energies, on_atoms, found_stress, atomic = derive(positions, types, cell, edges, shifts, structure, once, row)
+        loss = parts = None
+        if counts is not None and self.losses is not None:
+            found = {"energy": energies, "forces": on_atoms, "stress": found_stress}
+            labels = {"energy": energy, "forces": forces, "stress": stress}
+            sizes = torch.bincount(structure, minlength=cell.shape[0])
+            parts = self.losses(found, labels, types, sizes, counts, weights)
+            loss = sum(parts.values())
+        return Output(loss, parts, energies, on_atoms, found_stress, atomic)
+
+    def derive(
+        self,
+        positions: Tensor,
+        types: Tensor,
+        cell: Tensor,
+        edges: Tensor,
+        shifts: Tensor,
+        structure: Tensor,
+        once: Tensor | None,
+        row: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Energies of structures, forces, stress, and energies of atoms."""
         num_structures = cell.shape[0]
         of_edge = structure[edges[0]]
         vectors = positions[edges[1]] - positions[edges[0]] + torch.bmm(shifts.unsqueeze(1), cell[of_edge]).squeeze(1)
         with torch.enable_grad():
             vectors = vectors.detach().requires_grad_()
-            atomic = self.atomic_energies(vectors, edges, types)
+            atomic = self.atomic_energies(vectors, edges, types, once, row)
             (gradient,) = torch.autograd.grad(atomic.sum(), vectors, create_graph=self.training)
         if not self.training:
             atomic = atomic.detach()
@@ -157,11 +192,4 @@ class Potential(nn.Module):
         volume = torch.linalg.det(cell).abs().view(-1, 1, 1)
         virial = 0.5 * (virial + virial.transpose(1, 2))
         found_stress = torch.where(volume > 0, virial / torch.where(volume > 0, volume, 1.0), 0.0)
-        loss = parts = None
-        if counts is not None and self.losses is not None:
-            found = {"energy": energies, "forces": on_atoms, "stress": found_stress}
-            labels = {"energy": energy, "forces": forces, "stress": stress}
-            sizes = torch.bincount(structure, minlength=num_structures)
-            parts = self.losses(found, labels, types, sizes, counts, weights)
-            loss = sum(parts.values())
-        return Output(loss, parts, energies, on_atoms, found_stress, atomic)
+        return energies, on_atoms, found_stress, atomic
