@@ -50,12 +50,15 @@ TE = "pip install --no-build-isolation -r recipes/esm2_native_te/requirements-te
 
 
 class Row(NamedTuple):
-    """Patterns for the names of tests, or `=` and what to say instead."""
+    """Patterns for the names of tests, or `=` and what to say instead; a column that no row has is left out."""
 
     what: str
     cpu: str
     plain: str
-    te: str
+    te: str = ""
+
+
+TRAINERS = (("DDP", "train_ddp"), ("FSDP2", "train_fsdp2"), ("Megatron-FSDP", "train_mfsdp"))
 
 
 def recipes() -> list[Path]:
@@ -74,10 +77,10 @@ def token_rows() -> list[Row]:
     found = [
         Row("layers alone, loss and gradients, padded and packed", "test_modeling.*test_padded_and_packed_agree",
             "test_layers_te.*test_loss_and_gradients", "test_layers_te.*test_loss_and_gradients"),
-        Row("FP32", "test_train.*test_one_rank_gives_the_same_curve", "test_gpu.*test_in_fp32_the_curve",
+        Row("FP32", "test_train.*test_one_rank_gives_the_same_curve", "gpu.*in_fp32_the_curve",
             "test_gpu.*test_in_fp32_te_follows_the_curve"),
     ]  # fmt: skip
-    for name, trainer in (("DDP", "train_ddp"), ("FSDP2", "train_fsdp2"), ("Megatron-FSDP", "train_mfsdp")):
+    for name, trainer in TRAINERS:
         gpu = rf"test_gpu.*test_in_bf16_all_are_near\[{trainer}-(packed|padded)-%s\]"
         what = f"{name}, BF16 over FP32 weights, padded and packed (THD)"
         found.append(Row(what, rf"test_train.*test_bf16_stays.*{trainer}", gpu % "torch", gpu % "te"))
@@ -114,13 +117,26 @@ def token_rows() -> list[Row]:
         Row("a GPU's checkpoint resumes on a CPU", "=–", r"test_gpu.*goes_on_on_a_cpu\[torch\]",
             r"test_gpu.*goes_on_on_a_cpu\[te\]"),
         Row("final model opens with plain `transformers`", "test_final_model.*test_it_gives_what",
-            r"test_gpu.*test_the_final_model_opens_with_plain_transformers\[torch\]",
-            r"test_gpu.*test_the_final_model_opens_with_plain_transformers\[te\]"),
+            r"test_gpu.*test_the_final_model_opens\[torch\]", r"test_gpu.*test_the_final_model_opens\[te\]"),
         Row("tensor parallelism", "=out of scope: FSDP2 splits the weights, `cp_size` the tokens", "=no", "=no"),
     ]  # fmt: skip
 
 
-FAMILIES = {"tokens": token_rows}  # by the folder that the recipes of a family share
+def atom_rows() -> list[Row]:
+    """What is said of a recipe on atoms."""
+    same = r"test_on_a_gpu.*test_in_fp32_the_curve_is_the_cpus\[%s\]"
+    return [
+        *(Row(f"{name}, FP32 with energies in float64", "test_curves.*test_one_rank_gives", same % trainer)
+          for name, trainer in TRAINERS),
+        Row("two ranks", "test_curves.*test_two_ranks", "test_on_a_gpu.*test_two_gpus"),
+        Row("resume on another number of ranks, with another trainer", "test_resuming", f"={NO_TEST}"),
+        Row("a GPU's checkpoint resumes on a CPU", "=–", "test_on_a_gpu.*test_a_checkpoint_of_a_gpu_resumes_on_a_cpu"),
+        Row("final model opens in ASE", "test_final_model.*test_it_gives_what", "test_on_a_gpu.*test_its_final_model"),
+        Row("final model as `.pt2`", "test_export.*test_a_program", f"={NO_TEST}"),
+    ]  # fmt: skip
+
+
+FAMILIES = {"tokens": token_rows, "atoms": atom_rows}  # by the folder that the recipes of a family share
 
 
 def rows(recipe: Path) -> list[Row]:
@@ -271,12 +287,14 @@ def table_of(recipe: Path, runs: list[dict]) -> str:
     readme, places = recipe / "README.md", folders(recipe)
     title = readme.read_text().partition("\n")[0].lstrip("# ")
     lines = [f"## {recipe.name}", f"[{title}](../{readme.relative_to(ROOT)})", ""]
-    lines += ["| | CPU | GPU, plain layers | GPU, TransformerEngine |", "|---|---|---|---|"]
-    for row in rows(recipe):
+    asked = rows(recipe)
+    gpus = ["GPU, plain layers", "GPU, TransformerEngine"] if any(row.te for row in asked) else ["GPU"]
+    lines += [f"| {' | '.join(['', 'CPU', *gpus])} |".replace("|  |", "| |"), "|---" * (2 + len(gpus)) + "|"]
+    for row in asked:
         cpu = "run on CPU" + ", emulated" * any(x in row.what for x in ("Scaling", "FP8", "rounding"))
         cpu += ", with a stand-in for CUDA's streams" * row.what.startswith("Megatron")
         cpu = row.cpu[1:] if row.cpu.startswith("=") else cpu
-        cells = (cpu, cell(row.plain, runs, places), cell(row.te, runs, places))
+        cells = [cpu, *(cell(pattern, runs, places) for pattern in (row.plain, row.te)[: len(gpus)])]
         lines.append(f"| {row.what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
