@@ -8,7 +8,6 @@ TRAINER=train_mfsdp.py sbatch slurm.sh                        # several nodes
 
 from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from common.ema import EMA
 from common.gradients import Strategy, add_gradients, clip_grad_norm_
 from common.loss_schedules import LossSchedules
 from common.megatron_fsdp_cpu import stand_in_for_cuda
-from common.megatron_fsdp_exact import compute_in, make_exact
+from common.megatron_fsdp_exact import compute_in, make_exact, summed_at_the_end
 from common.perf_logger import PerfLogger
 from common.run_end import end_run
 from common.scheduler import adamw, freeze
@@ -79,7 +78,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
     )  # fmt: skip
     optimizer = adamw(model, **config.adamw_kwargs)
     make_exact(model, optimizer)
-    strategy = Strategy(precision.forward, 1, nullcontext)
+    strategy = Strategy(precision.forward, 1, partial(summed_at_the_end, model))
     # ----
 
     ema = EMA(model, config.ema_decay)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Megatron-FSDP 0.6.1 needs so that its numbers are those of DDP; held to that by tests/test_train.py."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from megatron_fsdp import MegatronFSDP, param_and_grad_buffer
@@ -105,3 +106,17 @@ def make_exact(model: MegatronFSDP, optimizer: torch.optim.Optimizer) -> None:
     # A shard is some rows of a flat buffer, no even split; this notes on each parameter which, for checkpoints.
     for p in model.parameters():
         update_uneven_dtensor_chunk_metadata(p)
+
+
+@contextmanager
+def summed_at_the_end(model: MegatronFSDP) -> Iterator[None]:
+    """For all but the last micro-batch of a step, where gradients are whole on each rank (`zero_dp_strategy` 0 and 1).
+
+    Their buffer is reduced in place: after each micro-batch, the earlier ones' gradients would be reduced again.
+    """
+    model.model_auto_sync = False
+    try:
+        with model.no_sync():
+            yield
+    finally:
+        model.model_auto_sync = True
