@@ -13,23 +13,20 @@ where a sequence is empty.
 from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import torch
 from tqdm import tqdm
 
 from common.command import command
 from common.distributed import Distributed, end_of_process, process_group
-from common.kept_steps import fingerprint
 from common.parts import Parts
 from common.precision import Precision, agreed_precision
-from common.weights import LazyTensors, copy_parameters, listed, named_tensors, read
 from dataset import SequenceRows
 from pretrained import FAMILY, open_model, trained_length
+from tokens.encoding import batches, open_encoder, token_vectors
 from tokens.masked_lm import TokenModel
 from tokens.protein_rows import LABELS, open_proteins
 
@@ -37,24 +34,6 @@ from tokens.protein_rows import LABELS, open_proteins
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 ROWS_PER_PART = 512  # of what is written at once, and not computed again after an interruption
 LONGEST = 2**31 - 1
-
-
-def open_encoder(source: str, layer_backend: str, device: torch.device) -> tuple[TokenModel, str]:
-    """The encoder with its weights, and a fingerprint of them. Raises ValueError for a source that lacks some."""
-    shape, weights, _ = open_model(source, strict=False)
-    shape.layer_backend = layer_backend
-    with torch.device("meta"):
-        model = FAMILY.model(shape).base_model
-    sizes = {name: tensor.shape for name, tensor in named_tensors(model).items()}
-    theirs = {name: f"{model.base_model_prefix}.{name}" for name in sizes}
-    missing = [n for n in sizes if theirs[n] not in weights and not n.startswith("contact_head.")]  # that is not used
-    if missing:
-        raise ValueError(f"{source} lacks {listed(missing)}, so it is no whole encoder.")
-    found = {name: read(weights, theirs[name]) for name in sizes if theirs[name] in weights}
-    values = LazyTensors({name: found.get(name, partial(torch.zeros, size)) for name, size in sizes.items()})
-    model.to_empty(device=device)
-    copy_parameters(model, values)
-    return model.eval(), fingerprint(values, None, source)
 
 
 def open_sequences(distributed: Distributed, file: str, column: str) -> tuple[datasets.Dataset, SequenceRows]:
@@ -68,32 +47,9 @@ def open_sequences(distributed: Distributed, file: str, column: str) -> tuple[da
     return rows, source
 
 
-def batches(sizes: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Rows that have residues, from short to long, so many at once that their tokens are at most `max_tokens`."""
-    order = np.argsort(sizes, kind="stable")
-    groups: list[list[int]] = []
-    total = max_tokens
-    for row in order[sizes[order] > 0]:
-        total += sizes[row]
-        if total > max_tokens:
-            groups.append([])
-            total = sizes[row]
-        groups[-1].append(row)
-    return [np.array(group) for group in groups]
-
-
-@torch.no_grad()
 def vectors(model: TokenModel, precision: Precision, tokens: list[np.ndarray]) -> list[np.ndarray]:
     """Of each protein, given with the tokens of start and end, a vector for each residue, [residues, width]."""
-    lengths = [len(some) for some in tokens]
-    packed = {
-        "input_ids": torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
-        "cu_seqlens": torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
-    }
-    packed = {name: tensor.to(precision.device) for name, tensor in packed.items()}
-    with precision.forward(autocast=True):
-        hidden = model(**packed, max_seqlen=max(lengths), seq_lens=lengths).last_hidden_state
-    return [some[1:-1] for some in np.split(hidden.float().cpu().numpy(), np.cumsum(lengths)[:-1])]
+    return [some[1:-1] for some in token_vectors(model, precision, tokens)]
 
 
 def table(rows: np.ndarray, ids: list | None, found: dict[int, np.ndarray], width: int, per_residue: bool, half: bool):
@@ -124,7 +80,7 @@ def embed(distributed: Distributed, options: argparse.Namespace) -> None:
         if options.tokens < 1:
             raise ValueError(f"--tokens={options.tokens} must be at least 1.")
         rows, source = open_sequences(distributed, options.file, options.column)
-        model, weights = open_encoder(options.model, options.layer_backend, device)
+        model, weights = open_encoder(FAMILY, open_model, options.model, options.layer_backend, device)
         wide = model.config.hidden_size >= 256
         bits, _ = agreed_precision(distributed, options.precision, bf16_pays=wide)
         precision = Precision(device, bits, bf16_pays=wide)

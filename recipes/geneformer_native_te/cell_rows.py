@@ -105,7 +105,7 @@ class TokenRows:
         """A line a row: the first genes by name, where the vocabulary has names, and what says which cell it is."""
         names = {number: token for token, number in (self.vocabulary.tokens or {}).items()}
         table = self.column.rows.with_format(None)[rows]
-        others = [k for k, some in table.items() if k in LABELS]
+        others = [k for k in table if k in (*LABELS, "source", "cell")]
         lines = []
         for i, tokens in enumerate(self.tokens(rows)):
             shown = " ".join(names.get(int(t), str(t)) for t in tokens[:5])

@@ -12,7 +12,7 @@ from cells.rank_values import Genes
 
 # Where ids of genes are found, best first; "index" is the index of var.
 ID_COLUMNS = ("index", "feature_id", "ensembl_id", "ensembl_ids", "gene_ids", "gene_id", "var_feature_id")
-ENSEMBL = re.compile(r"^ENS([A-Z]*)G\d{6,}", re.IGNORECASE)
+ENSEMBL = re.compile(r"^(?:[A-Z0-9.]+_+)?ENS([A-Z]*)G\d{6,}", re.IGNORECASE)  # also GRCh38_ENSG..., of two genomes
 SPECIES = {"": "human", "MUS": "mouse", "RNO": "rat", "DAR": "zebrafish", "MMU": "macaque", "SSC": "pig"}
 MIXED = 0.01  # of the genes with Ensembl ids: below it, spike-ins and viruses
 
@@ -40,12 +40,10 @@ def match(where: str, section: str, columns: dict[str, list[str]], wanted: str |
         chosen = max(asked, key=lambda name: (sum(bool(ENSEMBL.match(one)) for one in columns[name]),
                                               -asked.index(name)))  # fmt: skip
         names = columns[chosen]
-    elif not counts[chosen]:
+    if not mixed and (sentence := several_species(section, names)):
+        raise ValueError(f"{where}: {sentence}")
+    if dictionary.tokens is not None and not counts[chosen]:
         raise ValueError(f"{where}: {unknown(section, columns[asked[0]], asked[0])}")
-    if not mixed and (sentence := several_species(names)):
-        raise ValueError(
-            f"{where}: {sentence} {setting(section, 'bad_cells')}=leave_out reads the vocabulary's genes alone."
-        )
     numbers: dict[str, int] = {}
     place = np.array([-1 if gene is None else numbers.setdefault(gene, len(numbers)) for gene in found[chosen]],
                      dtype=np.int64)  # fmt: skip
@@ -84,7 +82,7 @@ def unknown(section: str, names: list[str], column: str) -> str:
     )
 
 
-def several_species(names: list[str]) -> str | None:
+def several_species(section: str, names: list[str]) -> str | None:
     """A sentence where genes are of more than one species."""
     first: dict[str, str] = {}
     kinds: Counter[str] = Counter()
@@ -97,4 +95,5 @@ def several_species(names: list[str]) -> str | None:
     if len(often) < 2:
         return None
     shown = " and ".join(f"{SPECIES.get(kind, f'ENS{kind}')} ({kinds[kind]:,}, as {first[kind]})" for kind in often)
-    return f"its genes are of several species: {shown}; split it by species."
+    way = f"{setting(section, 'bad_cells')}=leave_out reads the vocabulary's genes alone"
+    return f"its genes are of several species: {shown}; split it by species, or {way}."

@@ -198,6 +198,7 @@ def write_part(path: Path, part: Part, options: Options) -> int:
     passed = one.obs("filter_pass", part.first, part.stop) if rule.name in ("V1", "V2") else None
     obs = {name: one.obs(name, part.first, part.stop) for name in options.obs_columns}
     wrong: dict[str, dict] = {}
+    filtered = 0
     partial, form = path.with_name(f".{path.name}.{uuid.uuid4().hex}"), schema(options)
     try:
         with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, form) as writer:
@@ -209,6 +210,7 @@ def write_part(path: Path, part: Part, options: Options) -> int:
                 if passed is not None:
                     marks = passed[block.first - part.first : block.first - part.first + cells]
                     taken &= np.array([mark in ("1", "1.0", "True") for mark in marks])
+                    filtered += cells - int(taken.sum())
                 for fault in faults(block, genes, options.bad_cells != "keep"):
                     kind, cell, _ = fault
                     if not taken[cell]:
@@ -239,7 +241,8 @@ def write_part(path: Path, part: Part, options: Options) -> int:
                 columns = [lists, pa.array(sizes), source, pa.array(at + block.first, pa.int64()), *more]
                 writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=form))
                 number += len(at)
-        save(path.with_suffix(".json"), lambda out: out.write(json.dumps({"cells": number, "wrong": wrong}).encode()))
+        left = {"cells": number, "filtered": filtered, "wrong": wrong}
+        save(path.with_suffix(".json"), lambda out: out.write(json.dumps(left).encode()))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -269,7 +272,10 @@ def convert(folder: Path, files: list[str], kind: str, options: Options, num_pro
         paths = [folder / f"{i:06d}.arrow" for i in range(len(parts))]
         tasks = [(path, part, options) for path, part in zip(paths, parts, strict=True) if not path.exists()]
         in_parts(write_part, tasks, num_processes, "cells to tokens", quiet, len(parts))
-        done = {"num_parts": len(parts), "notes": notes, "wrong": all_wrong(paths)}
+        found = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
+        if filtered := sum(one["filtered"] for one in found):
+            notes.append(f"{filtered:,} cells left out whose filter_pass is not 1")
+        done = {"num_parts": len(parts), "notes": notes, "wrong": all_wrong(found)}
         for part in parts:
             if part.by_rows and part.by_rows.is_dir():
                 for file in part.by_rows.iterdir():
@@ -278,11 +284,11 @@ def convert(folder: Path, files: list[str], kind: str, options: Options, num_pro
         save(folder / "done.json", lambda file: file.write(json.dumps(done, indent=1).encode()))
 
 
-def all_wrong(paths: list[Path]) -> dict[str, dict]:
+def all_wrong(parts: list[dict]) -> dict[str, dict]:
     """What is wrong in all parts, added up; texts are of the first."""
     found: dict[str, dict] = {}
-    for path in paths:
-        for kind, here in json.loads(path.with_suffix(".json").read_text())["wrong"].items():
+    for part in parts:
+        for kind, here in part["wrong"].items():
             one = found.setdefault(kind, {"count": 0, "text": here["text"]})
             one["count"] += here["count"]
     return found

@@ -137,7 +137,9 @@ def test_only_cells_that_passed_the_filter_of_geneformer(medians, tmp_path):
     dense, passed = counts(), [i % 3 for i in range(30)]
     path = write_h5ad(tmp_path / "a.h5ad", dense, obs={"filter_pass": passed})
     kept = dense[np.array(passed) == 1]
-    assert opened(path, medians)[0] == tokens_in_loops(kept, GENES, dictionary(medians).tokens, medians, "V2", 4096)
+    rows, notes = opened(path, medians)
+    assert rows == tokens_in_loops(kept, GENES, dictionary(medians).tokens, medians, "V2", 4096)
+    assert "20 cells left out whose filter_pass is not 1" in notes[-1]
     assert len(opened(path, medians, rule="BioNeMo")[0]) == 30
 
 

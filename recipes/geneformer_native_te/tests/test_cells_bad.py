@@ -84,6 +84,9 @@ FILES = {
               r"none of its 40 genes \(ENSMUSG.*; mouse\) is in the vocabulary; is it of another species"),
     "mixed": (lambda p: write_h5ad(p, counts(), names=[*GENES[:30], *mouse(GENES[30:])]), {},
               r"several species: human \(30, as ENSG00000000100\) and mouse \(10, as ENSMUSG00000000130\)"),
+    "genomes": (lambda p: write_h5ad(p, counts(), names=[f"hg38_{name}" for name in GENES[:20]]
+                                     + [f"mm10_{name}" for name in mouse(GENES[20:])]), {},
+                r"several species: human \(20, as hg38_ENSG00000000100\) and mouse"),
     "no_column": (lambda p: write_h5ad(p, counts()), {"gene_column": "ids"}, "gene_column=ids: .* it has index"),
     "no_layer": (lambda p: write_h5ad(p, counts()), {"layer": "spliced"}, "dataset.layer=spliced: .*; it has X"),
     "no_obs": (lambda p: write_h5ad(p, counts()), {"obs_columns": ("age",)}, "obs_columns: .* has no column age"),
