@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In-silico perturbation: how far cells move when a gene is deleted, or expressed most of all.
+
+    python perturb.py cells.h5ad MODEL shifts.csv --medians medians.json --genes ENSG00000141510 ENSG00000136997
+    python perturb.py cells.h5ad MODEL shifts.csv --medians medians.json --action overexpress --where cell_type=T
+
+To delete takes a gene from a cell's ranks; to overexpress puts it before all others. A cell's shift is 1 - the cosine
+of its vectors with and without that: the mean over its other genes, or <cls>. Only cells that express a gene are
+perturbed when it is deleted, all when it is overexpressed. Without --genes, all that the cells express are taken in
+turn. Columns: gene, num_cells, cosine_shift (their mean), deviation. Ranks share the genes; stopped, the same command
+goes on.
+"""
+
+from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from cell_vectors import Opened, add_arguments, open_all
+from cells.dictionaries import Dictionary
+from common.command import command
+from common.distributed import Distributed, end_of_process, process_group
+from common.parts import Parts
+from tokens.encoding import batches
+
+
+ACTIONS = ("delete", "overexpress")
+
+
+def perturbed(tokens: np.ndarray, gene: int, action: str, first: int, longest: int, end: int | None) -> np.ndarray:
+    """A cell's tokens without the gene, or with it at the place `first`; of at most `longest`, an `end` stays last."""
+    left = tokens[tokens != gene]
+    if action == "delete":
+        return left
+    found = np.concatenate((left[:first], [gene], left[first:]))
+    if len(found) > longest:
+        found = found[:longest]
+        if end is not None and tokens[-1] == end:
+            found[-1] = end
+    return found
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of each row of one with that of the other."""
+    sizes = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return (a * b).sum(1, dtype=np.float64) / np.maximum(sizes, 1e-30)
+
+
+def shifts(opened: Opened, cells: list[np.ndarray], gene: int, action: str, most: int) -> np.ndarray:
+    """1 - cosine of each cell that the gene can be perturbed in; `most` tokens go through the model at once."""
+    vocabulary, longest = opened.vocabulary, opened.model.config.max_position_embeddings
+    begins = vocabulary.cls is not None and bool(cells) and cells[0][0] == vocabulary.cls
+    special = [*vocabulary.special]
+    before = [cell for cell in cells if (action == "overexpress" or (cell == gene).any())
+              and (~np.isin(cell, [gene, *special])).any()]  # fmt: skip
+    after = [perturbed(cell, gene, action, int(begins), longest, vocabulary.eos) for cell in before]
+    found = np.zeros(len(before))
+    for some in batches(np.array([len(cell) + 1 for cell in before], dtype=np.int64), max(1, most // 2)):
+        old = opened.cells([before[i] for i in some], gene)
+        found[some] = 1 - cosines(old, opened.cells([after[i] for i in some], gene))
+    return found
+
+
+def genes_asked(opened: Opened, options: argparse.Namespace, cells: list[np.ndarray]) -> list[tuple[str, int]]:
+    """Names and tokens. Raises ValueError for a gene that the vocabulary does not have."""
+    names = {token: name for name, token in opened.vocabulary.tokens.items()}
+    if not options.genes:
+        used = np.unique(np.concatenate(cells))
+        return [(names[token], token) for token in used.tolist() if token not in opened.vocabulary.special]
+    known = Dictionary(opened.vocabulary.tokens)
+    found = [(name, known.gene(name)) for name in options.genes]
+    if unknown := [name for name, gene in found if gene is None]:
+        raise ValueError(f"--genes {unknown[0]}: the vocabulary has no such gene; give ids as it has them.")
+    return [(gene, opened.vocabulary.tokens[gene]) for _, gene in found]
+
+
+def cells_asked(opened: Opened, options: argparse.Namespace) -> np.ndarray:
+    """The numbers of rows, those where obs is as asked. Raises ValueError where there is none."""
+    rows = np.arange(len(opened.source))
+    if options.where:
+        column, _, value = options.where.partition("=")
+        rows = rows[pc.equal(opened.rows.data.column(column), value).to_numpy()]
+        if not len(rows):
+            some = pc.unique(opened.rows.data.column(column)).to_pylist()[:10]
+            raise ValueError(f"--where {options.where}: there is no such cell; {column} is one of {', '.join(some)}.")
+    return rows[np.unique(np.linspace(0, len(rows) - 1, options.max_cells).astype(np.int64))]
+
+
+def perturb(distributed: Distributed, options: argparse.Namespace) -> None:
+    """All of it; every rank takes its share of the genes."""
+    target = Path(options.target)
+    with distributed.fail_together():
+        if options.where and "=" not in options.where:
+            raise ValueError(f"--where {options.where}: give COLUMN=VALUE, as cell_type=fibroblast.")
+        if options.max_cells < 1:
+            raise ValueError(f"--max-cells={options.max_cells} must be at least 1.")
+        opened = open_all(distributed, options, [options.where.partition("=")[0]] if options.where else [])
+        chosen = cells_asked(opened, options)
+        cells = [tokens.astype(np.int64) for tokens in opened.source.read(chosen, 0)]
+        genes = genes_asked(opened, options, cells)
+        asked = {"action": options.action, "where": options.where, "max_cells": options.max_cells, "genes": genes}
+        parts = Parts(distributed, target, opened.job | {k: str(v) for k, v in asked.items()})
+    with tqdm(total=len(genes), unit=" genes", disable=not distributed.is_main) as bar:
+        for number, is_there in parts.mine(len(genes)):
+            if not is_there:
+                name, gene = genes[number]
+                found = shifts(opened, cells, gene, options.action, options.tokens)
+                mean, deviation = (found.mean(), found.std()) if len(found) else (None, None)
+                parts.save(number, pa.table({"gene": [name], "num_cells": [len(found)],
+                                             "cosine_shift": pa.array([mean], pa.float64()),
+                                             "deviation": pa.array([deviation], pa.float64())}))  # fmt: skip
+            bar.update(min(distributed.num_ranks, len(genes)))
+    parts.join(len(genes), write_table)
+    distributed.say(f"{len(genes):,} genes in {len(cells):,} cells, those that move them most first: {target}")
+
+
+def write_table(files: list[Path], target: Path) -> None:
+    """All genes as CSV, the largest shift first."""
+    whole = pa.concat_tables([pq.read_table(file) for file in files])
+    pa.csv.write_csv(whole.sort_by([("cosine_shift", "descending")]), target)
+
+
+def main(words: list[str]) -> None:
+    """In a process group of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("target", help="the CSV file to write")
+    parser.add_argument("--action", choices=ACTIONS, default="delete")
+    parser.add_argument("--genes", nargs="+", help="ids; default: all that the cells express")
+    parser.add_argument("--where", metavar="COLUMN=VALUE", help="cells with this in obs; default: all")
+    parser.add_argument("--max-cells", type=int, default=1000, help="so many of them, spread evenly (default 1000)")
+    options = parser.parse_args(words)
+    with process_group(seed=0) as distributed:
+        perturb(distributed, options)
+
+
+if __name__ == "__main__":
+    with end_of_process(), command():
+        main(sys.argv[1:])
