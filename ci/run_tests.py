@@ -10,8 +10,9 @@ bash ci/test.sh --only-repository         all but the tests of folders
 bash ci/test.sh -k plan                   options of pytest come last; with some, only lint, tables and tests run
 
 Folders whose pins differ are tested in environments of their own (ci/environments.py). PYTHON=python3.12 chooses the
-interpreter. Two parts run side by side, and show what they said when they end; a single folder is tested by two
-processes. A part that fails stops no other; the end says which did, and what failed in them.
+interpreter. Two parts run side by side, and show what they said when they end; tests/common, tests/tokens and the like
+are parts of their own, and a single folder is tested by two processes. A part that fails stops no other; the end says
+which did, and what failed in them.
 """
 
 import os
@@ -102,16 +103,23 @@ def environments_of(parts: list[Part]) -> Part:
     return Part("environments", (), ROOT, commands)
 
 
-def tests(name: str, environment: str, folder: Path, options: list[str], alone: bool = False) -> Part:
-    """A folder's tests; `alone` in two processes."""
-    processes = ["-n", "2", "--dist", "loadfile"] if alone else []
-    command = ["python", "-m", "pytest", "-p", "no:cacheprovider", *processes, *options]
-    return Part(name, ("--of", environment), folder, [command])
+def tests(name: str, environment: str, folder: Path, options: list[str]) -> Part:
+    """A folder's tests in one process, or what `options` say."""
+    return Part(name, ("--of", environment), folder, [["python", "-m", "pytest", "-p", "no:cacheprovider", *options]])
 
 
-def num_bytes_of_tests(folder: str) -> int:
+def parts_of(name: str, folder: Path, options: list[str]) -> list[Part]:
+    """A folder's tests, those of each of its rooms apart, so that no part is long and both processes are busy."""
+    rooms = sorted({str(file.parent.relative_to(folder)) for file in folder.glob("tests/*/test_*.py")})
+    own = [tests(name, name, folder, [*(f"--ignore={room}" for room in rooms), *options])]
+    return own + [tests(f"{name}/{room}", name, folder, [room, *options]) for room in rooms]
+
+
+def num_bytes(part: Part) -> int:
     """How much there is to test, roughly."""
-    return sum(path.stat().st_size for path in (ROOT / folder).glob("tests/**/*.py"))
+    rooms = [word for word in part.commands[0] if word.startswith("tests/")]
+    files = [file for place in rooms or ["tests"] for file in part.folder.glob(f"{place}/*.py")]
+    return sum(file.stat().st_size for file in files)
 
 
 def copied(folder: str, scratch: Path) -> Path:
@@ -200,10 +208,11 @@ def main(arguments: list[str]) -> int:
         if whole:
             beside += [Part("lint", ("--of", OWN), ROOT, [["bash", "ci/lint.sh"]])]
         if len(folders) == 1 and not whole:
-            parts = [tests(folders[0], folders[0], copied(folders[0], scratch), options, alone=True)]
+            alone = ["-n", "2", "--dist", "loadfile"]
+            parts = [tests(folders[0], folders[0], copied(folders[0], scratch), [*alone, *options])]
         else:
-            for folder in sorted(folders, key=num_bytes_of_tests, reverse=True):  # so that the last ones are short
-                beside.append(tests(folder, folder, copied(folder, scratch), options))
+            of_folders = [part for folder in folders for part in parts_of(folder, copied(folder, scratch), options)]
+            beside += sorted(of_folders, key=num_bytes, reverse=True)  # so that the last ones are short
         if whole:
             # These belong to the repository, and need all of it around them.
             repository.copy(ROOT, scratch / "repository")

@@ -35,6 +35,7 @@ def root(tmp_path):
         ".gitignore": ".venv/\n__pycache__/\n",
         "recipes/good/requirements.txt": "torch==2\n", "recipes/other/requirements.txt": "torch==1\n",
         "recipes/esm2_native_te/requirements.txt": "torch==2\n", "docs/requirements.txt": "",
+        "recipes/good/tests/common/test_room.py": "def test_c():\n    pass\n",
         "recipes/good/test_a.py": "import os\ndef test_a():\n    assert os.environ['STUB'] == 'test'\n",
         "recipes/other/test_a.py": "import os\ndef test_b():\n    assert os.environ['STUB'] == 'test-other'\n"
                                    "def test_wrong():\n    assert False\n",
@@ -64,7 +65,8 @@ def test_all_of_it(root):
     done, table = run(root)
     assert table == {
         "lint": "FAILED", "tables in docs": "FAILED", "recipes/esm2_native_te": "no test selected",
-        "recipes/good": "ok", "recipes/other": "FAILED", "ci/benchmarks": "no test selected", "ci/tests": "ok",
+        "recipes/good": "ok", "recipes/good/tests/common": "ok", "recipes/other": "FAILED",
+        "ci/benchmarks": "no test selected", "ci/tests": "ok",
         "commands in docs (test)": "ok", "commands in docs (test-other)": "ok", "Slurm": "left out", "site": "ok",
         "zips": "ok", "environments": "ok",
     }, done.stdout + done.stderr  # fmt: skip
@@ -81,12 +83,14 @@ def test_one_folder(root):
     done, table = run(root, "./recipes/good/")
     assert table == {"environments": "ok", "recipes/good": "ok"} and done.returncode == 0
     done, table = run(root, "recipes/good", str(root / "recipes/other"), "-k", "not wrong")
-    assert table == {"environments": "ok", "recipes/good": "ok", "recipes/other": "ok"} and done.returncode == 0
+    assert {*table} == {"environments", "recipes/good", "recipes/good/tests/common", "recipes/other"}
+    assert {*table.values()} == {"ok"} and done.returncode == 0
 
 
 def test_options_of_pytest_alone(root):
     _, table = run(root, "-k", "test_b or test_c")
-    assert table["recipes/good"] == "no test selected" and table["recipes/other"] == table["ci/tests"] == "ok"
+    assert table["recipes/good"] == "no test selected"
+    assert table["recipes/other"] == table["recipes/good/tests/common"] == table["ci/tests"] == "ok"
     assert "Slurm" not in table and "lint" in table
 
 
