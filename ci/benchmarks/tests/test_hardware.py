@@ -23,17 +23,29 @@ H300 = "NVIDIA H300 (2030-01-02, torch 9.1)"
 RECIPE = hardware.ROOT / "recipes" / "esm2_native_te"
 
 
+LIST = """
+import sys, pytest
+class Listing:
+    def pytest_collection_finish(self, session):
+        for item in session.items:
+            print("gpu" if item.get_closest_marker("gpu") else "not gpu", item.nodeid, sep="\t")
+options = ["--collect-only", "-q", "-m", "gpu or not gpu", "-p", "no:cacheprovider"]
+sys.exit(pytest.main(options, plugins=[Listing()]))
+"""
+
+
 @pytest.fixture(scope="module")
 def known_tests():
-    """Names of all tests, as pytest lists them; those marked gpu apart."""
-    found = {}
-    for marker in ("gpu", "not gpu"):
-        for folder in sorted({hardware.folder_of(file) for file in hardware.files()}):
-            command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", marker, "-p", "no:cacheprovider"]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            assert done.returncode in (0, 5), done.stdout[-2000:]
-            lines = [line for line in done.stdout.splitlines() if "::" in line]
-            found.setdefault(marker, []).extend(f"{folder.relative_to(hardware.ROOT)}/{line}" for line in lines)
+    """Names of all tests, slow ones too; those marked gpu apart."""
+    found = {"gpu": [], "not gpu": []}
+    for folder in sorted({hardware.folder_of(file) for file in hardware.files()}):
+        done = subprocess.run([sys.executable, "-c", LIST], cwd=folder, capture_output=True, text=True)
+        assert done.returncode in (0, 5), done.stdout[-2000:]
+        for line in done.stdout.splitlines():
+            marker, _, name = line.partition("\t")
+            if marker in found:
+                found[marker].append(f"{folder.relative_to(hardware.ROOT)}/{name}")
+    assert all(found.values())
     return found
 
 

@@ -2,7 +2,6 @@
 """The cost model against numbers worked out by hand, against the model it is about, and against itself."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -180,7 +179,7 @@ def test_published_runs_fit_and_calibration_gives_its_figures(numbers):
     assert len(bf16) == 3 and all(0.8 < line["ratio"] < 1.2 for line in bf16)
 
 
-def test_the_page_is_checked_against_the_numbers(numbers, tmp_path):
+def test_the_page_is_checked_against_the_numbers(numbers, tmp_path, monkeypatch, capsys):
     page, source = tmp_path / "page.md", tmp_path / "numbers.json"
     source.write_text(scaling_report.dump(numbers))
     assert json.loads(source.read_text()) == json.loads(json.dumps(numbers))
@@ -188,15 +187,13 @@ def test_the_page_is_checked_against_the_numbers(numbers, tmp_path):
     page.write_text("\n".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->" for name in names) + "\n")
     scaling_report.write_tables(page, numbers)
 
-    def check():
-        command = [sys.executable, "scaling_model.py", "--from", str(source), "--check", str(page)]
-        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=120)
-
-    assert check().returncode == 0
+    monkeypatch.setattr(sys, "argv", ["scaling_model.py", "--from", str(source), "--check", str(page)])
+    assert cost.main() == 0
     page.write_text(page.read_text().replace("does not fit", "fits", 1))
-    done = check()
-    assert done.returncode == 1 and "scaling_fixed" in done.stderr and "--write" not in done.stderr
+    assert cost.main() == 1
+    said = capsys.readouterr().err
+    assert "scaling_fixed" in said and "--write" not in said
     source.write_text(source.read_text().replace('"ratio": 1.0', '"ratio": 1.1', 1))
-    assert "not what the formulas give" in check().stderr
+    assert cost.main() == 1 and "not what the formulas give" in capsys.readouterr().err
     scaling_report.plot(numbers, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 20_000
