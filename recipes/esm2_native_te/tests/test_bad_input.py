@@ -133,7 +133,10 @@ def test_types_and_ranges(settings, capsys, override, wanted):
         ),
         (["dataset.num_workers=1000000"], ["dataset.num_workers=1000000 must be at most 512"]),
         (["dataset.max_seq_length=99999999999"], ["dataset.max_seq_length=99999999999 must be less than 2^31"]),
-        (["model_kwargs.hidden_size=2000000000"], ["the model's sizes make a tensor that no memory holds"]),
+        (
+            ["model_kwargs.hidden_size=2000000000", "model_kwargs.num_attention_heads=200000000"],
+            ["the model's sizes make a tensor that no memory holds"],
+        ),
         (["dataset.max_seq_length=2"], ["dataset.max_seq_length=2 must be at least 3"]),
         (["validation.max_seq_length=2"], ["validation.max_seq_length=2 must be at least 3"]),
         (["dataset.mlm_probability=1"], ["dataset.mlm_probability=1 must lie between 0 and 1"]),

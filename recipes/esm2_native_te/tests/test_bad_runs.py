@@ -13,7 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from sentences import assert_in, files, refusals
 
-from common.contract.running import RECIPE, TINY, environment, run_here, torchrun
+from common.contract.running import (
+    RECIPE,
+    TINY,
+    environment,
+    meeting,
+    run_here,
+    said_by,
+    start_processes,
+    torchrun,
+)
 
 
 REFERENCE = "model_tag=facebook/esm2_t6_8M_UR50D"
@@ -245,17 +254,25 @@ def test_wandb_that_does_not_start(refused, monkeypatch):
     ],
     ids=["all ranks", "too few heads", "before they meet", "one rank"],
 )
-def test_two_ranks_say_it_once_and_all_stop(tmp_path, overrides, parts):
+def test_two_ranks_say_it_once_and_all_stop(tmp_path, tmp_path_factory, overrides, parts):
     shutil.copy(RECIPE / "data" / "train.parquet", tmp_path / "0.parquet")
     before = files(tmp_path)
-    command = [*torchrun(2), "train_fsdp2.py"]
-    command += [*TINY, f"logger.log_dir={tmp_path}/log", f"checkpoint.ckpt_dir={tmp_path}/ckpt", *overrides]
-    env = environment() | {"TEST_FOLDER": str(tmp_path)}
-    done = subprocess.run(command, cwd=RECIPE, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    options = [f"checkpoint.ckpt_dir={tmp_path}/ckpt", *overrides]
+    if "${oc.env:RANK}" in overrides[0]:  # as torchrun passes it on
+        command = [*torchrun(2), "train_fsdp2.py", *TINY, f"logger.log_dir={tmp_path}/log", *options]
+        env = environment() | {"TEST_FOLDER": str(tmp_path)}
+        done = subprocess.run(command, cwd=RECIPE, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode != 0 and "exitcode  : 2" in done.stderr
+        said = done.stderr
+    else:
+        scratch = tmp_path_factory.mktemp("said")
+        ranks = start_processes(meeting(2), scratch, "train_fsdp2", tmp_path / "log", *options)
+        for rank in ranks:
+            rank.join(120)
+        assert [rank.exitcode for rank in ranks] == [2, 2]
+        said = said_by(scratch)
+    (message,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert_in(message, *parts)
-    assert "exitcode  : 2" in done.stderr
-    ours = [line for line in done.stderr.splitlines() if line.startswith("  File") and str(RECIPE) in line]
+    ours = [line for line in said.splitlines() if line.startswith("  File") and str(RECIPE) in line]
     assert not ours  # no traceback of a rank
     assert files(tmp_path) == before

@@ -4,12 +4,15 @@
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
 
 import curve_matrix
 import pytest
 from curve_matrix import REFERENCE, Case, execute, main
 
-from common.contract.running import RECIPE, run_here
+from common.contract.running import RECIPE, run_here, run_ranks
 
 
 COMMAND = [sys.executable, "tests/curve_matrix.py"]
@@ -20,27 +23,32 @@ ONE_MORE = [*PACKED, "--workers", "0"]
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """What the small matrix, run as a command, says and leaves."""
-    folder = tmp_path_factory.mktemp("matrix")
-    out = ["--json", folder / "m.json", "--plot", folder / "m.png", "--table", folder / "m.md"]
-    done = subprocess.run([*COMMAND, "--small", "--steps=20", *out], cwd=RECIPE, capture_output=True, text=True)
-    return done, folder
+    """The small matrix's exit code, what it says and leaves; its ranks without torchrun, whose start is most of it."""
+    folder, said = tmp_path_factory.mktemp("matrix"), StringIO()
+    out = ["--json", f"{folder}/m.json", "--plot", f"{folder}/m.png", "--table", f"{folder}/m.md"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said):
+        in_this_process(patch, lambda case: [])
+        code = main(["--small", "--steps=20", *out])
+    return code, said.getvalue(), folder
 
 
 def in_this_process(monkeypatch, change):
     """Let the matrix run here, with what `change` adds for a case."""
 
     def run(case, arguments, timeout_s):
-        log_dir = next(a for a in arguments if a.startswith("logger.log_dir=")).partition("=")[2]
-        run_here(case.trainer, log_dir, *arguments, *change(case))
+        log_dir = Path(next(a for a in arguments if a.startswith("logger.log_dir=")).partition("=")[2])
+        if case.ranks == 1:
+            run_here(case.trainer, log_dir, *arguments, *change(case))
+        else:
+            run_ranks(case.trainer, case.ranks, log_dir, *arguments, *change(case))
 
     monkeypatch.setattr(curve_matrix, "execute", run)
 
 
 def test_small_matrix(small):
-    done, folder = small
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert len([line for line in done.stderr.splitlines() if "/5  train_" in line]) == 5
+    code, said, folder = small
+    assert code == 0, said[-4000:]
+    assert len([line for line in said.splitlines() if "/5  train_" in line]) == 5
     result = json.loads((folder / "m.json").read_text())
     first, *others = result["runs"]
     assert first["curves"]["loss"][-1] < first["curves"]["loss"][0] - 0.1
@@ -50,14 +58,14 @@ def test_small_matrix(small):
 
 
 def test_the_numbers_say_what_ran_and_nothing_of_where(small):
-    _, folder = small
+    *_, folder = small
     result = json.loads((folder / "m.json").read_text())
     assert result["machine"]["cores"] and result["versions"]["torch"] and "seed" not in result["command"]
     assert str(RECIPE) not in json.dumps(result) and str(folder) not in json.dumps(result)
 
 
 def test_a_table_is_checked_against_the_numbers(small, tmp_path, capsys):
-    _, folder = small
+    *_, folder = small
     page = tmp_path / "page.md"
     page.write_text(f"Before.\n{(folder / 'm.md').read_text()}After.\n")
     check = ["--from", str(folder / "m.json"), "--check", str(page)]

@@ -138,7 +138,7 @@ def test_rows_of_an_earlier_window_are_read_again(distributed, tmp_path):
 
 
 SCRIPT = """
-import sys
+import multiprocessing, os, signal, sys
 from pathlib import Path
 
 print("script", flush=True)
@@ -150,46 +150,30 @@ from common.distributed import process_group
 if __name__ == "__main__":
     with process_group(seed=0) as distributed:
         kwargs = write(Path.cwd(), "parquet")
-        batches = [read(make_loader(distributed, kwargs, num_workers=n), 5) for n in (0, 2)]
-        print("equal" if batches[0] == batches[1] else "not equal")
-"""
-
-
-def test_workers_need_neither_the_script_nor_the_working_folder(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "datasets.py").write_text("raise SystemExit('not the library')")
-    command = [sys.executable, str(tmp_path / "script.py"), str(RECIPE), str(RECIPE / "tests")]
-    done = subprocess.run(command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=300)
-    assert done.stdout.split("\n") == ["script", "equal", ""], done.stderr[-4000:]
-
-
-KILLED = """
-import multiprocessing, os, signal, sys
-from pathlib import Path
-
-sys.path[:0] = [".", "tests"]
-from protein_files import make_loader, write
-
-from common.distributed import process_group
-
-if __name__ == "__main__":
-    with process_group(seed=0) as distributed:
-        batches = iter(make_loader(distributed, write(Path(sys.argv[1]), "parquet"), num_workers=2))
-        next(batches)
+        expected, batches = read(make_loader(distributed, kwargs), 5), make_loader(distributed, kwargs, num_workers=2)
+        print("equal" if expected == read(batches, 5) else "not equal")
+        going = iter(batches)
+        next(going)
         print(*(process.pid for process in multiprocessing.active_children()), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_workers_do_not_outlive_a_rank_that_is_killed(tmp_path):
-    (tmp_path / "killed.py").write_text(KILLED)
+def test_workers_need_neither_script_nor_working_folder_and_do_not_outlive_a_rank_that_is_killed(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "datasets.py").write_text("raise SystemExit('not the library')")
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path)]
-    with (tmp_path / "printed").open("w") as message:  # a pipe would stay open for as long as a worker lives
-        done = subprocess.run(command, cwd=RECIPE, env=environment, stdout=message, timeout=300)
-    workers = [int(pid) for pid in (tmp_path / "printed").read_text().split()]
-    assert done.returncode == -signal.SIGKILL and len(workers) == 2
+    command = [sys.executable, str(tmp_path / "script.py"), str(RECIPE), str(RECIPE / "tests")]
+    with (tmp_path / "printed").open("w") as printed, (tmp_path / "errors").open("w") as errors:
+        # A pipe would stay open for as long as a worker lives.
+        done = subprocess.run(
+            command, cwd=tmp_path / "work", env=environment, stdout=printed, stderr=errors, timeout=300
+        )
+    *words, last = (tmp_path / "printed").read_text().splitlines()
+    assert words == ["script", "equal"], (tmp_path / "errors").read_text()[-4000:]
+    workers = [int(pid) for pid in last.split()]
+    assert done.returncode == -signal.SIGKILL and len(workers) >= 2
     deadline = time.monotonic() + 20
     while any(alive(pid) for pid in workers):
         assert time.monotonic() < deadline

@@ -231,6 +231,7 @@ ROWS = reference.Settings(
     eps=2e-3, weight_decay=0.7, num_warmup_steps=2, num_training_steps=5, decay_fraction=0.8, min_lr_fraction=0.2,
     max_rows=17,
 )  # fmt: skip
+QUICK = [("train_ddp", "rows"), ("train_fsdp2", "tokens"), ("train_mfsdp", "rows")]
 TOKENS = replace(ROWS, micro_batch_size=None, token_micro_batch_size=110, seed=11)
 SECTIONS = {
     "dataset": ("micro_batch_size", "token_micro_batch_size", "max_seq_length", "mlm_probability", "window_rows"),
@@ -264,8 +265,17 @@ def replay(settings: reference.Settings, file: Path) -> list[dict]:
     return reference.train(settings, texts, first_weights()[0], NUM_HEADS)
 
 
-@pytest.mark.parametrize("settings", [ROWS, TOKENS], ids=["rows", "tokens"])
-@pytest.mark.parametrize("trainer, packed", [("train_ddp", False), ("train_fsdp2", True), ("train_mfsdp", True)])
+@pytest.mark.parametrize(
+    ("settings", "trainer", "packed"),
+    [
+        pytest.param(
+            settings, trainer, packed, id=f"{name}-{trainer}",
+            marks=[] if (trainer, name) in QUICK else [pytest.mark.slow],
+        )
+        for name, settings in (("rows", ROWS), ("tokens", TOKENS))
+        for trainer, packed in (("train_ddp", False), ("train_fsdp2", True), ("train_mfsdp", True))
+    ],
+)  # fmt: skip
 def test_runs_are_those_of_the_reference(trainer, packed, settings, start, tmp_path):
     steps = replay(settings, start / "proteins.parquet")
     run_here(

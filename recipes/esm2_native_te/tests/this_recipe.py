@@ -7,12 +7,13 @@ from pathlib import Path
 
 
 # The smallest run that has everything. Odd widths and a bias of 33, so that shards are uneven.
+# The rate of the machine is given: to measure it takes each process half a second.
 TINY = [
     "model_kwargs.hidden_size=48", "model_kwargs.num_hidden_layers=2", "model_kwargs.num_attention_heads=4",
     "model_kwargs.intermediate_size=80", "dataset.max_seq_length=96", "dataset.micro_batch_size=2",
     "micro_batches_per_step=4", "num_train_steps=6", "logger.frequency=1", "validation.max_rows=11",
     "validation.every_n_steps=3", "precision=fp32", "lr_scheduler_kwargs.num_warmup_steps=2", "adamw_kwargs.lr=4e-4",
-    "use_sequence_packing=false",
+    "use_sequence_packing=false", "logger.peak_tflops=1",
 ]  # fmt: skip
 # What metrics.jsonl has that the trajectory decides, by kind of line.
 CURVE = {"train": ["loss", "grad_norm", "learning_rate", "num_tokens"], "validation": ["loss", "accuracy"]}

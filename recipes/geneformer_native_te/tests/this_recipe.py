@@ -8,13 +8,14 @@ from pathlib import Path
 
 
 # The smallest run that has everything, dropout of both kinds included. Odd widths, so that shards are uneven.
+# The rate of the machine is given: to measure it takes each process half a second.
 TINY = [
     "model_kwargs.hidden_size=48", "model_kwargs.num_hidden_layers=2", "model_kwargs.num_attention_heads=4",
     "model_kwargs.intermediate_size=88", "model_kwargs.max_position_embeddings=96", "dataset.max_seq_length=96",
     "model_kwargs.hidden_dropout_prob=0.1", "model_kwargs.attention_probs_dropout_prob=0.1",
     "dataset.micro_batch_size=2", "micro_batches_per_step=4", "num_train_steps=6", "logger.frequency=1",
     "validation.max_rows=11", "validation.every_n_steps=3", "precision=fp32", "lr_scheduler_kwargs.num_warmup_steps=2",
-    "adamw_kwargs.lr=4e-4", "use_sequence_packing=false",
+    "adamw_kwargs.lr=4e-4", "use_sequence_packing=false", "logger.peak_tflops=1",
 ]  # fmt: skip
 # What metrics.jsonl has that the trajectory decides, by kind of line.
 CURVE = {"train": ["loss", "grad_norm", "learning_rate", "num_tokens"], "validation": ["loss", "accuracy"]}

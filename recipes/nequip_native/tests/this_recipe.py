@@ -7,12 +7,13 @@ from pathlib import Path
 
 
 # The smallest run that has everything. Odd widths, so that shards are uneven; stress on some frames only.
+# The rate of the machine is given: to measure it takes each process half a second.
 TINY = [
     "model_kwargs.num_features=[5,3]", "model_kwargs.num_element_features=3", "model_kwargs.radial_width=7",
     "model_kwargs.cutoff=3.2", "dataset.load_dataset_kwargs.split='train[:24]'", "dataset.atom_micro_batch_size=40",
     "micro_batches_per_step=4", "num_train_steps=6", "logger.frequency=1", "validation.max_rows=7",
     "validation.every_n_steps=3", "lr_scheduler_kwargs.num_warmup_steps=2",
-    "lr_scheduler_kwargs.num_training_steps=20", "ema_decay=null",
+    "lr_scheduler_kwargs.num_training_steps=20", "ema_decay=null", "logger.peak_tflops=1",
 ]  # fmt: skip
 # What metrics.jsonl has that the trajectory decides, by kind of line.
 CURVE = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common import RECIPE
-from common.contract.running import LAST, THIS_RECIPE, TRAINERS
+from common.contract.running import LAST, THIS_RECIPE, TRAINERS, command_here
 
 
 # In a process that cannot import the recipe: python -I does not look into the folder that it runs in.
@@ -41,7 +41,6 @@ def test_it_gives_what_the_trained_model_gives(run, tmp_path):
 
 
 def test_a_checkpoint_is_exported_by_itself_too(run, tmp_path):
-    command = [sys.executable, "export.py", str(run / f"step_{LAST}"), str(tmp_path / "exported")]
-    subprocess.run(command, cwd=RECIPE, check=True, timeout=120)
+    assert command_here("export.py", run / f"step_{LAST}", tmp_path / "exported") == 0
     for name in (p.relative_to(run / "final_model") for p in (run / "final_model").rglob("*") if p.is_file()):
         assert (tmp_path / "exported" / name).read_bytes() == (run / "final_model" / name).read_bytes(), name

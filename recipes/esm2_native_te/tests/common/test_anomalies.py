@@ -4,7 +4,6 @@
 import io
 import json
 import math
-import subprocess
 import sys
 from contextlib import redirect_stderr
 
@@ -19,7 +18,7 @@ import rows
 from common import anomalies
 from common.batch import Batch
 from common.contract.ranks import call_on_ranks
-from common.contract.running import RECIPE, TRAINERS, environment, metrics, train_on
+from common.contract.running import TRAINERS, command_here, metrics, train_on
 from common.distributed import process_group
 from common.epoch_plan import permuted
 from common.step_folder import read_weights
@@ -118,9 +117,16 @@ def report(path):
     return [json.loads(line) for line in (path / "anomalies.jsonl").read_text().splitlines()]
 
 
-def look_up(path, *arguments):
-    command = [sys.executable, "rows.py", str(path), *arguments]
-    return subprocess.run(command, cwd=RECIPE, env=environment(), capture_output=True, text=True)
+@pytest.fixture
+def look_up(capsys):
+    """What `rows.py` prints."""
+
+    def look_up(*words):
+        capsys.readouterr()
+        assert command_here("rows.py", *words) == 0
+        return capsys.readouterr().out
+
+    return look_up
 
 
 WHERE = {
@@ -134,7 +140,7 @@ WHERE = {
 @pytest.mark.rotated
 @pytest.mark.parametrize("kind", WHERE)
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_a_step_that_is_no_number_stops_the_run_and_is_explained(trainer, kind, tmp_path, capsys):
+def test_a_step_that_is_no_number_stops_the_run_and_is_explained(trainer, kind, tmp_path, capsys, look_up):
     row = write_data(tmp_path)
     saves = [f"checkpoint.ckpt_dir={tmp_path / 'ckpt'}", "checkpoint.save_every_n_steps=1"]
     assert train_alone(trainer, tmp_path, kind, saves) == 1
@@ -154,7 +160,7 @@ def test_a_step_that_is_no_number_stops_the_run_and_is_explained(trainer, kind, 
     if kind == "output":
         name = ".".join(map(str, found["micro_batch"]))
         for arguments in (["--step", str(STEP)], ["--micro-batch", name]):
-            line = next(line for line in look_up(tmp_path, *arguments).stdout.splitlines() if POISON[:50] in line)
+            line = next(line for line in look_up(tmp_path, *arguments).splitlines() if POISON[:50] in line)
             assert line.split()[:3] == [name, str(row), "82"]
             assert line.endswith(f"accession=protein {row}")
 
@@ -212,15 +218,15 @@ def test_a_norm_that_overflows_is_not_blamed_on_the_hardware(tmp_path, capsys):
     assert "first in the norm of all gradients, too large for FP32" in capsys.readouterr().err
 
 
-def test_an_earlier_runs_rows_are_not_mixed_up_with_this_ones(tmp_path):
+def test_an_earlier_runs_rows_are_not_mixed_up_with_this_ones(tmp_path, look_up):
     row = write_data(tmp_path)
     train_alone("train_ddp", tmp_path, "output", ["micro_batches_per_step=2", "num_train_steps=9"])
     train_alone("train_ddp", tmp_path, "none", ["logger.frequency=10"])
     assert (tmp_path / "anomalies.before_1.jsonl").exists()
-    assert f"protein {row}" in look_up(tmp_path, "--step", str(STEP)).stdout
+    assert f"protein {row}" in look_up(tmp_path, "--step", str(STEP))
 
 
-def test_a_jump_of_the_loss_is_recorded_and_training_goes_on(tmp_path, capsys):
+def test_a_jump_of_the_loss_is_recorded_and_training_goes_on(tmp_path, capsys, look_up):
     row = write_data(tmp_path, step=25)
     assert train_alone("train_ddp", tmp_path, "spike", ["num_train_steps=30"]) == 0
     (found,) = report(tmp_path)
@@ -229,7 +235,7 @@ def test_a_jump_of_the_loss_is_recorded_and_training_goes_on(tmp_path, capsys):
     worst = max(found["micro_batches"], key=lambda batch: batch["loss"])
     assert worst["name"] == [0, 0, 4 * 25 - 2]
     assert "step 25  the loss jumped to 10" in capsys.readouterr().err
-    assert f"protein {row}" in look_up(tmp_path, "--step", "25").stdout
+    assert f"protein {row}" in look_up(tmp_path, "--step", "25")
 
 
 @pytest.fixture
@@ -302,6 +308,7 @@ def test_rows_refuses_what_cannot_be(step, micro_batch, message, short_run):
     assert str(refused.value).startswith(message)
 
 
-def test_rows_wants_the_folder_of_a_run(tmp_path):
-    answer = look_up(tmp_path, "--step", "1")
-    assert answer.returncode == 2 and answer.stderr.startswith("error: ") and "has no config.yaml" in answer.stderr
+def test_rows_wants_the_folder_of_a_run(tmp_path, capsys):
+    assert command_here("rows.py", tmp_path, "--step", "1") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "has no config.yaml" in said

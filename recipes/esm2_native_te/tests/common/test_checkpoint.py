@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pyarrow.parquet as pq
@@ -21,9 +20,12 @@ from common.contract.running import (
     assert_same_weights,
     curve,
     environment,
+    meeting,
     run_here,
     run_ranks,
+    said_by,
     saving_to,
+    start_processes,
     torchrun,
 )
 from common.step_folder import SUMS, complete_steps, sha256
@@ -63,10 +65,11 @@ def test_strategies_read_each_others_checkpoints(first, second, straight, tmp_pa
     assert_same_weights(whole / f"step_{LAST}", tmp_path / f"step_{LAST}", rtol=1e-4, atol=1e-6)
 
 
-def test_one_rank_then_four(straight, tmp_path):
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_one_rank_then_more(num_ranks, straight, tmp_path):
     whole = straight("train_ddp")
     stopped_at(tmp_path, straight("train_fsdp2"))
-    run_ranks("train_fsdp2", 4, tmp_path, *saving_to(tmp_path, LAST), "dataset.num_workers=1")
+    run_ranks("train_fsdp2", num_ranks, tmp_path, *saving_to(tmp_path, LAST), "dataset.num_workers=1")
     assert curve(tmp_path) == pytest.approx(curve(whole), rel=1e-5)
     assert_same_weights(whole / f"step_{LAST}", tmp_path / f"step_{LAST}", rtol=1e-4, atol=1e-6)
 
@@ -176,6 +179,18 @@ def start(trainer, num_ranks, path, *overrides):
     )  # fmt: skip
 
 
+def start_ranks(path, *overrides):
+    """Two of FSDP2 that save there, without torchrun."""
+    return start_processes(meeting(2), path, "train_fsdp2", path, *save_to(path), *overrides)
+
+
+def ended(processes):
+    """Their exit codes."""
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
 def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -279,40 +294,38 @@ def test_ranks_that_torchrun_leaves_behind_save_and_the_same_command_goes_on(tmp
 
 @pytest.fixture(scope="module")
 def long_curve(tmp_path_factory):
-    return curve(run_here("train_ddp", tmp_path_factory.mktemp("long"), "num_train_steps=60"))
+    return curve(run_here("train_ddp", tmp_path_factory.mktemp("long"), "num_train_steps=30"))
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_a_signal_to_one_rank_saves_and_the_same_command_goes_on(number, long_curve, tmp_path):
-    process = start("train_fsdp2", 2, tmp_path, "num_train_steps=60", "checkpoint.save_every_n_steps=1000")
+    ranks = start_ranks(tmp_path, "num_train_steps=30", "checkpoint.save_every_n_steps=1000")
     file = tmp_path / "metrics.jsonl"
     wait_for(lambda: file.exists() and file.read_text().count("\n") > 4)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), number)
-    message = process.communicate(timeout=120)[1]
-    assert "resumes from there" in message
-    assert process.returncode == 0
+    os.kill(ranks[-1].pid, number)
+    assert ended(ranks) == [0, 0]
+    assert "resumes from there" in said_by(tmp_path)
     (stopped,) = complete_steps(tmp_path)
-    assert stopped < 60
-    again = run_here("train_ddp", tmp_path, *save_to(tmp_path), "num_train_steps=60")
+    assert stopped < 30
+    again = run_here("train_ddp", tmp_path, *save_to(tmp_path), "num_train_steps=30")
     assert curve(again) == pytest.approx(long_curve, rel=1e-5)
 
 
 def test_killed_while_saving(long_curve, tmp_path):
-    process = start("train_fsdp2", 2, tmp_path, "num_train_steps=60")
+    ranks = start_ranks(tmp_path, "num_train_steps=30")
     wait_for(lambda: (tmp_path / "step_9").exists())
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    for rank in ranks:
+        rank.kill()
+    assert ended(ranks) == [-signal.SIGKILL] * 2
     assert complete_steps(tmp_path)
-    run_here("train_fsdp2", tmp_path, *save_to(tmp_path), "num_train_steps=60")
+    run_here("train_fsdp2", tmp_path, *save_to(tmp_path), "num_train_steps=30")
     assert curve(tmp_path) == pytest.approx(long_curve, rel=1e-5)
-    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_57", "step_60"]
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_27", "step_30"]
 
 
 def test_stopped_with_nothing_saved_is_no_success(tmp_path):
-    command = [sys.executable, "train_ddp.py", *TINY, f"logger.log_dir={tmp_path}", "num_train_steps=5000"]
-    process = subprocess.Popen(command, cwd=RECIPE, env=environment(), stderr=subprocess.PIPE, text=True)
+    (process,) = start_processes([{}], tmp_path, "train_ddp", tmp_path, "num_train_steps=5000")
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and (tmp_path / "metrics.jsonl").stat().st_size)
-    process.send_signal(signal.SIGUSR1)
-    message = process.communicate(timeout=120)[1]
-    assert process.returncode == 3 and "error: checkpoint.ckpt_dir is not set, so nothing" in message
+    os.kill(process.pid, signal.SIGUSR1)
+    assert ended([process]) == [3]
+    assert "error: checkpoint.ckpt_dir is not set, so nothing" in said_by(tmp_path)

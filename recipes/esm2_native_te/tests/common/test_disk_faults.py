@@ -18,7 +18,16 @@ from torch.distributed.checkpoint import Metadata
 import checkpoint
 from common import step_folder
 from common.contract import ranks
-from common.contract.running import RECIPE, TINY, TRAINERS, curve, environment, metrics, run_here, run_ranks, train_on
+from common.contract.running import (
+    TRAINERS,
+    curve,
+    metrics,
+    run_here,
+    run_ranks,
+    said_by,
+    start_processes,
+    train_on,
+)
 from common.step_folder import SUMS, StepWriter, complete_steps, damage, read_weights
 from export import export
 
@@ -300,25 +309,26 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch, capsy
     run_here("train_ddp", tmp_path / "log", *save_to(tmp_path))
 
 
-def test_a_folder_that_becomes_read_only(small_disk, tmp_path_factory):
+def test_a_folder_that_becomes_read_only(small_disk, tmp_path_factory, capsys):
     remount(small_disk, "size=100M")
     log = tmp_path_factory.mktemp("log")
-    command = [sys.executable, "train_ddp.py", *TINY, f"logger.log_dir={log}", *save_to(small_disk)]
-    command += ["num_train_steps=120", "checkpoint.max_to_keep=2"]
-    process = subprocess.Popen(command, cwd=RECIPE, env=environment(), stderr=subprocess.PIPE, text=True)
+    command = ["train_ddp", log, *save_to(small_disk), "num_train_steps=120", "checkpoint.max_to_keep=2"]
+    (process,) = start_processes([{}], log, *command)
     while not complete_steps(small_disk):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
     remount(small_disk, "ro")
     left = complete_steps(small_disk)
-    message = process.communicate(timeout=300)[1]
+    process.join(300)
+    message = said_by(log)
     assert "could not be saved, on rank 0: Read-only file system. The newest checkpoint is step_" in message
-    assert process.returncode == 2
+    assert process.exitcode == 2
     assert "Traceback" not in message
     assert complete_steps(small_disk) == left
     assert all(damage(small_disk / f"step_{step}") is None for step in left)
-    again = subprocess.run(command, cwd=RECIPE, env=environment(), capture_output=True, text=True)
-    assert f"checkpoint.ckpt_dir={small_disk} cannot be written: Read-only file system" in again.stderr
+    with pytest.raises(SystemExit):
+        run_here(*command)
+    assert f"checkpoint.ckpt_dir={small_disk} cannot be written: Read-only file system" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")

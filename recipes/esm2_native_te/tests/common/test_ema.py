@@ -296,12 +296,28 @@ def run(distributed, way: str, folder=None) -> dict:
     return found | {"model": averages}
 
 
-def read(distributed, way: str, folder) -> dict[str, torch.Tensor]:
-    """The averages of a checkpoint on these ranks."""
-    model, _ = distribute(new_net(), way)
-    ema = EMA(model, DECAY)
-    dcp.load({"ema": ema.tensors()}, checkpoint_id=folder)
-    return {name: full(tensor) for name, tensor in ema.tensors().items()}
+def run_all(distributed, folder) -> dict[str, dict]:
+    """By way; Megatron-FSDP, which leaves its stand-ins behind, is last."""
+    return {way: run(distributed, way, folder / way) for way in WAYS}
+
+
+def read(distributed, reader: str, folder) -> dict[str, dict[str, torch.Tensor]]:
+    """The averages of each way's checkpoint on these ranks."""
+    model, _ = distribute(new_net(), reader)
+    ema, found = EMA(model, DECAY), {}
+    for way in WAYS:
+        dcp.load({"ema": ema.tensors()}, checkpoint_id=folder / way)
+        found[way] = {name: full(tensor) for name, tensor in ema.tensors().items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> tuple[list[dict], list[dict]]:
+    """What each of two ranks found, and what others read of the checkpoints."""
+    path = tmp_path_factory.mktemp("ranks")
+    found = call_on_ranks(path / "two", run_all, 2, path)
+    readers = (("ddp", 1), ("fsdp2", 3), ("mfsdp", 2))
+    return found, [call_on_ranks(path / f"by {reader}", read, num, reader, path)[0] for reader, num in readers]
 
 
 @pytest.fixture(scope="module")
@@ -319,8 +335,8 @@ def plain() -> dict:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_ranks(way, plain, tmp_path):
-    found, other = call_on_ranks(tmp_path, run, 2, way, tmp_path / "checkpoint")
+def test_two_ranks(way, plain, two_ranks):
+    found, other = (rank[way] for rank in two_ranks[0])
     exact = not way.endswith("bf16")
     close = {"rtol": 1e-4, "atol": 1e-5} if exact else {"rtol": 0.2, "atol": 0.05}
     for key in ("losses", "weights", "averages"):  # a validation on the average leaves no trace
@@ -331,9 +347,8 @@ def test_two_ranks(way, plain, tmp_path):
     torch.testing.assert_close(found["validation"], plain["validation"], **close)
     for name, average in plain["averages"].items():
         torch.testing.assert_close(found[True]["averages"][name].double(), average, **close)
-    for reader, num_ranks in (("ddp", 1), ("fsdp2", 3), ("mfsdp", 2)):
-        (first, *_) = call_on_ranks(tmp_path / reader, read, num_ranks, reader, tmp_path / "checkpoint")
-        assert_same(first, found[True]["averages"])
+    for reader in two_ranks[1]:
+        assert_same(reader[way], found[True]["averages"])
 
 
 def same(one, other) -> None:

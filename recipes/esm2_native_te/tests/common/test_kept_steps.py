@@ -17,8 +17,15 @@ def kept(path, *more):
     return [f"checkpoint.ckpt_dir={path}", "checkpoint.max_to_keep=1", "validation.every_n_steps=1", *more]
 
 
-@pytest.mark.parametrize("mode", ["false", "true"])
-@pytest.mark.parametrize(("metric", "better"), [("loss", min), ("accuracy", max)])
+@pytest.mark.parametrize(
+    ("metric", "better", "mode"),
+    [
+        ("loss", min, "true"),
+        ("accuracy", max, "false"),
+        pytest.param("loss", min, "false", marks=pytest.mark.slow),
+        pytest.param("accuracy", max, "true", marks=pytest.mark.slow),
+    ],
+)
 def test_the_best_by_a_metric_stays_beside_the_newest(metric, better, mode, tmp_path, capsys):
     """A high rate makes the model worse again; a resume remembers what was best."""
     more = [f"checkpoint.keep_best={metric}", "adamw_kwargs.lr=0.3", f"checkpoint.async_save={mode}"]

@@ -18,16 +18,20 @@ def reference_curve(tmp_path_factory):
     return curve(run_here("train_ddp", tmp_path_factory.mktemp("dropout"), *DROPOUT))
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_one_curve_on_one_and_two_ranks(trainer, reference_curve, tmp_path):
-    alone = curve(run_here(trainer, tmp_path / "alone", *DROPOUT))
-    assert alone == pytest.approx(reference_curve, rel=1e-5)
-    shared = curve(run_ranks(trainer, 2, tmp_path / "shared", *DROPOUT))
-    assert shared == pytest.approx(reference_curve, rel=1e-5)
+QUICK = [("train_ddp", 2), ("train_mfsdp", 2), ("train_fsdp2", 4)]  # the resume below has FSDP2 on one rank
 
 
-def test_four_ranks(reference_curve, tmp_path):
-    assert curve(run_ranks("train_fsdp2", 4, tmp_path, *DROPOUT)) == pytest.approx(reference_curve, rel=1e-5)
+@pytest.mark.parametrize(
+    ("trainer", "num_ranks"),
+    [
+        pytest.param(trainer, num_ranks, marks=[] if (trainer, num_ranks) in QUICK else [pytest.mark.slow])
+        for trainer in TRAINERS
+        for num_ranks in (1, 2, 4)
+    ],
+)
+def test_one_curve_on_any_ranks(trainer, num_ranks, reference_curve, tmp_path):
+    start = run_here if num_ranks == 1 else lambda trainer, *more: run_ranks(trainer, num_ranks, *more)
+    assert curve(start(trainer, tmp_path, *DROPOUT)) == pytest.approx(reference_curve, rel=1e-5)
 
 
 def test_dropout_is_on_and_belongs_to_the_seed(reference_curve, tmp_path):
@@ -40,9 +44,12 @@ def test_not_to_the_backend_nor_to_recomputation(options, reference_curve, tmp_p
     assert curve(run_here("train_ddp", tmp_path, *DROPOUT, *options)) == pytest.approx(reference_curve, rel=1e-5)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_after_a_resume_it_is_the_same_to_the_bit(trainer, tmp_path):
+@pytest.mark.parametrize(
+    "trainer", [t if t == "train_fsdp2" else pytest.param(t, marks=pytest.mark.slow) for t in TRAINERS]
+)
+def test_after_a_resume_it_is_the_same_to_the_bit(trainer, reference_curve, tmp_path):
     whole = curve(run_here(trainer, tmp_path / "whole", *DROPOUT))
+    assert whole == pytest.approx(reference_curve, rel=1e-5)
     saving = (f"checkpoint.ckpt_dir={tmp_path / 'cut'}", "checkpoint.save_every_n_steps=2")
     for last in (4, 6):
         run_here(trainer, tmp_path / "cut", *DROPOUT, *saving, f"num_train_steps={last}")

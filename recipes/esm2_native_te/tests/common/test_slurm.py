@@ -4,6 +4,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,18 @@ sys.exit(int(code))
 """
 
 
+# When the signal comes, which, with what code the trainer ends; what it says, and the code of the node.
+SIGNALS = [
+    ("never", "USR1", 0, "came to its end", 0),
+    ("start", "USR1", 0, "stopped early", 75),
+    ("loading", "USR1", 0, "stopped early", 75),
+    ("loading", "TERM", 0, "stopped early", 0),
+    ("step 2", "USR1", 0, "stopped early", 75),
+    ("step 2", "USR1", 3, "stopped early", 3),  # with nowhere to save, for one
+    ("step 12", "USR1", 0, "came to its end", 0),  # all is done: not to be queued again
+]
+
+
 def stand_in(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(f"#!/bin/sh\n{text}\n")
     (folder / name).chmod(0o755)
@@ -40,6 +54,11 @@ def stand_in(folder: Path, name: str, text: str) -> None:
 
 @pytest.fixture
 def slurm(tmp_path):
+    return job_in(tmp_path)
+
+
+def job_in(tmp_path: Path) -> dict:
+    """The variables of a job, and beside them what stands in for Slurm."""
     stand_in(tmp_path, "srun", 'while case $1 in --*) ;; *) false;; esac; do shift; done; exec "$@"')
     stand_in(tmp_path, "scontrol", "echo 127.0.0.1")
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "node1"}
@@ -47,10 +66,7 @@ def slurm(tmp_path):
     return environment() | job | {"SLURM_SUBMIT_DIR": str(RECIPE), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
-@pytest.mark.parametrize("trainer", [None, "train_ddp.py"])
-def test_the_script_trains_with_what_is_passed_on(slurm, trainer, tmp_path):
-    if trainer:
-        slurm["TRAINER"] = trainer
+def test_the_script_trains_with_what_is_passed_on(slurm, tmp_path):
     command = [
         "bash",
         "slurm.sh",
@@ -62,6 +78,15 @@ def test_the_script_trains_with_what_is_passed_on(slurm, trainer, tmp_path):
     ]
     subprocess.run(command, cwd=RECIPE, env=slurm, check=True, timeout=180)
     assert len(metrics(tmp_path, "train", "loss")) == 2
+
+
+@pytest.mark.parametrize("trainer", [None, "train_ddp.py"])
+def test_the_trainer_that_is_asked_for(trainer, slurm, tmp_path):
+    stand_in(tmp_path, "torchrun", "printf '%s\\n' \"$@\"")
+    given = {"TRAINER": trainer} if trainer else {}
+    command = ["bash", "slurm.sh", "seed=1"]
+    done = subprocess.run(command, cwd=RECIPE, env=slurm | given, capture_output=True, text=True)
+    assert done.stdout.split()[-2:] == [trainer or "train_fsdp2.py", "seed=1"], done.stderr
 
 
 def test_a_trainer_that_is_not_there(slurm):
@@ -83,24 +108,26 @@ def run_node(slurm: dict, tmp_path: Path, *arguments: str) -> subprocess.Complet
     return done
 
 
-@pytest.mark.parametrize(
-    ("when", "signal", "code", "message", "node_code"),
-    [
-        ("never", "USR1", 0, "came to its end", 0),
-        ("start", "USR1", 0, "stopped early", 75),
-        ("loading", "USR1", 0, "stopped early", 75),
-        ("loading", "TERM", 0, "stopped early", 0),
-        ("step 2", "USR1", 0, "stopped early", 75),
-        ("step 2", "USR1", 3, "stopped early", 3),  # with nowhere to save, for one
-        ("step 12", "USR1", 0, "came to its end", 0),  # all is done: not to be queued again
-    ],
-)
-def test_a_signal_at_any_time(when, signal, code, message, node_code, slurm, tmp_path):
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory) -> Iterator[dict]:
+    """By case, how its node ends; they wait for most of their time, so all go at once."""
+    with ThreadPoolExecutor(len(SIGNALS)) as pool:
+        yield {case: pool.submit(signalled, tmp_path_factory.mktemp("node"), *case[:3]) for case in SIGNALS}
+
+
+def signalled(tmp_path: Path, when: str, signal: str, code: int) -> subprocess.CompletedProcess:
+    slurm = job_in(tmp_path)
     (tmp_path / "trainer.py").write_text(TRAINER)
     arguments = f"{tmp_path}/trainer.py '{when}' {signal} {code}"
     stand_in(tmp_path, "torchrun", f"{sys.executable} {arguments}; exit $?")
     stand_in(tmp_path, "nvidia-smi", f"kill -{signal} 0" if when == "start" else "exit 1")
-    done = run_node(slurm, tmp_path, "trainer")
+    return run_node(slurm, tmp_path, "trainer")
+
+
+@pytest.mark.parametrize("case", SIGNALS, ids=lambda case: "-".join(map(str, case[:3])))
+def test_a_signal_at_any_time(case, ends):
+    *_, message, node_code = case
+    done = ends[case].result()
     assert message in done.stdout, done.stderr
     assert done.returncode == node_code
 

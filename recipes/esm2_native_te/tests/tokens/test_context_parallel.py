@@ -2,6 +2,8 @@
 """Ranks that share a micro-batch compute what one alone computes."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -29,29 +31,37 @@ def reference_curve(tmp_path_factory):
 # ---- the curve
 
 
-@pytest.mark.parametrize("trainer", [trainer for trainer in TRAINERS if trainer != "train_fsdp2"])  # below, on four
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", TRAINERS)  # quick: with other options, and FSDP2 on four
 def test_two_ranks_that_share_give_the_same_curve(trainer, reference_curve, tmp_path):
     assert curve(run_ranks(trainer, 2, tmp_path, PACKED, "cp_size=2")) == pytest.approx(reference_curve, rel=1e-5)
 
 
-@pytest.mark.parametrize("cp_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_four_ranks(cp_size, reference_curve, tmp_path):
-    path = run_ranks("train_fsdp2", 4, tmp_path, PACKED, f"cp_size={cp_size}")
+@pytest.mark.slow
+def test_four_ranks_for_each(reference_curve, tmp_path):
+    path = run_ranks("train_fsdp2", 4, tmp_path, PACKED, "cp_size=4")
     assert curve(path) == pytest.approx(reference_curve, rel=1e-5)
-    assert json.loads((path / "run.json").read_text())["ranks_per_micro_batch"] == cp_size
+    assert json.loads((path / "run.json").read_text())["ranks_per_micro_batch"] == 4
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("trainer", "options"),
     [
-        ["layer_backend=torch", "model_kwargs.num_attention_heads=3"],  # two heads here, one there
-        ["use_activation_checkpointing=true", "dataset.micro_batch_size=null", "dataset.token_micro_batch_size=96"],
+        ("train_mfsdp", ["layer_backend=torch", "model_kwargs.num_attention_heads=3"]),  # two heads here, one there
+        (
+            "train_ddp",
+            [
+                "use_activation_checkpointing=true",
+                "dataset.micro_batch_size=null",
+                "dataset.token_micro_batch_size=96",
+            ],
+        ),
     ],
-    ids=lambda options: options[-1].partition("=")[0],
+    ids=["heads", "tokens"],
 )
-def test_with_other_options(options, tmp_path):
+def test_with_other_options(trainer, options, tmp_path):
     alone = run_here("train_ddp", tmp_path / "alone", PACKED, *options)
-    shared = run_ranks("train_fsdp2", 2, tmp_path / "shared", PACKED, "cp_size=2", *options)
+    shared = run_ranks(trainer, 2, tmp_path / "shared", PACKED, "cp_size=2", *options)
     assert curve(shared) == pytest.approx(curve(alone), rel=1e-5)
 
 
@@ -64,7 +74,7 @@ def test_in_fp8_each_rank_scales_its_own_tokens(reference_curve, tmp_path):
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((2, 2), (1, 1)),
+        ((4, 2), (1, 1)),
         pytest.param((1, 1), (2, 2), marks=pytest.mark.slow),
         pytest.param((2, 2), (2, 1), marks=pytest.mark.slow),
     ],
@@ -80,6 +90,7 @@ def test_checkpoints_serve_with_and_without(before, after, reference_curve, tmp_
             "lr_scheduler_kwargs.num_training_steps=6",
         )
         run_ranks("train_fsdp2", num_ranks, tmp_path / "log", *options)
+        assert json.loads((tmp_path / "log" / "run.json").read_text())["ranks_per_micro_batch"] == cp_size
     whole = run_here("train_ddp", tmp_path / "whole", PACKED, "lr_scheduler_kwargs.num_training_steps=6")
     assert curve(tmp_path / "log") == pytest.approx(curve(whole), rel=1e-5)
 
@@ -117,6 +128,24 @@ def make_model(num_heads: int) -> Esm2ForMaskedLM:
                                       intermediate_size=96))  # fmt: skip
 
 
+CASES = {2: [(6, "everywhere"), (5, "at the start")],
+         4: [(6, "everywhere"), (10, "at the start"), (6, "few tokens")]}  # fmt: skip
+HEADS = {2: [3, 2], 4: [2, 1, 1, 1]}  # of five
+TYPES = (torch.float32, torch.bfloat16)
+
+
+def compute(distributed: Distributed) -> dict:
+    """What these ranks find in all cases, so that they start once."""
+    found = {case: loss_and_gradients(distributed, *case) for case in CASES[distributed.num_ranks]}
+    return found | {dtype: exchange_there_and_back(distributed, dtype) for dtype in TYPES}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Callable[[int], list[dict]]:
+    """For a number of ranks what each has found."""
+    return cache(lambda num_ranks: call_on_ranks(tmp_path_factory.mktemp("ranks"), compute, num_ranks))
+
+
 def loss_and_gradients(distributed: Distributed, num_heads: int, labelled: str) -> tuple[float, dict]:
     distributed = distributed.in_groups("cp_size", distributed.num_ranks)
     model, batch = make_model(num_heads), make_batch(distributed.num_ranks, labelled, distributed.group_rank)
@@ -132,20 +161,13 @@ def loss_and_gradients(distributed: Distributed, num_heads: int, labelled: str) 
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "num_heads", "labelled"),
-    [
-        (2, 6, "everywhere"),
-        (2, 5, "at the start"),
-        (4, 6, "everywhere"),
-        (4, 10, "at the start"),
-        (4, 6, "few tokens"),
-    ],
+    ("num_ranks", "num_heads", "labelled"), [(num_ranks, *case) for num_ranks in CASES for case in CASES[num_ranks]]
 )
-def test_loss_and_gradients(num_ranks, num_heads, labelled, tmp_path):
+def test_loss_and_gradients(num_ranks, num_heads, labelled, found):
     model, batch = make_model(num_heads), make_batch(1, labelled)
     model(**batch.inputs).loss.backward()
     expected = model(**batch.inputs).loss.item()
-    for loss, gradients in call_on_ranks(tmp_path, loss_and_gradients, num_ranks, num_heads, labelled):
+    for loss, gradients in (rank[num_heads, labelled] for rank in found(num_ranks)):
         assert loss == pytest.approx(expected, rel=1e-5)
         for name, p in model.named_parameters():
             largest = p.grad.abs().max().item()
@@ -162,11 +184,10 @@ def exchange_there_and_back(distributed: Distributed, dtype: torch.dtype) -> tup
     return torch.equal(there, whole[:, first : first + there.shape[1]]), there.shape[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("num_ranks", "shares"), [(2, [3, 2]), (4, [2, 1, 1, 1])])
-def test_heads_that_do_not_divide(num_ranks, shares, dtype, tmp_path):
-    found = call_on_ranks(tmp_path, exchange_there_and_back, num_ranks, dtype)
-    assert found == [(True, share) for share in shares]
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("num_ranks", HEADS)
+def test_heads_that_do_not_divide(num_ranks, dtype, found):
+    assert [rank[dtype] for rank in found(num_ranks)] == [(True, share) for share in HEADS[num_ranks]]
 
 
 def test_tokens_that_do_not_divide(distributed):

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -63,14 +64,26 @@ def run_here(trainer: str, log_dir: Path, *overrides: str, apart: bool | None = 
         return _run_apart(trainer, log_dir, *overrides)
     GlobalHydra.instance().clear()
     arguments = [f"{trainer}.py", *TINY, f"logger.log_dir={log_dir}", *overrides]
+    main = recipe_module(trainer).main
+    keep_imported()
     try:
         with patch.object(sys, "argv", arguments):
-            launch(recipe_module(trainer).main)
+            launch(main)
     finally:  # as the end of a process does
         signal.signal(signal.SIGINT, signal.default_int_handler)
         unlock()
         forget_groups()
     return log_dir
+
+
+def command_here(script: str, *words: object) -> int:
+    """A command at the recipe's top, in this process; its exit code."""
+    with patch.object(sys, "argv", [script, *map(str, words)]):
+        try:
+            runpy.run_path(str(RECIPE / script), run_name="__main__")
+        except SystemExit as end:
+            return end.code or 0
+    return 0
 
 
 def _run_apart(trainer: str, log_dir: Path, *overrides: str) -> Path:
@@ -87,15 +100,9 @@ def _processes(variables: list[dict], timeout: int, *job) -> tuple[str, int]:
 
     As with torchrun, the others are ended when one fails.
     """
-    context, code = multiprocessing.get_context("forkserver"), 0
+    code = 0
     with tempfile.TemporaryDirectory() as scratch:
-        files = [Path(scratch) / str(i) for i in range(len(variables))]
-        going = [
-            context.Process(target=_apart, args=(environment() | mine, str(Path.cwd()), str(file), *job))
-            for mine, file in zip(variables, files, strict=True)
-        ]
-        for process in going:
-            process.start()
+        going = start_processes(variables, Path(scratch), *job)
         deadline = time.monotonic() + timeout
         while going:
             multiprocessing.connection.wait([p.sentinel for p in going], max(0, deadline - time.monotonic()))
@@ -110,7 +117,24 @@ def _processes(variables: list[dict], timeout: int, *job) -> tuple[str, int]:
                     process.kill()
                     process.join()
                 going = []
-        return "".join(file.read_text() for file in files if file.exists()), code
+        return said_by(Path(scratch)), code
+
+
+def start_processes(variables: list[dict], scratch: Path, *job) -> list[multiprocessing.Process]:
+    """`run_here(*job)` with each of these variables, in a process of its own that writes what it says to `scratch`."""
+    context = multiprocessing.get_context("forkserver")
+    going = [
+        context.Process(target=_apart, args=(environment() | mine, str(Path.cwd()), str(scratch / f"{i}.said"), *job))
+        for i, mine in enumerate(variables)
+    ]
+    for process in going:
+        process.start()
+    return going
+
+
+def said_by(scratch: Path) -> str:
+    """What processes have written there."""
+    return "".join(file.read_text() for file in sorted(scratch.glob("*.said")))
 
 
 def _apart(variables: dict, folder: str, output: str, *job) -> None:
@@ -138,11 +162,25 @@ def forget_groups() -> None:
         clear()
     if clear := getattr(_redistribute, "clear_redistribute_planner_cache", None):
         clear()
-    for kept in gc.get_objects():
-        # Not isinstance, which asks the object, and some answer with a warning.
-        if type(kept) is functools._lru_cache_wrapper and (kept.__module__ or "").startswith("torch.distributed"):
-            kept.cache_clear()
+    for cache in (*IMPORTED_CACHES, *_caches()):
+        cache.cache_clear()
     gc.collect()
+
+
+IMPORTED_CACHES: list = []  # those of torch.distributed that no collection looks at any more
+
+
+def _caches() -> list:
+    # Not isinstance, which asks the object, and some answer with a warning.
+    found = [kept for kept in gc.get_objects() if type(kept) is functools._lru_cache_wrapper]
+    return [cache for cache in found if (cache.__module__ or "").startswith("torch.distributed")]
+
+
+def keep_imported() -> None:
+    """Once, before any group: what is imported is left out of collections, which else take 0.3 s after each run."""
+    if not IMPORTED_CACHES and not torch.distributed.is_initialized():
+        IMPORTED_CACHES.extend(_caches())
+        gc.freeze()
 
 
 def torchrun(num_ranks: int) -> list[str]:
