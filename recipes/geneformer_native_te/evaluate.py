@@ -29,7 +29,7 @@ from common.command_line import typed_text
 from common.config import FOLDER, one_sentence, register_resolvers
 from common.distributed import Distributed, end_of_process, process_group
 from common.own_data import read_whole
-from common.redaction import HIDDEN
+from common.redaction import without_hidden
 from common.step_folder import complete_steps
 from dataset import EXAMPLE, WITHOUT_A_RUN
 from keys import check_config
@@ -67,7 +67,7 @@ def read_settings(source: str, run: dict | None, config_name: str, overrides: li
                 config = compose(config_name, [*given, *overrides])
         else:
             with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / "of_the_run.yaml").write_text(OmegaConf.to_yaml(without_hidden(run)))
+                (Path(folder) / "of_the_run.yaml").write_text(OmegaConf.to_yaml(without_hidden(run, ("validation",))))
                 with initialize_config_dir(folder, version_base=None):
                     config = compose("of_the_run", overrides)
         missing = OmegaConf.missing_keys(config)
@@ -88,20 +88,6 @@ def read_settings(source: str, run: dict | None, config_name: str, overrides: li
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_sentence(error)) from error
     return config
-
-
-def without_hidden(config: dict, is_read: bool = False) -> dict:
-    """Without the secrets that a run did not write down: the environment may have them.
-
-    Of what `is_read`, an address with a secret in it stays, for check_config to ask for.
-    """
-    shown = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            shown[key] = without_hidden(value, is_read or key == "validation")
-        elif value != HIDDEN and (is_read or HIDDEN not in str(value)):
-            shown[key] = value
-    return shown
 
 
 def evaluate(distributed: Distributed, config: DictConfig, source: str, out: Path = Path("outputs")) -> dict:

@@ -21,7 +21,8 @@ import dataset
 from common.command import command
 from common.distributed import process_group
 from common.epoch_plan import EpochPlan
-from common.redaction import HIDDEN
+from common.files import flat
+from common.redaction import refuse_hidden, without_hidden
 from plot_metrics import read_metrics
 
 
@@ -44,9 +45,9 @@ def run_in(folder: Path) -> tuple[DictConfig, EpochPlan]:
     source = settings.dataset.get("load_dataset_kwargs") or {}
     if source.get("streaming"):
         raise ValueError("dataset.load_dataset_kwargs.streaming=true: the rows of a stream have no numbers.")
-    for key, value in list(source.items()):
-        if value == HIDDEN:  # the environment may have it, as HF_TOKEN
-            del source[key]
+    data = without_hidden(OmegaConf.to_container(settings.dataset), is_read=True)
+    refuse_hidden(flat(data, "dataset."), f"write it into {folder / 'config.yaml'}")
+    settings.dataset = data
     with process_group(settings.seed) as distributed:
         return settings, dataset.open_plan(settings, distributed)
 

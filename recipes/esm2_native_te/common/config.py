@@ -26,7 +26,7 @@ from common.command_line import as_written, check_launcher, for_hydra, typed_tex
 from common.distributed import Distributed, end_of_process, process_group, stop_with
 from common.files import flat, names
 from common.own_data import take_own
-from common.redaction import HIDDEN, SECTIONS, redacted
+from common.redaction import SECTIONS, redacted, refuse_hidden
 from common.type_hints import as_text, misfit
 
 
@@ -59,9 +59,7 @@ def check_config(
         missing = sorted(key for key, value in flat(values).items() if value == "???")
         if missing := missing or sorted(OmegaConf.missing_keys(config)):
             raise ValueError(f"{missing[0]} is not set; give it on the command line or in the config.")
-        if hidden := [(key, value) for key, value in flat(values).items() if HIDDEN in str(value)]:
-            key, value = hidden[0]
-            raise ValueError(f"{key}={as_text(value)}: {HIDDEN} stands for what no run writes down; give {key} anew.")
+        refuse_hidden(flat(values), "give it anew on the command line")
         _as_meant(config, {"": top_level, **sections})
         take_own(config, _typed())
         values = OmegaConf.to_container(config, resolve=True)

@@ -2,6 +2,7 @@
 """Values that nobody else may see: they are passed on, and never written, printed or sent."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -29,6 +30,27 @@ def redacted(value: Any, name: str = "", inside: bool = False) -> Any:
         return HIDDEN
     value = re.sub(r"://[^/@\s]+@", f"://{HIDDEN}@", value)
     return re.sub(r"(://[^?\s]*\?)[^\s=&]+=\S*", rf"\1{HIDDEN}", value)  # a link that is signed lets anybody in
+
+
+def without_hidden(config: dict, read: Sequence[str] = (), is_read: bool = False) -> dict:
+    """What a run wrote down without the secrets, which the environment may have.
+
+    In the sections that are `read` an address with a secret in it stays, for `refuse_hidden` to ask for.
+    """
+    shown = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            shown[key] = without_hidden(value, read, is_read or key in read)
+        elif value != HIDDEN and (is_read or HIDDEN not in str(value)):
+            shown[key] = value
+    return shown
+
+
+def refuse_hidden(values: dict[str, Any], way: str) -> None:
+    """Raise ValueError, with the `way` to give it anew, for a value that a run did not write down; by dotted keys."""
+    for key, value in values.items():
+        if HIDDEN in str(value):
+            raise ValueError(f"{key}={value}: {HIDDEN} stands for what no run writes down; {way}.")
 
 
 def redacted_command(words: list[str]) -> list[str]:

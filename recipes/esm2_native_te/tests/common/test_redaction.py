@@ -2,7 +2,9 @@
 """What carries a secret is passed on, and shows as *** in all that a run writes and prints."""
 
 import pytest
+from omegaconf import OmegaConf
 
+import rows
 from common import open_data
 from common.contract.running import run_here
 from common.redaction import redacted, redacted_command
@@ -52,6 +54,16 @@ def test_what_is_a_secret_and_what_is_not():
     plain = {"pad_token_id": 1, "token_dropout": True, "token": None, "sequence_column": "x", "monkey": "x",
              "tokenizer": "x", "token_micro_batch_size": 4096, "label_keys": {"energy": "REF_energy"}}  # fmt: skip
     assert redacted(plain) == plain
+
+
+def test_rows_of_an_address_that_was_not_written_down_are_not_looked_for(tmp_path):
+    given = {"path": "parquet", "data_files": ["https://user:PLANTED@host/x.parquet"], "token": "PLANTED"}
+    config = {"seed": 1, "dataset": {"num_workers": 0, "load_dataset_kwargs": redacted(given)}}
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    with pytest.raises(
+        ValueError, match=r"load_dataset_kwargs\.data_files=\['https://\*\*\*@host.* stands for"
+    ):
+        rows.run_in(tmp_path)
 
 
 @pytest.mark.parametrize(
