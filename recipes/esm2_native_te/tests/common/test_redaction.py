@@ -60,9 +60,7 @@ def test_rows_of_an_address_that_was_not_written_down_are_not_looked_for(tmp_pat
     given = {"path": "parquet", "data_files": ["https://user:PLANTED@host/x.parquet"], "token": "PLANTED"}
     config = {"seed": 1, "dataset": {"num_workers": 0, "load_dataset_kwargs": redacted(given)}}
     OmegaConf.save(config, tmp_path / "config.yaml")
-    with pytest.raises(
-        ValueError, match=r"load_dataset_kwargs\.data_files=\['https://\*\*\*@host.* stands for"
-    ):
+    with pytest.raises(ValueError, match=r"load_dataset_kwargs\.data_files=\['https://\*\*\*@host.* stands for"):
         rows.run_in(tmp_path)
 
 
