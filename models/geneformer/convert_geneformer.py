@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertConfig, MegatronBertConfig
 
 from common.command import command, new_folder
 from common.weights import LazyTensors, listed, local_folder, named_type, open_weights, read
-from modeling_geneformer import GeneformerConfig
+from modeling_geneformer import TASKS, GeneformerConfig
 from vocabulary import FILE, name_of_size
 
 
@@ -33,12 +34,23 @@ NAMES = {
     "geneformer.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings.weight",
     "geneformer.embeddings.position_embeddings.weight": "bert.embeddings.position_embeddings.weight",
     "geneformer.embeddings.token_type_embeddings.weight": "bert.embeddings.token_type_embeddings.weight",
+}
+LM_HEAD = {
     "lm_head.dense.weight": "cls.predictions.transform.dense.weight",
     "lm_head.dense.bias": "cls.predictions.transform.dense.bias",
     "lm_head.layer_norm.weight": "cls.predictions.transform.LayerNorm.weight",
     "lm_head.layer_norm.bias": "cls.predictions.transform.LayerNorm.bias",
     "lm_head.bias": "cls.predictions.bias",
 }
+CLASSIFIER = {f"classifier.{kind}": f"classifier.{kind}" for kind in ("weight", "bias")}
+REGRESSION = "regression_head."
+HEADS = {
+    "masked_lm": LM_HEAD,
+    "cells": {f"pooler.{kind}": f"bert.pooler.dense.{kind}" for kind in ("weight", "bias")} | CLASSIFIER,
+    "genes": CLASSIFIER,
+    "length": LM_HEAD | {f"{REGRESSION}{name}": f"{REGRESSION}{name}"
+                         for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")},
+}  # fmt: skip
 # Of layers, below geneformer.layer.<i>. and bert.encoder.layer.<i>.; without .weight and .bias, or _weight and _bias.
 LAYER_NAMES = {
     "self_attention.proj.": "attention.output.dense.",
@@ -65,8 +77,9 @@ EMBEDDING = "geneformer.embeddings.word_embeddings.weight"
 # The same numbers as others, under second names.
 TIED = {"cls.predictions.decoder.weight": NAMES[EMBEDDING], "cls.predictions.decoder.bias": "cls.predictions.bias"}
 DERIVED_NAMES = re.compile(r"bert\.embeddings\.position_ids")
-MODELS = {"post": ("bert", BertConfig, "BertForMaskedLM"),
-          "pre": ("megatron-bert", MegatronBertConfig, "MegatronBertForMaskedLM")}  # fmt: skip
+MODELS = {"post": ("bert", BertConfig, "Bert"), "pre": ("megatron-bert", MegatronBertConfig, "MegatronBert")}
+ARCHITECTURES = {"masked_lm": "ForMaskedLM", "cells": "ForSequenceClassification", "genes": "ForTokenClassification",
+                 "length": "ForMaskedLM"}  # fmt: skip
 FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
     "max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps", "hidden_dropout_prob",
@@ -83,7 +96,7 @@ def with_prefix(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 def sources(config: GeneformerConfig) -> dict[str, tuple[str, ...]]:
     """Hugging Face's tensors that each native tensor is made of: one, or queries, keys and values."""
-    found = {native: (name,) for native, name in NAMES.items()}
+    found = {native: (name,) for native, name in (NAMES | HEADS[config.task]).items()}
     for native, name in NORMS[config.norm].items():
         found |= {native + kind: (name + kind,) for kind in ("weight", "bias")}
     of_layer = LAYER_NAMES | LAYER_NORMS[config.norm]
@@ -163,16 +176,29 @@ def read_config(folder: Path) -> tuple[GeneformerConfig, str]:
         shared = {name: given.get(name, getattr(usual, name)) for name in FIELDS}
         known = name_of_size(shared["vocab_size"])
         more = {name: given[name] for name in ("vocabulary", "mask_token_id") if name in given}
+        more |= task_of(folder, given)
         config, format = GeneformerConfig(**shared, norm=norm, **{"vocabulary": known or "", **more}), "hf"
     if (folder / FILE).exists():
         config.vocabulary = str(folder / FILE)
     return config, format
 
 
+def task_of(folder: Path, given: dict) -> dict:
+    """The task and classes that a configuration of `transformers` tells of."""
+    for task in ("cells", "genes"):
+        if any(str(name).endswith(ARCHITECTURES[task]) for name in given.get("architectures") or ()):
+            names = given.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+            return {"task": task, "classes": [names[key] for key in sorted(names, key=int)]}
+    return {"task": "length" if (folder / f"{REGRESSION}safetensors").exists() else "masked_lm"}
+
+
 def hf_config(config: GeneformerConfig) -> BertConfig | MegatronBertConfig:
     """The config with which `AutoModelForMaskedLM` opens what `from_native` makes of a model."""
-    _, make, architecture = MODELS[config.norm]
-    return make(**{name: getattr(config, name) for name in FIELDS}, architectures=[architecture])
+    _, make, name = MODELS[config.norm]
+    more = {"architectures": [name + ARCHITECTURES[config.task]]}
+    if config.classes:
+        more |= {"id2label": dict(enumerate(config.classes)), "label2id": {c: i for i, c in enumerate(config.classes)}}
+    return make(**{name: getattr(config, name) for name in FIELDS}, **more)
 
 
 def save(state_dict: Mapping[str, Tensor], config: GeneformerConfig, format: str, folder: Path) -> None:
@@ -180,7 +206,11 @@ def save(state_dict: Mapping[str, Tensor], config: GeneformerConfig, format: str
     folder.mkdir(parents=True, exist_ok=True)
     (config if format == "native" else hf_config(config)).save_pretrained(folder)
     weights = state_dict if format == "native" else from_native(state_dict, config)
-    save_torch_state_dict({name: weights[name].contiguous() for name in weights}, folder)
+    found = {name: weights[name].contiguous() for name in weights}
+    if format == "hf" and config.task == "length":  # which `transformers` has no class for
+        save_file({name: found.pop(name) for name in [*found] if name.startswith(REGRESSION)},
+                  folder / f"{REGRESSION}safetensors", {"format": "pt"})  # fmt: skip
+    save_torch_state_dict(found, folder)
 
 
 def convert(source: Path, target: Path, format: str) -> str:
@@ -192,7 +222,8 @@ def convert(source: Path, target: Path, format: str) -> str:
         save(weights, config, format, folder)
         if (source / FILE).exists():
             shutil.copy(source / FILE, folder)
-    opens = {"native": "modeling_geneformer.GeneformerForMaskedLM", "hf": "transformers.AutoModelForMaskedLM"}[format]
+    opens = {"native": f"modeling_geneformer.{TASKS[config.task].__name__}",
+             "hf": f"transformers.AutoModel{ARCHITECTURES[config.task]}"}[format]  # fmt: skip
     return f"{target} is written; open it: {opens}.from_pretrained({str(target)!r})"
 
 

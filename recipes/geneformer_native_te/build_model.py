@@ -17,8 +17,9 @@ from common.batch import Batch
 from common.distributed import Distributed
 from common.weights import copy_parameters
 from convert_geneformer import hf_config, read_config
-from dataset import open_validation
-from modeling_geneformer import SIZES, GeneformerConfig, GeneformerForMaskedLM
+from dataset import open_tokens, open_validation
+from labels import check_column_is_named, class_names, gene_sets
+from modeling_geneformer import SIZES, GeneformerConfig, model_for
 from pretrained import open_model
 from tokens import low_precision
 from tokens.context_parallel import ContextParallel
@@ -36,6 +37,8 @@ def model_config(
     layer_backend: str,
     *,
     vocabulary: str | None = None,
+    task: Literal["masked_lm", "cells", "genes", "length"] | None = None,
+    classes: list[str] | None = None,
     hidden_size: PositiveInt | None = None,
     num_hidden_layers: Annotated[int, Gt(0), Le(1000)] | None = None,
     num_attention_heads: PositiveInt | None = None,
@@ -78,14 +81,19 @@ def model_config(
     return GeneformerConfig(**{"vocab_size": tokens.size, **config, **overrides, **numbers})
 
 
-def fit_data(config: DictConfig, shape: GeneformerConfig) -> None:
-    """Let what is read have the model's vocabulary, where none is named.
+def fit_data(config: DictConfig, shape: GeneformerConfig, distributed: Distributed) -> None:
+    """Let what is read have the model's vocabulary, task and classes, where none is named, and a model its classes.
 
     Raises ValueError for cells longer than there are positions, and for a vocabulary of other numbers.
     """
+    if shape.task == "length" and config.cp_size > 1:
+        raise ValueError(f"cp_size={config.cp_size} cannot be with model_kwargs.task=length.")
+    if shape.task in ("cells", "genes") and not shape.classes:
+        shape.classes = classes_of_data(config.dataset, shape, distributed)
     for section in ("model_kwargs", "dataset", "validation"):
-        if config[section].vocabulary is None:
-            config[section].vocabulary = shape.vocabulary
+        for key in ("vocabulary", "task", "classes"):
+            if config[section][key] is None:
+                config[section][key] = getattr(shape, key)
         if section == "model_kwargs":
             continue
         asked, ours = open_vocabulary(config[section].vocabulary), open_vocabulary(shape.vocabulary)
@@ -100,13 +108,24 @@ def fit_data(config: DictConfig, shape: GeneformerConfig) -> None:
             )
 
 
+def classes_of_data(dataset: DictConfig, shape: GeneformerConfig, distributed: Distributed) -> list[str]:
+    """What cells or genes are told apart by, where no key says it. Raises ValueError where no data does."""
+    if shape.task == "genes":
+        return sorted(gene_sets("dataset", dataset.gene_classes))
+    check_column_is_named("dataset", dataset.label_column)
+    with distributed.main_first():
+        rows, _ = open_tokens("dataset", dataset.load_dataset_kwargs, shape.vocabulary, dataset.input_ids_column,
+                              dataset.max_seq_length, dataset.counts, dataset.label_column, distributed)  # fmt: skip
+    return class_names(rows, dataset.label_column)
+
+
 def build_precision(config: DictConfig, shape: GeneformerConfig, distributed: Distributed) -> LowPrecision:
     """How the run computes, the same on all ranks; by then model and data have to fit. Raises ValueError as above."""
-    fit_data(config, shape)
+    fit_data(config, shape, distributed)
     return low_precision.build_precision(config, shape, distributed)
 
 
-def build_model(shape: GeneformerConfig, distributed: Distributed) -> GeneformerForMaskedLM:
+def build_model(shape: GeneformerConfig, distributed: Distributed) -> torch.nn.Module:
     """The model without storage; `materialize` gives it its numbers once it is split over the ranks.
 
     Raises ValueError if the ranks that share a micro-batch are more than its heads.
@@ -116,7 +135,7 @@ def build_model(shape: GeneformerConfig, distributed: Distributed) -> Geneformer
             f"cp_size={distributed.group_size} must be at most the number of heads, {shape.num_attention_heads}."
         )
     with torch.device("meta"):
-        model = GeneformerForMaskedLM(shape)
+        model = model_for(shape)
     if distributed.group:
         model.geneformer.context_parallel = ContextParallel(distributed.group)
     return model
@@ -175,8 +194,8 @@ def facts(shape: GeneformerConfig, saved: dict | None = None) -> dict:
     With what the checkpoint of a run that goes on says (`saved`): raises ValueError if that is another model.
     """
     now = shape.to_dict()
-    fixed = (*SHAPE, "vocab_size", "max_position_embeddings", "norm", "hidden_act")
-    if wrong := [key for key in fixed if saved and now[key] != saved[key]]:
+    fixed = (*SHAPE, "vocab_size", "max_position_embeddings", "norm", "hidden_act", "task", "classes")
+    if wrong := [key for key in fixed if saved and now[key] != saved.get(key, now[key])]:
         changes = ", ".join(f"{key} was {saved[key]} and is {now[key]}" for key in wrong)
         raise ValueError(f"{changes}; give model_tag or model_kwargs of that size")
     return now

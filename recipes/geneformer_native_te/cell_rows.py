@@ -46,7 +46,9 @@ class TokenRows:
         self.column, self.index, self.cut = Column(rows, column), None, Cut(vocabulary, max_seq_length)
         kind = rows.data.column(column).type
         if not pa.types.is_integer(getattr(kind, "value_type", kind)) or pa.types.is_integer(kind):
-            raise ValueError(f"{section}.token_column={column}: the column holds {kind}, not lists of whole numbers.")
+            raise ValueError(
+                f"{section}.input_ids_column={column}: the column holds {kind}, not lists of whole numbers."
+            )
 
     def __len__(self) -> int:
         return len(self.column)
@@ -77,7 +79,7 @@ class TokenRows:
                 at = int(wrong.argmax())
                 row = some[np.searchsorted(np.cumsum(sizes[-1]), at, side="right")]
                 raise ValueError(
-                    f"{self.section}.token_column={self.column.name}: row {row} has the token {flat[at]}, and the "
+                    f"{self.section}.input_ids_column={self.column.name}: row {row} has the token {flat[at]}, and the "
                     f"vocabulary 0 to {self.vocabulary.size - 1}; give that of the cells."
                 )
         return np.concatenate(sizes), None

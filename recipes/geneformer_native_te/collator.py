@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which genes are masked, and by what."""
+"""Which genes are masked, and by what; and batches of cells and genes with classes."""
 
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 
+from common.batch import Batch
 from tokens import masked_batches
-from tokens.layout import IGNORED
+from tokens.layout import IGNORED, select_tokens
 from vocabulary import Vocabulary
 
 
@@ -64,3 +66,44 @@ class MaskedLMCollator(masked_batches.MaskedLMCollator):
     def mask(self, tokens: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """By `mask_tokens`."""
         return mask_tokens(tokens, self.mlm_probability, self.rule, random)
+
+
+class CellCollator(MaskedLMCollator):
+    """Batches of cells as they are; the label of a cell's first token is its class."""
+
+    def lengths(self, items: list) -> np.ndarray:
+        return super().lengths([tokens for tokens, _ in items])
+
+    def tokens_and_labels(self, items: list, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        lengths = self.lengths(items)
+        labels = np.full(lengths.sum(), IGNORED)
+        labels[lengths.cumsum() - lengths] = [label for _, label in items]
+        return np.concatenate([tokens for tokens, _ in items]).astype(np.int64), labels
+
+
+class GeneCollator(MaskedLMCollator):
+    """Batches of cells as they are; a gene's label is its class."""
+
+    class_of_token: np.ndarray
+
+    def mask(self, tokens: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        return tokens, self.class_of_token[tokens]
+
+
+class LengthCollator(MaskedLMCollator):
+    """Masked batches, with the first token of each cell and how many it has."""
+
+    def __call__(self, sample: dict) -> Batch:
+        batch = super().__call__(sample)
+        lengths, inputs = self.lengths(sample["items"]), batch.inputs
+        row = inputs["input_ids"].shape[-1]
+        firsts = lengths.cumsum() - lengths if self.packed else np.arange(len(lengths)) * row
+        asked = inputs["labels"].numpy().ravel().copy()
+        asked[firsts] = 0
+        inputs |= {"selected": torch.from_numpy(select_tokens(asked)), "firsts": torch.from_numpy(firsts),
+                   "lengths": torch.from_numpy(lengths.astype(np.float32))}  # fmt: skip
+        batch.counts["cells"] = len(lengths)
+        return batch
+
+
+COLLATORS = {"masked_lm": MaskedLMCollator, "cells": CellCollator, "genes": GeneCollator, "length": LengthCollator}

@@ -9,16 +9,17 @@ import numpy as np
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt
 
-import metrics
 from cell_rows import LABELS, Cut, TokenRows
 from cells.dictionaries import read_tokens
 from cells.token_cache import PATHS, Counts, open_cells, options_of
-from collator import MaskedLMCollator, Masking, Rule
+from collator import Masking, Rule
 from common.distributed import Distributed
 from common.epoch_plan import EpochPlan
 from common.loader import Loader, StreamedMicroBatches, start_worker_server
 from common.open_data import first_rows, open_rows, share_of, whence
 from common.validation import Validator
+from labels import LabelledCells, build_collator, check_column_is_named
+from metrics import metrics_for
 from tokens.layout import token_grouping
 from vocabulary import PUBLISHED, Vocabulary, open_vocabulary
 
@@ -45,7 +46,11 @@ class TrainLoader(Loader):
         *,
         load_dataset_kwargs: dict,
         vocabulary: str | None,
-        token_column: str = "input_ids",
+        task: str | None,
+        classes: list[str] | None,
+        label_column: str | None = None,
+        gene_classes: str | None = None,
+        input_ids_column: str = "input_ids",
         counts: Counts | None = None,
         micro_batch_size: int | None = None,
         token_micro_batch_size: int | None = None,
@@ -63,43 +68,57 @@ class TrainLoader(Loader):
         grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
         if num_workers:
             start_worker_server()
+        by_cell = task == "cells"
+        if by_cell:
+            check_column_is_named(section, label_column)
         with distributed.main_first():
-            rows, notes = open_tokens(section, load_dataset_kwargs, vocabulary, token_column, max_seq_length,
-                                      counts, distributed)  # fmt: skip
+            rows, notes = open_tokens(section, load_dataset_kwargs, vocabulary, input_ids_column, max_seq_length,
+                                      counts, label_column if task == "cells" else None, distributed)  # fmt: skip
             stream = rows if isinstance(rows, datasets.IterableDataset) else None
             if stream is not None:
                 rows = first_rows(section, load_dataset_kwargs, stream, min(window_rows, 1000))
-        source = TokenRows(section, rows, token_column, tokens, max_seq_length)
+        source = TokenRows(section, rows, input_ids_column, tokens, max_seq_length)
+        if stream is not None and by_cell:
+            raise ValueError(
+                f"{section}.load_dataset_kwargs.streaming=true cannot be with model_kwargs.task=cells; give false."
+            )
         if stream is not None:
             with distributed.main_first():
-                stream = stream.select_columns([token_column])
+                stream = stream.select_columns([input_ids_column])
                 stream, num_workers = share_of(section, stream, distributed, num_workers)
-            prepare = partial(streamed, Cut(tokens, max_seq_length), token_column)
+            prepare = partial(streamed, Cut(tokens, max_seq_length), input_ids_column)
             source.build_index(distributed)  # of its first rows, which are checked so
             content = source.identity["content"]
             data = StreamedMicroBatches(stream, prepare, grouping, window_rows, seed, distributed.data_rank, content)
         else:
             source.build_index(distributed)
-            data = EpochPlan(source, grouping, seed, window_rows)
-        collate = MaskedLMCollator.on(distributed, packed, seed, mlm_probability, pad_to_multiple_of)
-        collate.rule = rule
+            cells = LabelledCells(source, rows, label_column, classes) if by_cell else None
+            data = EpochPlan(cells or source, grouping, seed, window_rows)
+        options = (packed, seed, mlm_probability, pad_to_multiple_of)
+        collate = build_collator(section, task, classes, gene_classes, rule, distributed, *options)
         super().__init__(distributed, section, data, collate, num_workers)
         amount = "a stream" if stream is not None else source.amount
         self.sources = [f"{section}: {amount} of {whence(load_dataset_kwargs)}", *notes]
-        self.sources += [f"{section}: {baseline(source, tokens, window_rows)}"] if distributed.is_main else []
+        if distributed.is_main:
+            self.sources.append(f"{section}: {cells.baseline() if by_cell else baseline(source, tokens, window_rows)}")
 
 
-def open_tokens(section: str, load_dataset_kwargs: dict, vocabulary: str, token_column: str, max_seq_length: int,
-                counts: Counts | None, distributed: Distributed,
+def open_tokens(section: str, load_dataset_kwargs: dict, vocabulary: str, input_ids_column: str, max_seq_length: int,
+                counts: Counts | None, label_column: str | None, distributed: Distributed,
                 ) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str]]:  # fmt: skip
-    """Rows with tokens, and what is to be said of them; of h5ad and SCDL the tokens are made here, once.
+    """Rows with tokens, and classes by `label_column`, and what is to be said of them; of h5ad and SCDL the tokens are
+    made here, once.
 
     Raises ValueError for a user's mistake.
     """
+    labels = [label_column] if label_column else []
     if load_dataset_kwargs.get("path") not in PATHS:
-        return open_rows(section, load_dataset_kwargs, {"token_column": token_column}, LABELS), []
+        columns = {"input_ids_column": input_ids_column}
+        return open_rows(section, load_dataset_kwargs, columns, tuple(dict.fromkeys([*LABELS, *labels]))), []
     tokens = None if vocabulary in PUBLISHED else read_tokens("model_kwargs.vocabulary", vocabulary)
-    options = options_of(f"{section}.counts", tokens, max_seq_length, **(counts or {}))
+    counts = dict(counts or {})
+    counts["obs_columns"] = [*dict.fromkeys([*(counts.get("obs_columns") or []), *labels])]
+    options = options_of(f"{section}.counts", tokens, max_seq_length, **counts)
     processes = max(1, (os.cpu_count() or 1) // distributed.num_local_ranks)
     return open_cells(section, load_dataset_kwargs, options, processes, not distributed.is_main)
 
@@ -131,7 +150,7 @@ def baseline(source: TokenRows, vocabulary: Vocabulary, window_rows: int) -> str
     if not counts.any():
         raise ValueError(
             f"{source.section}: the first {len(some):,} cells have no gene in them; is "
-            f"{source.section}.token_column right?"
+            f"{source.section}.input_ids_column right?"
         )
     shares = counts[counts > 0] / counts.sum()
     entropy = -(shares * np.log(shares)).sum()
@@ -151,9 +170,13 @@ def open_validation(
     *,
     load_dataset_kwargs: dict | None = None,
     vocabulary: str | None,
+    task: str | None,
+    classes: list[str] | None,
+    label_column: str | None = None,
+    gene_classes: str | None = None,
     every_n_steps: int | None = None,
     max_rows: int | None = None,
-    token_column: str = "input_ids",
+    input_ids_column: str = "input_ids",
     counts: Counts | None = None,
     micro_batch_size: int | None = None,
     token_micro_batch_size: int | None = None,
@@ -167,29 +190,34 @@ def open_validation(
     """What is validated on: the section `validation`; the rows of `load_dataset_kwargs` (null: none), in order."""
     section = "validation"
     if load_dataset_kwargs is None:
-        return Validator(distributed, None, None, metrics, every_n_steps)
+        return Validator(distributed, None, None, None, every_n_steps)
     tokens = open_vocabulary(vocabulary)
     check_limits(section, max_seq_length, mlm_probability, window_rows)
     rule = Rule(tokens, masking, mask_share, random_share).check(section)
     grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
+    if task == "cells":
+        check_column_is_named(section, label_column)
     for key, value in (("every_n_steps", every_n_steps), ("max_rows", max_rows)):
         if value is not None and value < 1:
             raise ValueError(f"{section}.{key}={value} must be at least 1.")
     with distributed.main_first():
-        rows, notes = open_tokens(section, load_dataset_kwargs, vocabulary, token_column, max_seq_length,
-                                  counts, distributed)  # fmt: skip
+        rows, notes = open_tokens(section, load_dataset_kwargs, vocabulary, input_ids_column, max_seq_length,
+                                  counts, label_column if task == "cells" else None, distributed)  # fmt: skip
         if isinstance(rows, datasets.IterableDataset):
             if max_rows is None:
                 raise ValueError(f"{section}.load_dataset_kwargs.streaming=true needs {section}.max_rows.")
             rows = first_rows(section, load_dataset_kwargs, rows, max_rows)
     if max_rows is not None and max_rows < len(rows):
         rows = rows.take(max_rows).flatten_indices()
-    source = TokenRows(section, rows, token_column, tokens, max_seq_length)
+    source = TokenRows(section, rows, input_ids_column, tokens, max_seq_length)
     source.build_index(distributed)
     if not source.sizes(np.arange(min(window_rows, len(source))), epoch=0).any():
-        raise ValueError(f"{section}: the cells are all empty; is {section}.token_column right?")
-    collate = MaskedLMCollator.on(distributed, packed, VALIDATION_SEED, mlm_probability, pad_to_multiple_of)
-    collate.rule = rule
-    validator = Validator(distributed, EpochPlan(source, grouping, None, window_rows), collate, metrics, every_n_steps)
+        raise ValueError(f"{section}: the cells are all empty; is {section}.input_ids_column right?")
+    if task == "cells":
+        source = LabelledCells(source, rows, label_column, classes)
+    options = (packed, VALIDATION_SEED, mlm_probability, pad_to_multiple_of)
+    collate = build_collator(section, task, classes, gene_classes, rule, distributed, *options)
+    plan, measured = EpochPlan(source, grouping, None, window_rows), metrics_for(task, classes)
+    validator = Validator(distributed, plan, collate, measured, every_n_steps)
     validator.facts += [f"{section}: {source.amount} of {whence(load_dataset_kwargs)}", *notes]
     return validator

@@ -4,7 +4,9 @@
     python export.py CKPT_DIR/step_1000 [final_model]
 
 writes `config.json` of a `BertForMaskedLM` (with `norm: pre` of a `MegatronBertForMaskedLM`), `model.safetensors`,
-`vocabulary.json` where the vocabulary is a file, and a model card.
+`vocabulary.json` where the vocabulary is a file, and a model card. Classes of cells and genes become a
+`BertForSequenceClassification` and a `BertForTokenClassification`; the head of `task=length`, for which `transformers`
+has no class, lies beside the model in `regression_head.safetensors`.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from common import quiet  # noqa: F401  # isort: skip
 from common.command import command, writing
 from common.files import whole_folder
 from common.own_data import data_names, published, validated_on, weights_of
-from convert_geneformer import hf_config, save
+from convert_geneformer import ARCHITECTURES, hf_config, save
 from modeling_geneformer import GeneformerConfig
 from pretrained import open_step
 from vocabulary import FILE, PUBLISHED
@@ -40,18 +42,15 @@ steps ({num_tokens:,} tokens) on `{data}`. `transformers` opens it as `{architec
 | vocabulary | {vocabulary} |
 | longest cell | {length:,} tokens |
 | validation data | {validation_data} |
-| validation loss | {loss} |
-| validation perplexity | {perplexity} |
-| masked genes predicted rightly | {accuracy} |
-
+{measured}
 A cell is its genes by falling rank of expression over their medians, as numbers of the vocabulary:
 
 ```python
 import torch
-from transformers import AutoModelForMaskedLM
+from transformers import {opens}
 
-model = AutoModelForMaskedLM.from_pretrained(".")
-logits = model(torch.tensor([[{example}]])).logits  # of every gene, at every rank
+model = {opens}.from_pretrained(".")
+logits = model(torch.tensor([[{example}]])).logits  # {logits}
 ```
 
 The configuration:
@@ -59,6 +58,8 @@ The configuration:
 ```yaml
 {config}```
 """
+MEASURED = ("loss", "perplexity", "accuracy", "macro_f1", "length_mae", "length_rmse")
+LOGITS = {"cells": "of each class", "genes": "of each class, for every gene"}
 
 
 def export(step_folder: Path, target: Path) -> None:
@@ -92,7 +93,8 @@ def model_card(run: dict, config: GeneformerConfig) -> str:
         length=run["config"]["dataset"]["max_seq_length"], validation_data=validated_on(run),
         example=", ".join(str(number) for number in range(config.vocab_size - 5, config.vocab_size)),
         config=OmegaConf.to_yaml(OmegaConf.create(shown)),
-        **{key: f"{validation[key]:.4f}" if key in validation else "-" for key in ("loss", "perplexity", "accuracy")},
+        measured="".join(f"| validation {k} | {validation[k]:.4f} |\n" for k in MEASURED if k in validation),
+        opens=f"AutoModel{ARCHITECTURES[config.task]}", logits=LOGITS.get(config.task, "of every gene, at every rank"),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ BioNeMo's models are built; `convert_geneformer.py` translates the weights both 
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,8 @@ SIZES = {
 class GeneformerConfig(PreTrainedConfig):
     """Shape of the model; the defaults that remain are common to all published sizes.
 
-    `vocabulary` names the tokens: V1, V2, BioNeMo, or a file (vocabulary.py); what the model knows of it is below.
+    `vocabulary` names the tokens: V1, V2, BioNeMo, or a file (vocabulary.py). `task` is one of TASKS, and `classes`
+    are the names of what cells or genes are told apart by.
     """
 
     model_type = "geneformer_native"
@@ -82,6 +84,8 @@ class GeneformerConfig(PreTrainedConfig):
     mask_token_id: int = 1
     initializer_range: float = 0.02
     vocabulary: str = "V1"
+    task: str = "masked_lm"
+    classes: list[str] | None = None
     layer_backend: str = "auto"
 
     def __post_init__(self, **kwargs):
@@ -95,7 +99,7 @@ class GeneformerConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 0 and below 1.")
-        choices = {"norm": ("post", "pre"), "hidden_act": ("relu", "gelu"),
+        choices = {"task": tuple(TASKS), "norm": ("post", "pre"), "hidden_act": ("relu", "gelu"),
                    "layer_backend": ("auto", "te", "cpp", "torch")}  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -252,6 +256,92 @@ class GeneformerForMaskedLM(ForMaskedLM, GeneformerPreTrainedModel):
         """[N, E] to logits [N, V]."""
         # Not a second Parameter but the same one, used in the forward pass of the module that owns both.
         return self.lm_head(x_NE, self.geneformer.embeddings.word_embeddings.weight)
+
+
+class GeneformerForClasses(ForMaskedLM, GeneformerPreTrainedModel):
+    """The encoder with what tells classes apart: of cells, by their first token through BERT's pooler, or of genes.
+
+    `labels` are classes, of cells at their first tokens: all else is as in masked-language modelling.
+    """
+
+    def __init__(self, config: GeneformerConfig):
+        super().__init__(config)
+        self.geneformer = GeneformerModel(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if config.task == "cells" else None
+        self.classifier = nn.Linear(config.hidden_size, len(config.classes))
+        self.post_init()
+
+    def predict(self, x_NE: Tensor) -> Tensor:
+        """[N, E] to logits of each class."""
+        if self.pooler is not None:
+            x_NE = torch.tanh(self.pooler(x_NE))
+        return self.classifier(F.dropout(x_NE, self.config.hidden_dropout_prob, self.training))
+
+
+class RegressionHead(nn.Module):
+    """Of BioNeMo 2's `MegatronRegressionMLPHead`: linear map, activation, linear map to one number."""
+
+    def __init__(self, config: GeneformerConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, 1)
+
+    def forward(self, x_BE: Tensor) -> Tensor:
+        """[B, E] to [B], at least in FP32: lengths are thousands."""
+        with torch.autocast(x_BE.device.type, enabled=False):
+            x_BE = x_BE.to(torch.promote_types(x_BE.dtype, torch.float32))
+            return self.fc2(self.activation(self.fc1(x_BE))).squeeze(-1)
+
+
+@dataclass
+class LengthOutput(masked_lm.MaskedLMOutput):
+    """Also how many tokens each cell is found to have, [B]."""
+
+    found_lengths: Tensor | None = None
+
+
+class GeneformerForLength(GeneformerForMaskedLM):
+    """Also tells how many tokens a cell has, by its first one; the loss is both, as BioNeMo 2's (B cells)."""
+
+    def __init__(self, config: GeneformerConfig):
+        super().__init__(config)
+        self.regression_head = RegressionHead(config)
+        self.post_init()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+        selected: Tensor | None = None, counts: Mapping[str, float] | None = None, firsts: Tensor | None = None,
+        lengths: Tensor | None = None, **borders,
+    ) -> LengthOutput:  # fmt: skip
+        """As `ForMaskedLM.forward`; `firsts` [B] are the numbers of the first tokens, which `selected` has too."""
+        if firsts is None:
+            return super().forward(input_ids, attention_mask, labels, selected=selected, counts=counts, **borders)
+        x_WE = self.geneformer(input_ids, attention_mask, selected_W=selected, **borders).last_hidden_state
+        labels_W, logits_WV = labels.flatten()[selected], self.predict(x_WE)
+        found_B = self.regression_head(x_WE[torch.searchsorted(selected, firsts)])
+        at_least_fp32 = torch.promote_types(logits_WV.dtype, torch.float32)
+        parts = {
+            "masked_lm": F.cross_entropy(logits_WV.to(at_least_fp32), labels_W, reduction="sum")
+            / max(counts["labels"], 1),
+            "length": (found_B - lengths.to(found_B.dtype)).square().sum() / max(counts["cells"], 1),
+        }
+        loss = sum(parts.values())
+        return LengthOutput(loss=loss, logits=logits_WV, parts=parts, labels=labels_W, found_lengths=found_B)
+
+
+# What a model may be for; `length` is BioNeMo 2's FineTuneSeqLenBioBertConfig.
+TASKS = {
+    "masked_lm": GeneformerForMaskedLM,
+    "cells": GeneformerForClasses,
+    "genes": GeneformerForClasses,
+    "length": GeneformerForLength,
+}
+
+
+def model_for(config: GeneformerConfig) -> ForMaskedLM:
+    """The model of this configuration's task."""
+    return TASKS[config.task](config)
 
 
 def training_flops(config: GeneformerConfig, counts: Mapping[str, int], layer_backend: str | None = None) -> float:

@@ -32,11 +32,19 @@ class MaskedLMCollator:
         """What the model sees of these tokens, and their labels."""
         raise NotImplementedError
 
+    def tokens_and_labels(self, items: list, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Of all sequences, laid end to end."""
+        return self.mask(np.concatenate(items).astype(np.int64), random)
+
+    def lengths(self, items: list) -> np.ndarray:
+        """Tokens of each sequence."""
+        return np.array([len(tokens) for tokens in items])
+
     def __call__(self, sample: dict) -> Batch:
         """`inputs` as `ForMaskedLM` takes them; counts `labels`, `tokens` and `token_pairs` (within sequences)."""
-        seq_lens = np.array([len(tokens) for tokens in sample["items"]])
+        seq_lens = self.lengths(sample["items"])
         random = np.random.default_rng((self.seed, *sample["name"]))
-        tokens, labels = self.mask(np.concatenate(sample["items"]).astype(np.int64), random)
+        tokens, labels = self.tokens_and_labels(sample["items"], random)
         lay_out = pack if self.packed else pad
         inputs = lay_out(tokens, labels, seq_lens, self.multiple, self.pad_token)
         own_labels = inputs["labels"].numpy().reshape(self.num_parts, -1)[self.part]

@@ -564,15 +564,14 @@ class Kernels(layers.Kernels):
     def norm_of_sum(
         self, x_NE: Tensor, added_NE: Tensor, weight_E: Tensor, bias_E: Tensor | None, eps: float
     ) -> Tensor:
-        if not self._takes(x_NE):
-            return super().norm_of_sum(x_NE, added_NE, weight_E, bias_E, eps)
+        # In the format of x, and not rounded to what is added: it is also what the next part is added to. As a layer's
+        # output it must be no view, which padded batches would make it.
+        if x_NE.ndim > 2 or not self._takes(x_NE):
+            return layers.Kernels.layer_norm(self, x_NE + added_NE, weight_E, bias_E, eps)
         bias_E = None if bias_E is None else bias_E.float()
         if added_NE.dtype == x_NE.dtype:
-            tensors = (x_NE.flatten(0, -2), added_NE.flatten(0, -2), weight_E.float(), bias_E)
-            return add_layer_norm(*tensors, eps, self.head_dim)[1].view(x_NE.shape)
-        # Not rounded to what is added: it is also what the next part is added to.
-        sum_TE = (x_NE + added_NE).flatten(0, -2)
-        return layer_norm(sum_TE, weight_E.float(), bias_E, eps, sum_TE.dtype, self.head_dim)[0].view(x_NE.shape)
+            return add_layer_norm(x_NE, added_NE, weight_E.float(), bias_E, eps, self.head_dim)[1]
+        return layer_norm(x_NE + added_NE, weight_E.float(), bias_E, eps, x_NE.dtype, self.head_dim)[0]
 
     def linear(self, x_NE: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`F.linear`, through `linear` in BF16, to which weights are rounded, and in FP32 where that is faster."""

@@ -56,7 +56,7 @@ def rows_of(tmp_path, cells, vocabulary, max_seq_length, kind=None):
     table = pa.table({"input_ids": pa.array(cells, pa.list_(kind or pa.int64()))})
     pq.write_table(table, tmp_path / "cells.parquet")
     kwargs = {"path": "parquet", "data_files": str(tmp_path / "cells.parquet"), "split": "train"}
-    rows = open_rows("dataset", kwargs, {"token_column": "input_ids"})
+    rows = open_rows("dataset", kwargs, {"input_ids_column": "input_ids"})
     return TokenRows("dataset", rows, "input_ids", vocabulary, max_seq_length)
 
 

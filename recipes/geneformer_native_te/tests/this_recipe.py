@@ -24,6 +24,9 @@ OPEN_CONFIGS = {
     "defaults": ["model_tag=geneformer_1M", "num_train_steps=2", "dataset.load_dataset_kwargs.path=parquet"],
     "pretraining": ["model_tag=geneformer_1M", "num_train_steps=2"],
     "continue": ["model_tag=geneformer_1M"],
+    "finetune_cells": ["model_tag=geneformer_1M"],
+    "finetune_genes": ["model_tag=geneformer_1M"],
+    "finetune_length": ["model_tag=geneformer_1M"],
 }
 # What ranks and workers of tests need not import again.
 PRELOAD = ["datasets", "transformers.models.bert.modeling_bert"]
@@ -36,8 +39,11 @@ BAD_INPUTS = [
     (["dataset.max_seq_length=97"], ["dataset.max_seq_length=97 must be at most the model's positions, 96"]),
     (["dataset.vocabulary=V1"], ["dataset.vocabulary=V1 is not that of the model"]),
     (["model_kwargs.vocabulary=V9"], ["vocabulary=V9: no such file, and none of V1, V2, BioNeMo"]),
-    (["dataset.token_column=length"], ["dataset.token_column=length", "not lists of whole numbers"]),
-    (["dataset.token_column=tokens"], ["dataset.token_column=tokens: the data has no such column; it has input_ids"]),
+    (["dataset.input_ids_column=length"], ["dataset.input_ids_column=length", "not lists of whole numbers"]),
+    (
+        ["dataset.input_ids_column=tokens"],
+        ["dataset.input_ids_column=tokens: the data has no such column; it has input_ids"],
+    ),
     (
         ["dataset.load_dataset_kwargs.path=h5ad", "dataset.load_dataset_kwargs.data_files=data/train.h5ad"],
         ["dataset.counts.medians is not set: ranks need each gene's median"],
@@ -45,6 +51,14 @@ BAD_INPUTS = [
     (["dataset.counts.bad_cells=drop"], ["dataset.counts.bad_cells=drop must be"]),
     (["dataset.counts.median=x"], ["dataset.counts.median", "medians"]),
     (["dataset.mask_share=0.95"], ["dataset.mask_share=0.95 and dataset.random_share=0.1", "at most 1"]),
+    (["model_kwargs.task=cells"], ["dataset.label_column is not set"]),
+    (["model_kwargs.task=cells", "dataset.label_column=kind"], ["dataset.label_column=kind: the data has no such"]),
+    (
+        ["model_kwargs.task=cells", "dataset.label_column=cell_type", "model_kwargs.classes=[alpha,beta]"],
+        ["dataset.label_column=cell_type has the class B cell, and the model alpha, beta"],
+    ),
+    (["model_kwargs.task=genes"], ["dataset.gene_classes is not set"]),
+    (["model_kwargs.task=genes", "dataset.gene_classes=none.json"], ["dataset.gene_classes=none.json: this is not"]),
     (["dataset.masking=all"], ["dataset.masking=all", "genes", "published"]),
     (
         ["dataset.load_dataset_kwargs.data_files=none.parquet"],
