@@ -8,7 +8,7 @@ from this_recipe import structures
 from atoms.ase_calculator import graph
 from atoms.compiled import CompiledDerivatives
 from atoms.first_weights import init_parameters
-from atoms.kernels import CPP
+from atoms.kernels import CPP, products
 from atoms.losses import loss_terms
 from atoms.neighbours import lengths_once
 from atoms.tensor_product import TORCH
@@ -16,6 +16,9 @@ from modeling_allegro import Allegro, AllegroConfig
 from modeling_nequip import NequIP, NequIPConfig
 
 
+pytestmark = pytest.mark.skipif(
+    products("auto", torch.device("cpu"))[1] != "cpp", reason="there is no C++ compiler for kernels"
+)
 ELEMENTS, CUTOFF = ["Al", "Ni", "Cu"], 4.2
 COMMON = {"elements": ELEMENTS, "cutoff": CUTOFF, "num_neighbors": 20.0, "energy_scales": 3 * [1.0],
           "energy_shifts": 3 * [0.5], "dtype": "float64"}  # fmt: skip
@@ -86,12 +89,17 @@ def test_in_threads():
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["small", *(pytest.param(n, marks=pytest.mark.slow) for n in ("nequip", "allegro"))])
-def test_one_compiled_program_for_all_sizes(name):
+@pytest.mark.parametrize(
+    ("name", "kernels", "backend"),
+    [
+        ("small", CPP, "aot_eager"),  # without the compiler: what can go wrong is traced before it
+        pytest.param("small", TORCH, "inductor", marks=pytest.mark.slow),
+        pytest.param("allegro", CPP, "aot_eager", marks=pytest.mark.slow),
+    ],
+)
+def test_one_compiled_program_for_all_sizes(name, kernels, backend):
     model = built(name)
-    model.kernels = TORCH if name == "nequip" else CPP
-    # What can go wrong is traced before the compiler; where it is slow anyhow, all of it.
-    model.compiled = CompiledDerivatives(model, "aot_eager" if name == "small" else "inductor")
+    model.kernels, model.compiled = kernels, CompiledDerivatives(model, backend)
     for numbers in ((0, 3), (5, 0, 1, 2)):
         inputs = batch(*numbers)
         inputs |= once_and_row(inputs)
