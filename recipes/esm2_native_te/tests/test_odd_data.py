@@ -227,8 +227,15 @@ def assert_layouts_agree(tmp_path: Path, read: list[Batch], data: str, *options:
     return reference
 
 
-@pytest.mark.parametrize("size", ["dataset.micro_batch_size=2", "dataset.token_micro_batch_size=96"])
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize(
+    ("num_rows", "size"),
+    [
+        (1, "dataset.token_micro_batch_size=96"),
+        (3, "dataset.micro_batch_size=2"),
+        pytest.param(1, "dataset.micro_batch_size=2", marks=pytest.mark.slow),
+        pytest.param(3, "dataset.token_micro_batch_size=96", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_of_many_epochs(read, tmp_path, num_rows, size):
     rows = proteins(num_rows, 45, 60)  # of these 96 tokens hold one
     data = write(tmp_path / "data", rows)
@@ -242,7 +249,7 @@ def test_a_step_of_many_epochs(read, tmp_path, num_rows, size):
     assert np.isfinite(metrics(reference, "train", "loss")).all()
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_rows", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_step_of_many_epochs_on_two_ranks(two_ranks, tmp_path, num_rows):
     data = write(tmp_path / "data", proteins(num_rows))
     alone = curve(run_here("train_ddp", tmp_path / "one", data))

@@ -24,6 +24,7 @@ from unittest.mock import patch
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from torch.distributed.tensor import _redistribute, debug
 
@@ -67,7 +68,8 @@ def run_here(trainer: str, log_dir: Path, *overrides: str, apart: bool | None = 
     main = recipe_module(trainer).main
     keep_imported()
     try:
-        with patch.object(sys, "argv", arguments):
+        # Hydra composes once to see whether it is a sweep, and once more: a quarter of a second, as long as six steps.
+        with patch.object(sys, "argv", arguments), patch.object(Hydra, "get_mode", return_value=None):
             launch(main)
     finally:  # as the end of a process does
         signal.signal(signal.SIGINT, signal.default_int_handler)
