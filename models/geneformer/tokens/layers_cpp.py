@@ -546,7 +546,7 @@ class Kernels(layers.Kernels):
             return super().layer_norm(x_NE, weight_E, bias_E, eps)
         bias_E = None if bias_E is None else bias_E.float()
         y_TE, *_ = layer_norm(x_NE.flatten(0, -2), weight_E.float(), bias_E, eps, dtype, self.head_dim)
-        return y_TE.view(x_NE.shape)
+        return torch.ops.aten._unsafe_view(y_TE, x_NE.shape)  # no view to autograd: FSDP2 warns of layers that end so
 
     def add_layer_norm(self, x_NE: Tensor, added_NE: Tensor, part: layers.LayerNormMLP) -> tuple[Tensor, Tensor]:
         """Both [N, E]: the sum, and its layer norm."""
