@@ -41,7 +41,6 @@ NOT_HERE = {
     "trainer.max_time": "a time limit is Slurm's: the run saves before it and goes on",
     **dict.fromkeys(("trainer.accelerator", "trainer.devices", "trainer.num_nodes"), "torchrun or slurm.sh says it"),
     "trainer.strategy": "the script says it: train_ddp.py, train_fsdp2.py",
-    "training_module.model.compile_mode": "give use_torch_compile=true for a compiled one",
 }
 
 
@@ -163,6 +162,7 @@ class Conversion:
         for name in convert_allegro.NONLINEARITIES:
             if self.take(f"{at}.{name}", "silu") != "silu":
                 self.notes[f"{at}.{name}"] = "it is silu here"
+        self.set("use_torch_compile", self.take(f"{at}.compile_mode") == "compile")
         self.elements(at)
         for theirs, ours in (("per_type_energy_scales", "scales"), ("per_type_energy_shifts", "shifts")):
             self.set(f"model_kwargs.train_{ours}", self.take(f"{at}.{theirs}_trainable"))

@@ -110,9 +110,10 @@ def averaged(tmp_path_factory):
     return run_here("train_ddp", path, f"checkpoint.ckpt_dir={path}", *AVERAGED)
 
 
-def test_averaged_weights_and_the_best_of_them_on_two_ranks(averaged, tmp_path):
+@pytest.mark.parametrize("trainer", ["train_fsdp2", "train_mfsdp"])
+def test_averaged_weights_and_the_best_of_them_on_two_ranks(trainer, averaged, tmp_path):
     """The average is validated and kept, and is the same whatever the weights are split by."""
-    run_ranks("train_fsdp2", 2, tmp_path, f"checkpoint.ckpt_dir={tmp_path}", *AVERAGED)
+    run_ranks(trainer, 2, tmp_path, f"checkpoint.ckpt_dir={tmp_path}", *AVERAGED)
     errors = metrics(averaged, "validation", "forces_mae")
     assert metrics(tmp_path, "validation", "forces_mae") == pytest.approx(errors, rel=1e-4)
     best = errors.index(min(errors)) + 1

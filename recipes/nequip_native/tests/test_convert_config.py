@@ -66,6 +66,7 @@ training_module:
     frequency: 1
   model:
     _target_: nequip.model.NequIPGNNModel
+    compile_mode: compile
     seed: 456
     model_dtype: float64
     type_names: "${species}"
@@ -170,7 +171,7 @@ def test_nequip(tmp_path):
         pytest.approx(1e-4),
     )
     assert config["max_grad_norm"] == 7.0 and config["wandb_init_args"]["project"] == "alloys"
-    assert config["checkpoint"]["keep_best"] == "forces_mae"
+    assert config["checkpoint"]["keep_best"] == "forces_mae" and config["use_torch_compile"] is True
     named = found.notes
     for key in (
         "run", "data.seed", "trainer.max_time", "training_module.optimizer.amsgrad",
