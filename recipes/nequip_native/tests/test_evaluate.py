@@ -37,7 +37,7 @@ def test_errors_and_parity(tmp_path, monkeypatch):
         validator = open_validation(rank, 4.0, elements, load_dataset_kwargs=data, atom_micro_batch_size=60)
         validator.metrics = metrics.Recorded(validator.metrics)
         found = validator.run(Off(), torch.enable_grad)
-        validator.metrics.report(rank, found, "model", tmp_path / "report")
+        validator.metrics.report(rank, found, "some/where/model", tmp_path / "report")
         assert any("written:" in line for line in rank.said) or not rank.is_main
         return found
 
@@ -46,7 +46,8 @@ def test_errors_and_parity(tmp_path, monkeypatch):
         assert abs(found["forces_mae"] - (0.1 * (numbers == 28) + 0.2 * (numbers == 29)).mean()) < 1e-7
         assert found["num_structures"] == 7
     assert json.loads((tmp_path / "report" / "errors.json").read_text()) == found
-    _, both, _, groups, _ = drawn[0]
+    _, both, _, groups, title = drawn[0]
+    assert title == "model on 7 structures"
     assert (
         both["forces"][0].shape == groups["forces"].shape == (3 * len(numbers),)
         and len(both["energy_per_atom"][0]) == 7
