@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from torch.distributed.device_mesh import init_device_mesh
 
 import metrics
-from build_model import build_model, build_precision, materialize, model_config, prepare, training_flops
+from build_model import build_model, build_precision, materialize, model_config, prepare, sharded_parts, training_flops
 from checkpoint import Checkpointer
 from common.anomalies import Anomalies
 from common.config import joined, launch
@@ -40,8 +40,6 @@ from pretrained import read_pretrained
 def main(config: DictConfig) -> None:
     """Check the configuration, join the other ranks, train."""
     check_config(config)
-    if config.precision == "fp64":
-        stop_with("precision=fp64: Megatron-FSDP has FP32 at most; use train_ddp.py or train_fsdp2.py.")
     with joined(config) as distributed:
         train(config, distributed)
 
@@ -66,13 +64,16 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         logger = PerfLogger(distributed, config, model, flops, precision, metrics, __file__, **config.logger)
 
     # ---- Megatron-FSDP: filled before it is split, so each rank holds the whole model for a moment.
+    if config.precision == "fp64":
+        stop_with("precision=fp64: Megatron-FSDP has FP32 at most; use train_ddp.py or train_fsdp2.py.")
     logger.notes.append(stand_in_for_cuda())
     materialize(model, config.seed, pretrained, distributed.device)
     model = fully_shard_model(
         compute_in(precision.dtype, model, config.checkpoint),
         zero_dp_strategy=1,  # parameters stay whole: a force's gradient needs them after its inner backward pass
         device_mesh=init_device_mesh(distributed.device.type, (distributed.num_ranks, 1), mesh_dim_names=("dp", "tp")),
-        dp_shard_dim="dp", tp_dim="tp", fsdp_unit_modules=[type(model)], device=distributed.device,
+        dp_shard_dim="dp", tp_dim="tp", device=distributed.device,
+        fsdp_unit_modules=[type(part) for part in sharded_parts(model)],
         calculate_per_token_loss=True, preproc_state_dict_for_dcp_ckpt=False,  # as in checkpoint.py and the loss
         mixed_precision_policy=MixedPrecisionPolicy(main_params_dtype=torch.float32, main_grads_dtype=torch.float32),
     )  # fmt: skip
