@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import metrics
 from build_model import facts, harmless_keys
 from common import safe_reading
-from common.changes import check_start, comparable
+from common.changes import check_start, comparable, may_change
 from common.distributed import TIMEOUT, Distributed, SharedError, unwrapped
 from common.ema import EMA
 from common.files import make_folder, moved_aside
@@ -168,7 +168,7 @@ class Checkpointer:
         if self.left_out or self.saved.get("base"):  # what one run trained may not be what another leaves out
             fixed += ("adamw_kwargs.groups", "checkpoint.trained_only", "init_from_partial")
         model = [k for k in changed if k.startswith(fixed)]
-        serious = [k for k in changed if not k.startswith(HARMLESS + harmless_keys(now))]
+        serious = [k for k in changed if not may_change(k, before, now, HARMLESS + harmless_keys(now))]
         for step, reason in self.damaged.items():
             self.notes.append(f"step_{step} is damaged and set aside as step_{step}.damaged: {reason}.")
         self.notes.append(f"Resuming from {self._path(self.resume_step)}.")

@@ -47,3 +47,10 @@ def check_start(before: dict, now: dict, folder: Path) -> None:
             f"init_from was {was} and is {is_}, but checkpoint.ckpt_dir={folder} has weights to resume from; give "
             f"init_from={was}, or take another folder to start from other ones."
         )
+
+
+def may_change(key: str, before: dict, now: dict, safe: tuple[str, ...]) -> bool:
+    """Whether `key` begins as one of `safe`, or is the length of a schedule as long as a run that got more steps."""
+    length, steps = now.get("lr_scheduler_kwargs.num_training_steps"), now["num_train_steps"]
+    is_stretched = key == "lr_scheduler_kwargs.num_training_steps" and length == steps > before["num_train_steps"]
+    return is_stretched or key.startswith(safe)

@@ -79,3 +79,19 @@ def test_other_data_of_the_same_name_is_refused(tmp_path, capsys):
         run_here("train_ddp", tmp_path / "log", f"checkpoint.ckpt_dir={tmp_path}/log",
                  f"dataset.load_dataset_kwargs.data_files={tmp_path}/train.parquet")  # fmt: skip
     assert "the data is not what the checkpoint was made with" in capsys.readouterr().err
+
+
+LENGTH = "lr_scheduler_kwargs.num_training_steps"
+
+
+@pytest.mark.parametrize(
+    ("steps", "length", "may"),
+    [((500, 1000), (500, 1000), True), ((500, 1000), (500, 2000), False), ((500, 400), (500, 400), False),
+     ((500, 500), (600, 500), False)],
+    ids=["as long as the run", "longer than the run", "a shorter run", "no more steps"],
+)  # fmt: skip
+def test_a_schedule_as_long_as_the_run_follows_more_steps(steps, length, may):
+    before, now = ({"num_train_steps": a, LENGTH: b} for a, b in zip(steps, length, strict=True))
+    assert changes.may_change(LENGTH, before, now, ("logger.",)) == may
+    assert changes.may_change("logger.log_dir", before, now, ("logger.",))
+    assert not changes.may_change("seed", before, now, ("logger.",))
