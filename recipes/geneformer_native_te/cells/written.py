@@ -44,7 +44,11 @@ def write_frame(parent: h5py.Group, name: str, index: list[str], columns: dict[s
             names, codes = np.unique(column, return_inverse=True)
             group = mark(frame.create_group(key), "categorical", "0.2.0", ordered=False)
             mark(group.create_dataset("categories", data=names.tolist(), dtype=text), "string-array", "0.2.0")
-            mark(group.create_dataset("codes", data=codes.astype(np.int8)), "array", "0.2.0")
+            mark(
+                group.create_dataset("codes", data=codes.astype(np.int8 if len(names) < 128 else np.int32)),
+                "array",
+                "0.2.0",
+            )
         else:
             mark(frame.create_dataset(key, data=np.array(column)), "array", "0.2.0")
 
