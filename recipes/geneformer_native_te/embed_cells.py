@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from cell_vectors import add_arguments, open_all
+from cells.h5ad import index_of
 from common.command import command
 from common.distributed import Distributed, end_of_process, process_group
 from common.parts import Parts
@@ -43,7 +44,7 @@ def write_h5ad(source: Path, width: int, files: list[Path], target: Path) -> Non
         if KEY in obsm:
             del obsm[KEY]
         obs = file["obs"]
-        cells = len(obs) if isinstance(obs, h5py.Dataset) else len(obs[_index(obs)])
+        cells = len(obs) if isinstance(obs, h5py.Dataset) else len(obs[index_of(obs)])
         out = obsm.create_dataset(KEY, (cells, width), np.float32, fillvalue=np.nan)
         out.attrs["encoding-type"], out.attrs["encoding-version"] = "array", "0.2.0"
         for part in files:
@@ -51,11 +52,6 @@ def write_h5ad(source: Path, width: int, files: list[Path], target: Path) -> Non
             if len(table):  # rows of a file rise
                 vectors = table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, width)
                 out[table["cell"].to_numpy()] = vectors
-
-
-def _index(obs: h5py.Group) -> str:
-    name = obs.attrs.get("_index", "_index")
-    return name.decode() if isinstance(name, bytes) else name
 
 
 def chosen(target: Path, cells: np.ndarray) -> np.ndarray:

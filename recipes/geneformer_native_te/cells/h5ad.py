@@ -46,6 +46,12 @@ def texts(node: h5py.Group | h5py.Dataset, rows: slice = slice(None)) -> list[st
     return [one.decode() if isinstance(one, bytes) else str(one) for one in node[rows].tolist()]
 
 
+def index_of(frame: h5py.Group) -> str:
+    """Which column of obs or var is its index."""
+    name = frame.attrs.get("_index", "_index")
+    return name.decode() if isinstance(name, bytes) else name
+
+
 class H5ad:
     """One file; `layer` is what `choose_layer` has said, `by_rows` the folder with what `transpose` wrote."""
 
@@ -112,8 +118,7 @@ class H5ad:
                 names = {"index": index} | {name: name for name in var.dtype.names if name != index}
                 return {name: [one.decode() if isinstance(one, bytes) else str(one) for one in var[field].tolist()]
                         for name, field in names.items() if var.dtype[field].kind in "SO"}  # fmt: skip
-            index = var.attrs.get("_index", "_index")
-            index = index.decode() if isinstance(index, bytes) else index
+            index = index_of(var)
             return {"index": texts(var[index])} | {
                 name: texts(node) for name, node in var.items() if name != index and _is_text(node)
             }
