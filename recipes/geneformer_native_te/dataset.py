@@ -20,7 +20,7 @@ from common.open_data import first_rows, open_rows, share_of, whence
 from common.validation import Validator
 from labels import LabelledCells, build_collator, check_column_is_named
 from metrics import metrics_for
-from tokens.layout import token_grouping
+from tokens.layout import check_limits, token_grouping
 from vocabulary import PUBLISHED, Vocabulary, open_vocabulary
 
 
@@ -63,7 +63,7 @@ class TrainLoader(Loader):
         window_rows: int = 10_000,
     ):
         section, tokens = "dataset", open_vocabulary(vocabulary)
-        check_limits(section, max_seq_length, mlm_probability, window_rows)
+        check_limits(section, "3 tokens", max_seq_length, mlm_probability, window_rows)
         rule = Rule(tokens, masking, mask_share, random_share).check(section)
         grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
         if num_workers:
@@ -129,16 +129,6 @@ def streamed(cut: Cut, column: str, rows: list[dict], numbers: np.ndarray, *key:
     return tokens, np.array([len(some) for some in tokens])
 
 
-def check_limits(section: str, max_seq_length: int, mlm_probability: float, window_rows: int) -> None:
-    """Raise ValueError for a number that leaves nothing to learn from."""
-    if max_seq_length < 3:
-        raise ValueError(f"{section}.max_seq_length={max_seq_length} must be at least 3 tokens.")
-    if not 0 < mlm_probability < 1:
-        raise ValueError(f"{section}.mlm_probability={mlm_probability} must lie between 0 and 1.")
-    if window_rows < 1:
-        raise ValueError(f"{section}.window_rows={window_rows} must be at least 1.")
-
-
 def baseline(source: TokenRows, vocabulary: Vocabulary, window_rows: int) -> str:
     """What a model reaches that knows how often each gene is expressed, and nothing else.
 
@@ -192,7 +182,7 @@ def open_validation(
     if load_dataset_kwargs is None:
         return Validator(distributed, None, None, None, every_n_steps)
     tokens = open_vocabulary(vocabulary)
-    check_limits(section, max_seq_length, mlm_probability, window_rows)
+    check_limits(section, "3 tokens", max_seq_length, mlm_probability, window_rows)
     rule = Rule(tokens, masking, mask_share, random_share).check(section)
     grouping = token_grouping(section, micro_batch_size, token_micro_batch_size, max_seq_length)
     if task == "cells":

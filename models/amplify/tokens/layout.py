@@ -16,6 +16,16 @@ IGNORED = -100  # the label of a token that is not to be predicted
 SELECTED_MULTIPLE = 64
 
 
+def check_limits(section: str, shortest: str, max_seq_length: int, mlm_probability: float, window_rows: int) -> None:
+    """Raise ValueError for a number that leaves nothing to learn from; `shortest` says what 3 tokens are."""
+    if max_seq_length < 3:
+        raise ValueError(f"{section}.max_seq_length={max_seq_length} must be at least {shortest}.")
+    if not 0 < mlm_probability < 1:
+        raise ValueError(f"{section}.mlm_probability={mlm_probability} must lie between 0 and 1.")
+    if window_rows < 1:
+        raise ValueError(f"{section}.window_rows={window_rows} must be at least 1.")
+
+
 def token_grouping(
     section: str, micro_batch_size: int | None, token_micro_batch_size: int | None, max_seq_length: int
 ) -> Grouping:

@@ -12,20 +12,14 @@ from common.epoch_plan import EpochPlan, Grouping
 from common.loader import StreamedMicroBatches
 from common.open_data import first_rows, share_of, whence
 from common.validation import Validator
+from tokens import layout
 from tokens.protein_rows import Alphabet, SequenceRows, open_proteins
 
 
-def check_limits(
-    section: str, alphabet: Alphabet, max_seq_length: int, mlm_probability: float, window_rows: int
-) -> None:
-    """Raise ValueError for a number that leaves nothing to learn from."""
-    if max_seq_length < 3:
-        start, end = alphabet.around
-        raise ValueError(f"{section}.max_seq_length={max_seq_length} must be at least 3: {start}, a residue, {end}.")
-    if not 0 < mlm_probability < 1:
-        raise ValueError(f"{section}.mlm_probability={mlm_probability} must lie between 0 and 1.")
-    if window_rows < 1:
-        raise ValueError(f"{section}.window_rows={window_rows} must be at least 1.")
+def check_limits(section: str, alphabet: Alphabet, *limits) -> None:
+    """As `tokens.layout.check_limits`."""
+    start, end = alphabet.around
+    layout.check_limits(section, f"3: {start}, a residue, {end}", *limits)
 
 
 def first_look(name: str, source: SequenceRows, window_rows: int, distributed: Distributed) -> tuple[str | None, str]:
