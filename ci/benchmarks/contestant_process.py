@@ -7,6 +7,7 @@ them, reports what they took, and blocks again.
 
 import ctypes
 import os
+import pickle
 import sys
 import time
 from collections import deque
@@ -27,13 +28,13 @@ from common import quiet  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
 from contestants import MAX_SEQ_LENGTH
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from speed_profile import Profile
 
-from build_model import model_config, reference_config, training_flops
-from collator import MaskedLMCollator
+from build_model import build_precision, model_config, reference_config, training_flops
 from common import cpu_memory
-from common.scheduler import adamw, linear_schedule
+from common.scheduler import adamw
+from keys import lr_schedule
 from tokens.backends import resolve_layer_backend
 
 
@@ -97,7 +98,7 @@ class Gate:
             counts["flops"] += training_flops(self.shape, batch, backend)
 
     def step(self, loss: float | None) -> None:
-        """A step is over; `loss` is in nats a masked residue, None where the loop does not read it."""
+        """A step is over; `loss` is in nats a masked token, None where the loop does not read it."""
         if self.settling:  # no report, and no memory given back
             self.settling -= 1
             synchronize(self.device)
@@ -137,24 +138,23 @@ def run(connection: Connection, log: str, job: dict) -> NoReturn:
 def prepare(job: SimpleNamespace, gate: Gate) -> None:
     """Say what there is, and write the rows that our recipe is going to read, for the peers to read as well.
 
-    They are tokenised, and in our recipe's order.
+    They are tokenised, and in our recipe's order; beside them lies the recipe's collator, for padded batches.
     """
     import datasets
 
     from common.distributed import process_group
-    from common.epoch_plan import EpochPlan, Grouping
-    from common.open_data import open_rows
-    from dataset import SequenceRows
+    from dataset import TrainLoader
 
     datasets.disable_progress_bars()
+    config = recipe_config(job, {"precision": "fp32", "dataset.num_workers": 0})
     try:
-        rows = open_rows("dataset", {**job.data, "split": "train"})
-        source = SequenceRows("dataset", rows, "sequence", MAX_SEQ_LENGTH, job.seed)
         with process_group(job.seed) as distributed:
-            source.build_index(distributed)
+            build_precision(config, gate.shape, distributed)
+            loader = TrainLoader(distributed, job.seed, packed=False, pad_to_multiple_of=1, **config.dataset)
     except ValueError as error:
         sys.exit(f"error: --data: {' '.join(str(error).split())}")
-    plan = EpochPlan(source, Grouping(budget=job.pack_tokens), job.seed, WINDOW_ROWS)
+    Path(job.collator_file).write_bytes(pickle.dumps(loader.loader.collate_fn))
+    plan, source = loader.plan, loader.plan.source
     lengths = np.concatenate([source.sizes(batch.rows, 0) for batch in plan.window(0, 0)])
     # As many rows as make up the tokens of a step; enough steps for a sampler to find rows of like lengths.
     step_rows = job.tokens_per_step / lengths.mean()
@@ -163,14 +163,12 @@ def prepare(job: SimpleNamespace, gate: Gate) -> None:
     num_rows = max(job.warmup + job.rounds * (job.settling + job.mixed_steps), POOL_STEPS) * passes * micro_rows
     tokens = []
     for batch in plan.starting_at(0, 0, 0):
-        tokens += [row.tobytes() for row in source.read(batch.rows, batch.epoch)]
+        tokens += source.read(batch.rows, batch.epoch)
         if len(tokens) >= num_rows:
             break
     tokens = tokens[:num_rows]
-    np.savez(
-        job.rows_file, tokens=np.frombuffer(b"".join(tokens), dtype=np.uint8), lengths=[len(row) for row in tokens]
-    )
-    data = {"num_proteins": len(rows), "mean_tokens": lengths.mean(), "passes": passes, "micro_rows": micro_rows}
+    np.savez(job.rows_file, tokens=np.concatenate(tokens), lengths=[len(row) for row in tokens])
+    data = {"num_rows": len(source), "mean_tokens": lengths.mean(), "passes": passes, "micro_rows": micro_rows}
     gate.ready(data=data, **machine_facts(job))
 
 
@@ -223,7 +221,7 @@ def spread(places: np.ndarray, number: int, offset: float) -> np.ndarray:
 
 
 class Rows:
-    """Proteins tokenised ahead, and the order in which a peer reads them."""
+    """Rows tokenised ahead, and the order in which a peer reads them."""
 
     def __init__(self, job: SimpleNamespace):
         saved = np.load(job.rows_file)
@@ -231,7 +229,7 @@ class Rows:
         self.lengths = saved["lengths"]
         self.job = job
         self.random = np.random.default_rng(job.seed)
-        self.collate = MaskedLMCollator(packed=False, seed=job.seed, mlm_probability=MLM_PROBABILITY)
+        self.collate = pickle.loads(Path(job.collator_file).read_bytes())
         self.number = 0
 
     def batch(self, places: np.ndarray):
@@ -273,12 +271,26 @@ class Rows:
         return np.concatenate([warmup, np.concatenate([settling.reshape(job.rounds, -1), rounds], axis=1).ravel()])
 
 
-def train_ours(job: SimpleNamespace, gate: Gate) -> None:
-    """The recipe's own train_ddp.py, held up where it logs a step."""
+def recipe_config(job: SimpleNamespace, options: dict) -> DictConfig:
+    """The recipe's configuration: what all contestants have in common, and these."""
     from hydra import compose, initialize_config_dir
 
+    options = {
+        "model_tag": job.model_tag, "num_train_steps": 10**6, "seed": job.seed,
+        "micro_batches_per_step": job.pack_passes, "dataset.token_micro_batch_size": job.pack_tokens,
+        "dataset.max_seq_length": MAX_SEQ_LENGTH, "dataset.mlm_probability": MLM_PROBABILITY,
+        "dataset.window_rows": WINDOW_ROWS, "dataset.load_dataset_kwargs.path": job.data["path"],
+        "max_grad_norm": MAX_GRAD_NORM, "logger.frequency": 10**6, "logger.log_dir": "null", **options,
+    }  # fmt: skip
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        config = compose("defaults", [f"{k}={v}" for k, v in options.items()])
+    config.dataset.load_dataset_kwargs.data_files = job.data["data_files"]
+    return config
+
+
+def train_ours(job: SimpleNamespace, gate: Gate) -> None:
+    """The recipe's own train_ddp.py, held up where it logs a step."""
     import train_ddp
-    from build_model import build_precision
     from common.config import launch
     from common.distributed import process_group
     from keys import check_config
@@ -304,13 +316,7 @@ def train_ours(job: SimpleNamespace, gate: Gate) -> None:
             super().log_step(step, losses, grad_norm, learning_rate)
             gate.step(losses["loss"])
 
-    options = {
-        "model_tag": job.model_tag, "num_train_steps": 10**6, "seed": job.seed, "precision": job.precision,
-        "micro_batches_per_step": job.pack_passes, "dataset.token_micro_batch_size": job.pack_tokens,
-        "dataset.max_seq_length": MAX_SEQ_LENGTH, "dataset.mlm_probability": MLM_PROBABILITY,
-        "dataset.window_rows": WINDOW_ROWS, "dataset.load_dataset_kwargs.path": job.data["path"],
-        "max_grad_norm": MAX_GRAD_NORM, "logger.frequency": 10**6, "logger.log_dir": "null", **job.options,
-    }  # fmt: skip
+    options = {"precision": job.precision, **job.options}
     if not options["use_sequence_packing"]:  # whole rows: packs of mixed lengths would be mostly padding
         options |= {
             "dataset.token_micro_batch_size": "null", "dataset.micro_batch_size": job.micro_rows,
@@ -320,9 +326,7 @@ def train_ours(job: SimpleNamespace, gate: Gate) -> None:
 
     def main():
         nonlocal config
-        with initialize_config_dir(str(CONFIGS), version_base=None):
-            config = compose("defaults", [*(f"{k}={v}" for k, v in options.items()), *job.overrides])
-        config.dataset.load_dataset_kwargs.data_files = job.data["data_files"]
+        config = recipe_config(job, options | dict(override.split("=", 1) for override in job.overrides))
         check_config(config)
         gate.about_to_build()
         with process_group(config.seed, config.deterministic) as distributed:
@@ -345,7 +349,7 @@ def build_peer(job: SimpleNamespace, shape) -> tuple:
     model.to(job.device).train()
     published = OmegaConf.load(CONFIGS / "defaults.yaml")
     optimizer = adamw(model, **published.adamw_kwargs)
-    return model, optimizer, linear_schedule(optimizer, **published.lr_scheduler_kwargs)
+    return model, optimizer, lr_schedule(optimizer, **published.lr_scheduler_kwargs)
 
 
 def train_loop(job: SimpleNamespace, gate: Gate) -> None:

@@ -7,9 +7,10 @@ from subject import SUBJECT
 
 
 SIZES = SUBJECT.sizes
-MAX_SEQ_LENGTH = 1024
+MAX_SEQ_LENGTH = SUBJECT.max_seq_length
 PRODUCTS = "matrix products"
 SAME = "all contestants have the same"
+PEER_GIB = 12.0  # on CPUs, with which a peer's micro-batch has to do, if it has more than a row
 LEAST_BF16_SPEED = 0.2  # of FP32's products: below, a step in BF16 would take minutes and could not win
 # What the benchmark sets for our recipe itself, and the option that says so.
 TAKEN = {
@@ -66,8 +67,9 @@ def defaults(device: str, size: str) -> Defaults:
         return Defaults(65_536, 16_384, 16 if millions > 400 else 32, 20)
     if size == SUBJECT.quick:
         return Defaults(4_096, 2_048, 4, 1)
-    # At 150M eight of the longest proteins need 20 to 30 GiB.
-    return Defaults(8_192, 8_192, 8 if millions < 100 else 3, 4 if millions < 20 else 2 if millions < 100 else 1)
+    tokens = 8_192
+    fitting = [rows for rows in range(1, tokens // MAX_SEQ_LENGTH + 1) if used_gib(device, size, rows) < PEER_GIB]
+    return Defaults(tokens, tokens, max(fitting, default=1), 4 if millions < 20 else 2 if millions < 100 else 1)
 
 
 def held_gib(size: str) -> float:
@@ -76,11 +78,14 @@ def held_gib(size: str) -> float:
 
 
 def used_gib(device: str, size: str, rows: int) -> float:
-    """About what a peer needs beyond that in a step, with so many of the longest proteins in a batch."""
+    """About what a peer needs beyond that in a step, with so many of the longest rows in a batch."""
     shape, tokens = SIZES[size], rows * MAX_SEQ_LENGTH
     # A layer keeps about 30 numbers a token and channel; on CPUs in FP32, in a heap that gets holes.
     kept = 30 * 2 if device == "cuda" else 50 * 4
-    return (tokens * shape.num_layers * shape.width * kept + 4 * shape.num_parameters) / 2**30
+    of_token = shape.num_layers * shape.width * kept + 3 * 4 * SUBJECT.vocab_size
+    if SUBJECT.head_dim_of_dropout:  # weights of attention, before and after dropout, and what was dropped
+        of_token += shape.num_layers * shape.width / SUBJECT.head_dim_of_dropout * MAX_SEQ_LENGTH * 3 * 4
+    return (tokens * of_token + 4 * shape.num_parameters) / 2**30
 
 
 def held_at_once(memory_gib: float, device: str, size: str, rows: int) -> int:

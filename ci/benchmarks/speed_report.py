@@ -100,6 +100,7 @@ def before(entry: dict) -> str | None:
 def facts(entry: dict) -> str:
     """The machine, the data and what a step was."""
     machine, data, settings = entry["machine"], entry["data"], entry["settings"]
+    subject = SUBJECTS[recipe_of({"entries": [entry]})]
     rates = {
         fmt: median(turn[fmt]["layer"] * 1000 for turn in entry["products"]) for fmt in ("fp32", "bf16")
     }  # GFLOP/s
@@ -116,7 +117,7 @@ def facts(entry: dict) -> str:
         f"{counted(settings['rounds'], 'round')} of {counted(settings['steps'], 'step')}{more}; a step of ours "
         f"{settings['tokens_per_step'] // settings['pack_tokens']} x {settings['pack_tokens']:,} tokens, of the "
         f"others {settings['peer_passes']} x {settings['peer_rows']} rows.",
-        f"{data['file']}: {data['num_proteins']:,} proteins, on average {data['mean_tokens']:.0f} tokens.",
+        f"{data['file']}: {data['num_rows']:,} {subject.rows}, on average {data['mean_tokens']:.0f} tokens.",
         f"`{entry['command']}`, {entry['date']}; {packages}.",
     ]  # fmt: skip
     for contestant in entry["contestants"]:

@@ -7,7 +7,9 @@ needs a pair of marks for its table in docs/speed.md.
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 
@@ -23,14 +25,27 @@ class Shape(NamedTuple):
     width: int
 
 
+PARQUET = {"parquet": (".parquet",)}
+PROTEINS = {"fasta": (".fasta", ".fa", ".faa", ".fasta.gz", ".fa.gz", ".faa.gz"), **PARQUET}
+
+
 class Subject(NamedTuple):
-    """A model's name in tables, its sizes by their names there, and which of them are taken unless asked for."""
+    """A model's name in tables, its sizes by their names there, which of them are taken unless asked for, its data."""
 
     title: str
     sizes: dict[str, Shape]
     quick: str  # one that takes seconds
     usual: str
     on_gpus: tuple[str, ...]
+    rows: str = "proteins"
+    max_seq_length: int = 1024
+    # By the name of their format to `datasets.load_dataset`; the column is the recipe's own.
+    file_endings: Mapping[str, tuple[str, ...]] = MappingProxyType(PROTEINS)
+    give: str = "FASTA, or parquet with a column `sequence`"
+    real: str = "proteins_8k.parquet"  # taken if it lies in shared/data beside the repository
+    # What a peer's memory depends on beside the shape.
+    vocab_size: int = 33
+    head_dim_of_dropout: int | None = None  # channels of a head, if weights of attention are dropped
 
     def tag(self, size: str) -> str:
         """The `model_tag` of a size."""
@@ -63,6 +78,24 @@ SUBJECTS = {
         quick="1M",
         usual="10M",
         on_gpus=("120M", "350M"),
+    ),
+    "geneformer_native_te": Subject(
+        "Geneformer",
+        {
+            "1M": Shape("geneformer_1M", 4.1e6, 4, 128),
+            "10M": Shape("Geneformer-V1-10M", 10.3e6, 6, 256),
+            "30M": Shape("gf-12L-30M-i2048", 39.6e6, 12, 512),
+        },
+        quick="1M",
+        usual="10M",
+        on_gpus=("10M", "30M"),
+        rows="cells",
+        max_seq_length=2048,
+        file_endings=PARQUET,
+        give="parquet with a column `input_ids`",
+        real="single_cells_400.parquet",
+        vocab_size=25_426,
+        head_dim_of_dropout=64,
     ),
 }
 

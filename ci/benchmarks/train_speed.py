@@ -36,11 +36,11 @@ from tqdm import tqdm
 
 
 HERE = Path(__file__).resolve().parent
-REAL, BUNDLED = ROOT.parent / "shared" / "data" / "proteins_8k.parquet", RECIPE / "data" / "train.parquet"
+REAL, BUNDLED = ROOT.parent / "shared" / "data" / SUBJECT.real, RECIPE / "data" / "train.parquet"
 OUTPUT = ROOT / "docs" / "results" / f"train_speed{suffix(RECIPE.name)}.json"
 
 
-MIXED_STEPS = 4  # a round, at least, of those whose steps have proteins of like lengths: then lengths are mixed
+MIXED_STEPS = 4  # a round, at least, of those whose steps have rows of like lengths: then lengths are mixed
 MIXED_KINDS = ("ours", "trainer")
 SETTLING_STEPS = 1  # before each turn: whoever waits gives its free memory to the others, and has to get it back
 
@@ -128,8 +128,9 @@ class Benchmark:
         self.settings["mixed_steps"] = max(self.settings["steps"], MIXED_STEPS)
         self.job = {
             "device": arguments.device, "threads": arguments.threads, "seed": arguments.seed, "quick": arguments.quick,
-            "model_tag": SIZES[size].model_tag, "data": arguments.source, "rows_file": str(scratch / "rows.npz"),
-            "scratch": str(scratch), "overrides": [f"{k}={v}" for k, v in arguments.overrides.items()],
+            "model_tag": SIZES[size].model_tag, "data": arguments.source, "scratch": str(scratch),
+            "rows_file": str(scratch / "rows.npz"), "collator_file": str(scratch / "collator.pickle"),
+            "overrides": [f"{k}={v}" for k, v in arguments.overrides.items()],
             "pack_passes": self.settings["tokens_per_step"] // self.settings["pack_tokens"],
             "warmup": arguments.warmup_steps + arguments.qualifying_steps, "settling": SETTLING_STEPS, **self.settings,
         }  # fmt: skip
@@ -314,7 +315,7 @@ class Benchmark:
             "versions": facts["versions"],
             "data": {
                 "file": Path(arguments.source["data_files"]).name,
-                "num_proteins": data["num_proteins"],
+                "num_rows": data["num_rows"],
                 "mean_tokens": data["mean_tokens"],
             },
             "settings": {
@@ -342,17 +343,16 @@ def warm_up(process: Process, contestant: Contestant, steps: int) -> float:
     return seconds
 
 
-def proteins(path: str) -> dict:
+def source(path: str) -> dict:
     """Arguments of `datasets.load_dataset` for a file. Raises ValueError for one that is not there or not known."""
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"--data {path}: no such file; give FASTA, or parquet with a column `sequence`.")
+        raise ValueError(f"--data {path}: no such file; give {SUBJECT.give}.")
     kind = "".join(file.suffixes[-2:] if file.suffix == ".gz" else file.suffixes[-1:]).lower()
-    kinds = {"fasta": (".fasta", ".fa", ".faa", ".fasta.gz", ".fa.gz", ".faa.gz"), "parquet": (".parquet",)}
-    for name, endings in kinds.items():
+    for name, endings in SUBJECT.file_endings.items():
         if kind in endings:
             return {"path": name, "data_files": str(file.resolve())}
-    raise ValueError(f"--data {path}: its name ends on none of {', '.join(sum(kinds.values(), ()))}.")
+    raise ValueError(f"--data {path}: its name ends on none of {', '.join(sum(SUBJECT.file_endings.values(), ()))}.")
 
 
 def read_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -361,12 +361,13 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", default=None, metavar="A,B", help=f"of {', '.join(SIZES)}; default: 8M")
+    parser.add_argument(
+        "--sizes", default=None, metavar="A,B", help=f"of {', '.join(SIZES)}; default: {SUBJECT.usual}"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--data", metavar="FILE",
-        help="FASTA, or parquet with a column `sequence`; default: 8,000 UniRef proteins beside the repository if "
-        "they are there, else the bundled sample",
+        help=f"{SUBJECT.give}; default: ../shared/data/{SUBJECT.real} if it is there, else the bundled sample",
     )  # fmt: skip
     parser.add_argument(
         "--steps", type=positive, help="optimizer steps a round, of ours and Trainer 4 at least; default: by size"
@@ -433,9 +434,9 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         if tokens % pack:
             parser.error(f"--tokens-per-step {tokens} must divide by --pack-tokens {pack}.")
         if pack < MAX_SEQ_LENGTH:
-            parser.error(f"--pack-tokens {pack} must be at least {MAX_SEQ_LENGTH}, the longest protein.")
+            parser.error(f"--pack-tokens {pack} must be at least {MAX_SEQ_LENGTH}, the longest row.")
     try:
-        found.source = proteins(found.data or str(REAL if REAL.is_file() else BUNDLED))
+        found.source = source(found.data or str(REAL if REAL.is_file() else BUNDLED))
     except ValueError as error:
         parser.error(str(error))
     if found.quick:

@@ -3,6 +3,7 @@
 
 import json
 import math
+import pickle
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -220,6 +221,22 @@ def test_each_recipe_has_files_and_tables_of_its_own(monkeypatch, tmp_path):
     assert speed_report.summary({"entries": []}).startswith("| ESM-2 |")
 
 
+def test_cells(tmp_path):
+    """Geneformer's rows are tokens already, its peer is BERT with the same dropout."""
+    recipe = HERE.parents[1] / "recipes" / "geneformer_native_te"
+    words = [f"--recipe={recipe}", f"--data={recipe}/data/train.parquet", "--only", "buckets"]
+    done = quick(tmp_path, *words)
+    assert done.returncode == 0, done.stderr[-4000:]
+    entry = json.loads((tmp_path / "numbers.json").read_text())["entries"][0]
+    assert entry["recipe"] == recipe.name and entry["data"]["num_rows"] == 600
+    assert [c["name"] for c in entry["contestants"]] == ["ours", "transformers, length buckets"]
+    ours, theirs = entry["contestants"]
+    assert theirs["num_parameters"] <= ours["num_parameters"] < 1.01 * theirs["num_parameters"]  # rows of 64 tokens
+    for turn in ours["rounds"] + theirs["rounds"]:
+        assert abs(turn["loss"] - math.log(25_426)) < 0.3 and 0.1 < turn["labels"] / turn["tokens"] < 0.2
+    assert "600 cells" in done.stdout and "| **ours** |" in done.stdout
+
+
 def test_sizes_are_those_of_the_recipe():
     import modeling_esm2
 
@@ -272,8 +289,10 @@ def test_every_round_has_short_and_long_rows(tmp_path):
 
     lengths = np.random.default_rng(0).integers(10, 1000, 1200)
     np.savez(tmp_path / "rows.npz", tokens=np.zeros(lengths.sum(), np.uint8), lengths=lengths)
+    (tmp_path / "collator.pickle").write_bytes(pickle.dumps(None))
     job = {
         "rows_file": tmp_path / "rows.npz",
+        "collator_file": tmp_path / "collator.pickle",
         "seed": 1,
         "warmup": 2,
         "rounds": 3,

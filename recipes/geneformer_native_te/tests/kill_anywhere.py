@@ -258,8 +258,9 @@ def main(folder: Path, trainer: str, num_deaths: int, seed: int, more: list[str]
     ]:
         print(sentence)
     return {
-        "trainer": trainer, "seed": seed, "num_ranks": NUM_RANKS, "num_steps": num_steps, "deaths": deaths,
-        "most_folders": most, "overrides": more, "wrong": wrong, "machine": cpu_name(), "versions": versions(),
+        "recipe": RECIPE.name, "trainer": trainer, "seed": seed, "num_ranks": NUM_RANKS, "num_steps": num_steps,
+        "deaths": deaths, "most_folders": most, "overrides": more, "wrong": wrong, "machine": cpu_name(),
+        "versions": versions(),
     }  # fmt: skip
 
 
@@ -275,17 +276,18 @@ def table(results: list[dict]) -> str:
         "exporting",
     ]
     kinds += ["SIGTERM", "SIGUSR1"]
-    rows = [f"| trainer | steps | deaths | {' | '.join(kinds)} | folders, at most | in the end |"]
-    rows.append("|---" * (len(kinds) + 5) + "|")
+    rows = [f"| recipe | trainer | seed | steps | deaths | {' | '.join(kinds)} | folders, at most | in the end |"]
+    rows.append("|---" * (len(kinds) + 7) + "|")
     for result in results:
         came = [death["kind"].partition(",")[0] for death in result["deaths"]]
         end = "; ".join(sentence.splitlines()[0] for sentence in result["wrong"]) or "equal to the bit"
         counts = [str(came.count(kind)) for kind in kinds]
-        cells = [f"`{result['trainer']}`", str(result["num_steps"]), str(len(came)), *counts]
+        names = (result["recipe"], f"`{result['trainer']}`")
+        cells = [*names, *(str(result[key]) for key in ("seed", "num_steps")), str(len(came)), *counts]
         rows.append(f"| {' | '.join([*cells, str(result['most_folders']), end])} |")
     first = results[0]
     packages = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    return "\n".join([*rows, "", f"Two ranks, seed {first['seed']}. {first['machine']}; {packages}."])
+    return "\n".join([*rows, "", f"Two ranks. {first['machine']}; {packages}."])
 
 
 def read_arguments() -> argparse.Namespace:
@@ -295,7 +297,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trainer", choices=TRAINERS, nargs="+", default=["train_fsdp2"])
     parser.add_argument("--keep", type=Path, help="leave the runs there; a folder that is not there yet")
-    parser.add_argument("--json", type=Path, help="write what happened there")
+    parser.add_argument("--json", type=Path, help="write what happened there; other recipes and trainers in it stay")
     parser.add_argument("--table", type=Path, help="write the table into this page")
     parser.add_argument("--from", dest="source", type=Path, help="a JSON that is there, instead of runs")
     parser.add_argument("--check", type=Path, help="exit with 1 if this page has another table")
@@ -317,6 +319,9 @@ if __name__ == "__main__":
             folder = (asked.keep or Path(scratch)).absolute()
             results = [main(folder / name, name, asked.deaths, asked.seed, asked.overrides) for name in asked.trainer]
     if asked.json:
+        new, known = results, json.loads(asked.json.read_text()) if asked.json.exists() else []
+        done = [(result["recipe"], result["trainer"]) for result in new]
+        results = [result for result in known if (result["recipe"], result["trainer"]) not in done] + new
         asked.json.write_text(json.dumps(results, indent=1) + "\n")
     if asked.table:
         write_table(asked.table, "kill_anywhere", table(results))
