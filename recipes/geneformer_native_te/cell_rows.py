@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from cells.dictionaries import setting
 from common.distributed import Distributed
 from common.open_data import Column
 from common.sizes import cache_of, size_index
@@ -47,7 +48,8 @@ class TokenRows:
         kind = rows.data.column(column).type
         if not pa.types.is_integer(getattr(kind, "value_type", kind)) or pa.types.is_integer(kind):
             raise ValueError(
-                f"{section}.input_ids_column={column}: the column holds {kind}, not lists of whole numbers."
+                f"{setting(section, 'input_ids_column')}={column}: the column holds {kind}, not lists of whole "
+                "numbers."
             )
 
     def __len__(self) -> int:
@@ -65,7 +67,7 @@ class TokenRows:
         if rows.cache_files:  # else they are held in memory
             rule = (rows._fingerprint, self.column.name, self.vocabulary.size, "cells")
             key = sha256(repr(rule).encode()).hexdigest()[:32]
-        self.index = size_index(distributed, self.section, key, len(self), self.measure, cache_of(rows))
+        self.index = size_index(distributed, self.section or "cells", key, len(self), self.measure, cache_of(rows))
 
     def measure(self, rows: np.ndarray) -> tuple[np.ndarray, None]:
         """Tokens of each row. Raises ValueError for one that is no token of the vocabulary."""
@@ -79,8 +81,8 @@ class TokenRows:
                 at = int(wrong.argmax())
                 row = some[np.searchsorted(np.cumsum(sizes[-1]), at, side="right")]
                 raise ValueError(
-                    f"{self.section}.input_ids_column={self.column.name}: row {row} has the token {flat[at]}, and the "
-                    f"vocabulary 0 to {self.vocabulary.size - 1}; give that of the cells."
+                    f"{setting(self.section, 'input_ids_column')}={self.column.name}: row {row} has the token "
+                    f"{flat[at]}, and the vocabulary 0 to {self.vocabulary.size - 1}; give that of the cells."
                 )
         return np.concatenate(sizes), None
 

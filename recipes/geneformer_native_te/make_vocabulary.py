@@ -21,15 +21,9 @@ from typing import get_args
 
 from cells.dictionaries import read_names
 from cells.medians import Medians, count_part, everything, vocabulary_of
-from cells.scdl import scdl_folders
-from cells.token_cache import Options, Policy, found_cells, in_parts, parts_of, stamp
+from cells.token_cache import Options, Policy, found_cells, in_parts, kind_of, parts_of, stamp
 from common.command import command, writing
 from common.sizes import read_chunk, save
-
-
-def kind_of(pattern: str) -> str:
-    """SCDL for a folder with one in it, else h5ad."""
-    return "scdl" if scdl_folders(Path(pattern).expanduser()) else "h5ad"
 
 
 def main(words: list[str]) -> None:
@@ -45,7 +39,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--bad-cells", choices=get_args(Policy)[:2], default="refuse")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     asked = parser.parse_args(words)
-    files = [(file, kind) for pattern in asked.files for kind in [kind_of(pattern)]
+    files = [(file, kind) for pattern in asked.files for kind in [kind_of(pattern) or "h5ad"]
              for file in found_cells("", {"path": kind, "data_files": pattern})]  # fmt: skip
     names = read_names("--gene-mapping", asked.gene_mapping) if asked.gene_mapping else None
     options = Options("", everything(names), asked.gene_column, asked.layer, asked.bad_cells)

@@ -16,6 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,12 +24,14 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from cell_vectors import Opened, add_arguments, open_all
+from cell_rows import TokenRows
+from cell_vectors import Encoder, add_arguments, open_all, open_source
 from cells.dictionaries import Dictionary
 from common.command import command
 from common.distributed import Distributed, end_of_process, process_group
 from common.parts import Parts
 from tokens.encoding import batches
+from vocabulary import Vocabulary
 
 
 ACTIONS = ("delete", "overexpress")
@@ -53,9 +56,9 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1, dtype=np.float64) / np.maximum(sizes, 1e-30)
 
 
-def shifts(opened: Opened, cells: list[np.ndarray], gene: int, action: str, most: int) -> np.ndarray:
+def shifts(encoder: Encoder, cells: list[np.ndarray], gene: int, action: str, most: int) -> np.ndarray:
     """1 - cosine of each cell that the gene can be perturbed in; `most` tokens go through the model at once."""
-    vocabulary, longest = opened.vocabulary, opened.model.config.max_position_embeddings
+    vocabulary, longest = encoder.vocabulary, encoder.longest
     begins = vocabulary.cls is not None and bool(cells) and cells[0][0] == vocabulary.cls
     special = [*vocabulary.special]
     before = [cell for cell in cells if (action == "overexpress" or (cell == gene).any())
@@ -63,34 +66,42 @@ def shifts(opened: Opened, cells: list[np.ndarray], gene: int, action: str, most
     after = [perturbed(cell, gene, action, int(begins), longest, vocabulary.eos) for cell in before]
     found = np.zeros(len(before))
     for some in batches(np.array([len(cell) + 1 for cell in before], dtype=np.int64), max(1, most // 2)):
-        old = opened.cells([before[i] for i in some], gene)
-        found[some] = 1 - cosines(old, opened.cells([after[i] for i in some], gene))
+        old = encoder.vectors([before[i] for i in some], gene)
+        found[some] = 1 - cosines(old, encoder.vectors([after[i] for i in some], gene))
     return found
 
 
-def genes_asked(opened: Opened, options: argparse.Namespace, cells: list[np.ndarray]) -> list[tuple[str, int]]:
+def genes_asked(vocabulary: Vocabulary, wanted: list[str], cells: list[np.ndarray]) -> list[tuple[str, int]]:
     """Names and tokens. Raises ValueError for a gene that the vocabulary does not have."""
-    names = {token: name for name, token in opened.vocabulary.tokens.items()}
-    if not options.genes:
-        used = np.unique(np.concatenate(cells))
-        return [(names[token], token) for token in used.tolist() if token not in opened.vocabulary.special]
-    known = Dictionary(opened.vocabulary.tokens)
-    found = [(name, known.gene(name)) for name in options.genes]
+    known = vocabulary.tokens or {str(token): token for token in vocabulary.genes}
+    if not wanted:
+        names = {token: name for name, token in known.items()}
+        used = np.unique(np.concatenate(cells)).tolist()
+        return [(names[token], token) for token in used if token not in vocabulary.special]
+    dictionary = Dictionary(known)
+    found = [(name, dictionary.gene(name)) for name in wanted]
     if unknown := [name for name, gene in found if gene is None]:
-        raise ValueError(f"--genes {unknown[0]}: the vocabulary has no such gene; give ids as it has them.")
-    return [(gene, opened.vocabulary.tokens[gene]) for _, gene in found]
+        kind = "ids" if vocabulary.tokens else "numbers, or by --vocabulary a file with names"
+        raise ValueError(f"--genes {unknown[0]}: the vocabulary has no such gene; give {kind}.")
+    return [(gene, known[gene]) for _, gene in found]
 
 
-def cells_asked(opened: Opened, options: argparse.Namespace) -> np.ndarray:
+def cells_asked(rows: datasets.Dataset, source: TokenRows, options: argparse.Namespace) -> np.ndarray:
     """The numbers of rows, those where obs is as asked. Raises ValueError where there is none."""
-    rows = np.arange(len(opened.source))
-    if options.where:
-        column, _, value = options.where.partition("=")
-        rows = rows[pc.equal(opened.rows.data.column(column), value).to_numpy()]
-        if not len(rows):
-            some = pc.unique(opened.rows.data.column(column)).to_pylist()[:10]
-            raise ValueError(f"--where {options.where}: there is no such cell; {column} is one of {', '.join(some)}.")
-    return rows[np.unique(np.linspace(0, len(rows) - 1, options.max_cells).astype(np.int64))]
+    if not options.where:
+        return spread(len(source), options.max_cells)
+    name, _, value = options.where.partition("=")
+    column = rows.data.column(name).cast(pa.string())
+    found = np.flatnonzero(pc.fill_null(pc.equal(column, value), False).to_numpy())
+    if not len(found):
+        some = [str(one) for one in pc.unique(column).to_pylist()[:10]]
+        raise ValueError(f"--where {options.where}: there is no such cell; {name} is one of {', '.join(some)}.")
+    return found[spread(len(found), options.max_cells)]
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """Numbers below `count`, all or `most` of them, evenly."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))
 
 
 def perturb(distributed: Distributed, options: argparse.Namespace) -> None:
@@ -101,17 +112,19 @@ def perturb(distributed: Distributed, options: argparse.Namespace) -> None:
             raise ValueError(f"--where {options.where}: give COLUMN=VALUE, as cell_type=fibroblast.")
         if options.max_cells < 1:
             raise ValueError(f"--max-cells={options.max_cells} must be at least 1.")
-        opened = open_all(distributed, options, [options.where.partition("=")[0]] if options.where else [])
-        chosen = cells_asked(opened, options)
-        cells = [tokens.astype(np.int64) for tokens in opened.source.read(chosen, 0)]
-        genes = genes_asked(opened, options, cells)
+        encoder = open_all(distributed, options)
+        columns = {"--where": options.where and options.where.partition("=")[0]}
+        rows, source = open_source(distributed, options, options.data, encoder, columns)
+        cells = [tokens.astype(np.int64) for tokens in source.read(cells_asked(rows, source, options), 0)]
+        genes = genes_asked(encoder.vocabulary, options.genes, cells)
         asked = {"action": options.action, "where": options.where, "max_cells": options.max_cells, "genes": genes}
-        parts = Parts(distributed, target, opened.job | {k: str(v) for k, v in asked.items()})
+        job = encoder.job | {"data": source.identity} | {k: str(v) for k, v in asked.items()}
+        parts = Parts(distributed, target, job)
     with tqdm(total=len(genes), unit=" genes", disable=not distributed.is_main) as bar:
         for number, is_there in parts.mine(len(genes)):
             if not is_there:
                 name, gene = genes[number]
-                found = shifts(opened, cells, gene, options.action, options.tokens)
+                found = shifts(encoder, cells, gene, options.action, options.tokens)
                 mean, deviation = (found.mean(), found.std()) if len(found) else (None, None)
                 parts.save(number, pa.table({"gene": [name], "num_cells": [len(found)],
                                              "cosine_shift": pa.array([mean], pa.float64()),

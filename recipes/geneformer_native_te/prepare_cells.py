@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import get_args
 
 from cells.dictionaries import read_all, read_tokens
-from cells.scdl import scdl_folders
-from cells.token_cache import Options, Policy, convert, found_cells, stamp
+from cells.token_cache import Options, Policy, convert, found_cells, kind_of, stamp
 from common.command import command, writing
 
 
 def main(words: list[str]) -> None:
     """Read the command line, convert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", help="an h5ad file, an SCDL folder, a folder of either, or a pattern")
+    parser.add_argument("files", nargs="+", help="h5ad files, or SCDL folders; folders of them, patterns")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
     parser.add_argument(
         "--vocabulary", required=True, help="JSON or pickle: gene to token; says whose rule is followed"
@@ -43,7 +42,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--obs-columns", nargs="*", default=[], help="columns of obs to keep")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     asked = parser.parse_args(words)
-    kind = "scdl" if scdl_folders(Path(asked.files).expanduser()) else "h5ad"
+    kind = kind_of(asked.files[0]) or "h5ad"
     files = found_cells("", {"path": kind, "data_files": asked.files})
     dictionary = read_all("", read_tokens("--vocabulary", asked.vocabulary), asked.medians, asked.gene_mapping)
     longest = asked.max_seq_length or dictionary.rule.longest

@@ -6,11 +6,14 @@ A part that is written is not read again, also after a kill; no process holds mo
 """
 
 import json
+import re
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from glob import glob
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -24,7 +27,7 @@ from cells.dictionaries import Dictionary, read_all, setting
 from cells.genes import match
 from cells.h5ad import H5ad, choose_layer
 from cells.rank_values import KINDS, Block, Genes, faults, tokenize
-from cells.scdl import Scdl, scdl_folders
+from cells.scdl import FILES, Scdl, scdl_folders
 from common.conversion import found_files, in_processes, part_of
 from common.open_data import plain
 from common.sizes import save, writable
@@ -102,10 +105,31 @@ def h5ad_files(path: Path) -> list[Path]:
 def found_cells(section: str, kwargs: dict) -> list[str]:
     """The files or folders that `data_files` names."""
     inside = h5ad_files if kwargs["path"] == "h5ad" else scdl_folders
-    try:
+    with in_words_of_a_command(section):
         return found_files(section, kwargs, "cells", inside)
+
+
+@contextmanager
+def in_words_of_a_command(section: str = ""):
+    """Without a section, the ValueErrors of the block name options instead of keys."""
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(str(error).removeprefix(".load_dataset_kwargs.data_files=")) from error  # of a command
+        if section:
+            raise
+        text = re.sub(r"^\.load_dataset_kwargs(\.data_files|\.path)?(=|: )", "", str(error))
+        raise ValueError(re.sub(r"^\.(\w+)", lambda found: setting("", found[1]), text)) from error
+
+
+def kind_of(name: str) -> str | None:
+    """What is in a file, a folder or what a pattern matches: h5ad, scdl, or None for neither."""
+    path = Path(name).expanduser()
+    for place in [path] if path.exists() else map(Path, sorted(glob(str(path), recursive=True))):
+        if place.is_dir() and next(place.rglob(FILES["ROWPTR"]), None):
+            return "scdl"
+        if place.suffix == ".h5ad" or (place.is_dir() and next(place.rglob("*.h5ad"), None)):
+            return "h5ad"
+    return "h5ad" if path.suffix == ".h5ad" else None
 
 
 def stamp(path: str) -> tuple:
@@ -145,7 +169,7 @@ def transposed(one: H5ad, folder: Path, section: str, quiet: bool) -> Path:
     target = folder / f"by_rows_{sha256(f'{one.path} {one.layer}'.encode()).hexdigest()[:16]}"
     if not target.is_dir():
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        with writable(section, target):
+        with writable(section or "cells", target):
             partial.mkdir(parents=True)
             total = len(one.matrix["data"])
             with tqdm(total=total, unit=" counts", unit_scale=True, desc=f"{one.path.name}: from columns to rows",
@@ -260,7 +284,7 @@ def sound(block: Block, taken: np.ndarray) -> Block:
 
 def convert(folder: Path, files: list[str], kind: str, options: Options, num_processes: int, quiet: bool) -> None:
     """Write what is not there yet, part by part, and last `done.json`. Raises ValueError at what cannot be read."""
-    with writable(options.section, folder):
+    with writable(options.section or "cells", folder):
         folder.mkdir(parents=True, exist_ok=True)
         parts, notes = [], []
         for file in files:
@@ -308,15 +332,12 @@ def open_cells(section: str, load_dataset_kwargs: dict, options: Options, num_pr
     if done["wrong"] and options.bad_cells == "refuse":
         text = next(iter(done["wrong"].values()))["text"]
         raise ValueError(f"{text}; {setting(section, 'bad_cells')}=leave_out leaves such cells out.")
-    found = rows_of(folder, done["num_parts"])
+    found, notes = rows_of(folder, done["num_parts"]), [*done["notes"]]
+    notes += [f"{one['count']:,} cells left out, the first: {one['text']}" for one in done["wrong"].values()]
     if not len(found):
-        raise ValueError(f"{section}.load_dataset_kwargs: no cell is left of {len(files)} files.")
+        raise ValueError(f"{'; '.join([f'{section}: no cell is left'.removeprefix(': '), *notes])}.")
     found._fingerprint = key
-    notes = [f"{section}: {note}" for note in done["notes"]]
-    notes += [
-        f"{section}: {one['count']:,} cells left out, the first: {one['text']}." for one in done["wrong"].values()
-    ]
-    return part_of(section, found, kwargs), notes
+    return part_of(section, found, kwargs), [f"{section}: {note}".removeprefix(": ") for note in notes]
 
 
 def rows_of(folder: Path, num_parts: int) -> datasets.Dataset:

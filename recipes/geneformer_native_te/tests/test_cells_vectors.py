@@ -134,7 +134,69 @@ def test_all_genes_and_mistakes(model, tmp_path, capfd):
     for more, sentence in (
         (["--genes", "TP53"], "--genes TP53: the vocabulary has no such gene"),
         (["--where", "cell_type=mast"], "there is no such cell; cell_type is one of"),
-        (["--where", "age=3"], r"--obs-columns: .* has no column age"),
+        (["--where", "age=3"], r"--where: .* has no column age"),
         (["--vocabulary", "V2"], "is not that of|known by its numbers alone"),
     ):
         refused(capfd, sentence, perturb, [*words, *more])
+
+
+def in_parquet(path: Path) -> tuple[dict, np.ndarray]:
+    table = pq.read_table(path)
+    return table.drop(["embedding"]).to_pydict(), np.array(table["embedding"].to_pylist(), np.float32)
+
+
+def test_a_folder_of_files_becomes_a_folder_and_goes_on(model, tmp_path, monkeypatch, capfd):
+    random = np.random.default_rng(0)
+    names = H5ad(FILE, "X").columns()["index"]
+    (tmp_path / "in" / "deeper").mkdir(parents=True)
+    for place in ("a.h5ad", "deeper/a.h5ad"):
+        write_h5ad(tmp_path / "in" / place, random.integers(0, 3, (7, 400)).astype(np.float32), names=names)
+    words = [str(tmp_path / "in"), str(model), str(tmp_path / "out"), *FAST]
+    real = Parts.save
+
+    def killed(self, number, table):
+        if "deeper" in str(self.target):
+            raise KeyboardInterrupt
+        real(self, number, table)
+
+    monkeypatch.setattr(Parts, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        embed_cells.main(words)
+    made = (tmp_path / "out" / "a.h5ad").stat().st_mtime_ns
+    monkeypatch.setattr(Parts, "save", real)
+    embed_cells.main(words)
+    assert (tmp_path / "out" / "a.h5ad").stat().st_mtime_ns == made
+    both = [vectors(tmp_path / "out" / place) for place in ("a.h5ad", "deeper/a.h5ad")]
+    embed_cells.main([str(tmp_path / "in" / "*.h5ad"), *words[1:2], str(tmp_path / "one.parquet"), *words[3:]])
+    labels, found = in_parquet(tmp_path / "one.parquet")
+    assert labels == {"source": ["a.h5ad"] * 7, "cell": [*range(7)]} and (found == both[0]).all()
+    assert np.abs(both[0] - both[1]).max() > 0.01
+    refused(capfd, r"out/a.h5ad exists", embed_cells, [*words, "--cls"])
+    words[2] = str(tmp_path / "all.h5ad")
+    refused(capfd, r"all.h5ad: 2 h5ad files; give the name of a folder", embed_cells, words)
+
+
+def test_scdl_and_tokens_have_the_same_vectors(model, tmp_path, capfd):
+    embed_cells.main([FILE, str(model), str(tmp_path / "h5ad.parquet"), *FAST])
+    truth = in_parquet(tmp_path / "h5ad.parquet")[1]
+    embed_cells.main([str(DATA / "scdl"), str(model), str(tmp_path / "scdl.parquet"), *FAST])
+    labels, found = in_parquet(tmp_path / "scdl.parquet")
+    assert labels["cell"] == [*range(80)] and (found == truth).all()
+    table = pq.read_table(DATA / "validation.parquet")
+    (tmp_path / "tables").mkdir()
+    for number in (0, 1):
+        pq.write_table(table.slice(50 * number, 50), tmp_path / "tables" / f"{number}.parquet")
+    words = [str(tmp_path / "tables"), str(model), str(tmp_path / "tokens.parquet"), *FAST[1:], "--color-by=cell_type"]
+    embed_cells.main(words)
+    labels, found = in_parquet(tmp_path / "tokens.parquet")
+    assert labels["row"] == [*range(80)] and labels["cell_type"] == table["cell_type"].to_pylist()
+    assert np.allclose(found, truth, atol=1e-6) and (tmp_path / "tokens.png").exists()
+    words[2] = str(tmp_path / "out.h5ad")
+    refused(capfd, r"vectors of tokens go into a parquet file", embed_cells, words)
+    words[0] = str(DATA / "vocabulary.txt")
+    refused(capfd, r"cells are read from h5ad files, SCDL folders, or tables", perturb, words[:-1])
+    refused(capfd, r"--medians is not set", perturb, [FILE, *words[1:-1]])
+    refused(capfd, r"are of two kinds", perturb, [FILE, str(DATA / "scdl"), *words[1:-1]])
+    words = [str(tmp_path / "tables"), str(model), str(tmp_path / "tokens.csv"), *FAST[1:], "--max-cells=2"]
+    perturb.main([*words, "--where=cell_type=B cell", "--action=overexpress", "--genes", "ENSG99000000007"])
+    assert pyarrow.csv.read_csv(tmp_path / "tokens.csv").to_pylist()[0]["num_cells"] == 2
