@@ -5,6 +5,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from contextlib import contextmanager
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,8 +62,10 @@ def open_all(distributed: Distributed, options: argparse.Namespace) -> Encoder:
     model, weights = open_encoder(FAMILY, open_model, options.model, options.layer_backend, distributed.device)
     beside = Path(options.model) / FILE
     name = options.vocabulary or (str(beside) if beside.is_file() else model.config.vocabulary)
-    with in_words_of_a_command():
+    try:
         vocabulary = open_vocabulary(name)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
     if vocabulary.size > model.config.vocab_size or vocabulary.pad != model.config.pad_token_id:
         raise ValueError(f"--vocabulary={name} has {vocabulary.size} tokens, and is not that of {options.model}.")
     if options.cls and vocabulary.cls is None:
@@ -140,9 +143,11 @@ def open_table(data: Sequence[str], column: str, wanted: list[str]) -> datasets.
 
 
 def tables(name: str) -> list[str]:
-    """A file or pattern as it is, or the tables of a folder, of one format."""
+    """A file or pattern as it is, or the tables of a folder, of one format. Raises ValueError where there is none."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
+        if not folder.exists() and not glob(str(folder), recursive=True):
+            raise ValueError(f"{name}: no such file; give a full path or one from {Path.cwd()}.")
         return [name]
     found = [sorted(map(str, folder.rglob(f"*{ending}"))) for ending in FORMATS]
     return next((files for files in found if files), [name])

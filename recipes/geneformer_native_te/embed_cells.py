@@ -152,10 +152,8 @@ def outputs(data: list[str], target: Path) -> list[tuple[list[str], Path]]:
     if target.suffix == ".h5ad" and len(files) == 1:
         return [(files, target)]
     if target.suffix:
-        raise ValueError(
-            f"{target}: {len(files)} h5ad files; give the name of a folder for their copies, or of a .parquet file"
-            f"{' or .h5ad file' if len(files) == 1 else ''}."
-        )
+        ways = "that ends with .h5ad or .parquet" if len(files) == 1 else "of a folder, or one that ends with .parquet"
+        raise ValueError(f"{target}: give a name {ways}, for the vectors of {len(files)} h5ad file(s).")
     above = os.path.commonpath([Path(file).parent for file in files])
     return [([file], target / Path(file).relative_to(above)) for file in dict.fromkeys(files)]
 
@@ -201,7 +199,7 @@ def embed_into(distributed: Distributed, options: argparse.Namespace, encoder: E
                     found[batch] = encoder.vectors(source.read(some[batch], 0))
                 flat = pa.FixedSizeListArray.from_arrays(pa.array(found.ravel()), width)
                 parts.save(number, pa.table({**labels_of(rows, some, options.color_by), "embedding": flat}))
-            bar.update(len(some) * min(distributed.num_ranks, count))
+            bar.update(min(len(some) * distributed.num_ranks, len(source) - bar.n))
     if target.suffix == ".parquet":
         parts.join(count, done.write_parquet)
     else:

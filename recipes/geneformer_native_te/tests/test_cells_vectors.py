@@ -173,7 +173,7 @@ def test_a_folder_of_files_becomes_a_folder_and_goes_on(model, tmp_path, monkeyp
     assert np.abs(both[0] - both[1]).max() > 0.01
     refused(capfd, r"out/a.h5ad exists", embed_cells, [*words, "--cls"])
     words[2] = str(tmp_path / "all.h5ad")
-    refused(capfd, r"all.h5ad: 2 h5ad files; give the name of a folder", embed_cells, words)
+    refused(capfd, r"all.h5ad: give a name of a folder, or one that .* 2 h5ad", embed_cells, words)
 
 
 def test_scdl_and_tokens_have_the_same_vectors(model, tmp_path, capfd):
@@ -193,9 +193,10 @@ def test_scdl_and_tokens_have_the_same_vectors(model, tmp_path, capfd):
     assert np.allclose(found, truth, atol=1e-6) and (tmp_path / "tokens.png").exists()
     words[2] = str(tmp_path / "out.h5ad")
     refused(capfd, r"vectors of tokens go into a parquet file", embed_cells, words)
-    words[0] = str(DATA / "vocabulary.txt")
+    words[0] = str(DATA / "make_sample.py")
     refused(capfd, r"cells are read from h5ad files, SCDL folders, or tables", perturb, words[:-1])
     refused(capfd, r"--medians is not set", perturb, [FILE, *words[1:-1]])
+    refused(capfd, r"none.parquet: no such file", perturb, ["none.parquet", *words[1:-1]])
     refused(capfd, r"are of two kinds", perturb, [FILE, str(DATA / "scdl"), *words[1:-1]])
     words = [str(tmp_path / "tables"), str(model), str(tmp_path / "tokens.csv"), *FAST[1:], "--max-cells=2"]
     perturb.main([*words, "--where=cell_type=B cell", "--action=overexpress", "--genes", "ENSG99000000007"])
