@@ -120,7 +120,10 @@ class TokenRows:
     @property
     def amount(self) -> str:
         """How much it is."""
-        sizes = np.minimum(self.index.sizes, self.max_seq_length)
-        cut = int((self.index.sizes > self.max_seq_length).sum())
+        total = cut = 0
+        for first in range(0, len(self), 1_000_000):
+            sizes = self.index.sizes[first : first + 1_000_000]
+            total += int(np.minimum(sizes, self.max_seq_length).sum(dtype=np.int64))
+            cut += int((sizes > self.max_seq_length).sum())
         more = f", {cut:,} of them cut to {self.max_seq_length} tokens" if cut else ""
-        return f"{len(self):,} cells, {int(sizes.sum(dtype=np.int64)):,} tokens{more}"
+        return f"{len(self):,} cells, {total:,} tokens{more}"

@@ -19,6 +19,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import get_args
 
+from tqdm import tqdm
+
 from cells.dictionaries import read_names
 from cells.medians import Medians, count_part, everything, vocabulary_of
 from cells.token_cache import Options, Policy, found_cells, in_parts, kind_of, parts_of, stamp
@@ -52,7 +54,7 @@ def main(words: list[str]) -> None:
         tasks = [(path, part, options) for path, part in zip(paths, parts, strict=True) if not path.exists()]
         in_parts(count_part, tasks, asked.processes, "counts of genes", False, len(parts))
         found = Medians()
-        for path in paths:
+        for path in tqdm(paths, desc="sums", unit=" parts", disable=not sys.stderr.isatty(), leave=False):
             found.add(read_chunk(path))
         medians = found.result(asked.min_cells)
         if not medians:

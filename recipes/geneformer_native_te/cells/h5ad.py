@@ -5,6 +5,7 @@ Which matrix has the counts: `layer` if it is named; else the first of raw.X, X,
 whose first cells are whole numbers. Files are opened to read only, and no more than a block is in memory.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -137,15 +138,19 @@ class H5ad:
         """Write a matrix that is kept by columns by rows, into files; memory for a stretch and the pointers."""
         cells, indptr = self.shape[0], self.matrix["indptr"][:].astype(np.int64)
         entries = int(indptr[-1])
+        kinds = {"columns": np.dtype(np.int32), "values": self.matrix["data"].dtype}
+        out = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, (entries,))
+               for name, kind in kinds.items()}  # fmt: skip
+        for one in out.values():  # now, because a disk that fills up while a map is written ends the process
+            with open(one.filename, "r+b") as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, one.offset + one.nbytes)
         with sentence_for(self.path):
             counts = np.zeros(cells, np.int64)
             for a in range(0, entries, ENTRIES):
                 counts += np.bincount(self.matrix["indices"][a : a + ENTRIES], minlength=cells)
             pointers = np.concatenate(([0], np.cumsum(counts)))
             np.save(folder / "indptr.npy", pointers)
-            kinds = {"columns": np.dtype(np.int32), "values": self.matrix["data"].dtype}
-            out = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", kind, (entries,))
-                   for name, kind in kinds.items()}  # fmt: skip
             free = pointers[:-1].copy()
             for a in range(0, entries, ENTRIES):
                 rows = self.matrix["indices"][a : a + ENTRIES].astype(np.int64)

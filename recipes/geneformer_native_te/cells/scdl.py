@@ -139,11 +139,18 @@ class Scdl:
     def obs(self, name: str, first: int, stop: int) -> list[str] | None:
         """A column of obs_features for some cells, as text; None where there is none."""
         files = sorted((self.path / "obs_features").glob("*.parquet"))
-        if not files or not all(name in pq.read_schema(file).names for file in files):
-            return None
-        column = pa.concat_tables([pq.read_table(file, columns=[name]).cast(pa.schema([(name, pa.string())]))
-                                   for file in files])[name]  # fmt: skip
-        return [one or "" for one in column[first:stop].to_pylist()]
+        found, at = [], 0
+        for file in files:
+            with pq.ParquetFile(file) as table:
+                if name not in table.schema_arrow.names:
+                    return None
+                for group in range(table.num_row_groups):
+                    rows = table.metadata.row_group(group).num_rows
+                    if at < stop and at + rows > first:
+                        column = table.read_row_group(group, columns=[name])[name].cast(pa.string())
+                        found += column[max(0, first - at) : stop - at].to_pylist()
+                    at += rows
+        return [one or "" for one in found] if files else None
 
     def blocks(self, first: int, stop: int) -> Iterator[Block]:
         """The cells from `first` to `stop`, in blocks."""

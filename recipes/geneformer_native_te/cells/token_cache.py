@@ -218,59 +218,55 @@ def write_part(path: Path, part: Part, options: Options) -> int:
     Raises ValueError at the first bad cell, if they are refused.
     """
     one, genes, names = columns_of(replace(part, first=0, stop=0), options)
-    rule, number = options.dictionary.rule, 0
+    rule = options.dictionary.rule
     passed = one.obs("filter_pass", part.first, part.stop) if rule.name in ("V1", "V2") else None
     obs = {name: one.obs(name, part.first, part.stop) for name in options.obs_columns}
     wrong: dict[str, dict] = {}
-    filtered = 0
+    filtered, cells_at, found, lengths = 0, [], [], []
     partial, form = path.with_name(f".{path.name}.{uuid.uuid4().hex}"), schema(options)
+    for block in one.blocks(part.first, part.stop):
+        if len(block.columns) and int(block.columns.max()) >= len(genes.place):
+            raise ValueError(f"{part.path}: a cell has gene {block.columns.max():,} of {len(genes.place):,}.")
+        cells = len(block.indptr) - 1
+        taken = np.ones(cells, bool)
+        if passed is not None:
+            marks = passed[block.first - part.first : block.first - part.first + cells]
+            taken &= np.array([mark in ("1", "1.0", "True") for mark in marks])
+            filtered += cells - int(taken.sum())
+        for fault in faults(block, genes, options.bad_cells != "keep"):
+            kind, cell, _ = fault
+            if not taken[cell]:
+                continue
+            taken[cell] = False
+            text = sentence(part, names, block, fault)
+            if options.bad_cells == "refuse":
+                raise ValueError(f"{text}; {setting(options.section, 'bad_cells')}=leave_out leaves such cells out.")
+            here = wrong.setdefault(kind, {"count": 0, "rows": [], "text": text})
+            here["count"] += 1
+            here["rows"] += [block.first + cell] if len(here["rows"]) < NAMED else []
+        with np.errstate(invalid="ignore", divide="ignore"):
+            tokens = tokenize(sound(block, taken), genes, rule, options.longest)
+        tokens = [some for some, good in zip(tokens, taken, strict=True) if good]
+        lengths += map(len, tokens)
+        found.append(np.concatenate([*tokens, np.zeros(0, genes.tokens.dtype)]))
+        cells_at.append(np.flatnonzero(taken) + block.first)
+    at, sizes = np.concatenate([*cells_at, np.zeros(0, np.int64)]), np.array(lengths, dtype=np.int32)
+    flat = np.concatenate([*found, np.zeros(0, genes.tokens.dtype)])
+    lists = pa.ListArray.from_arrays(
+        np.concatenate(([0], np.cumsum(sizes))).astype(np.int32), pa.array(flat, form.field(0).type.value_type)
+    )
+    more = [pa.array([column[i - part.first] for i in at], pa.string()) for column in obs.values()]
+    source = pa.array([Path(part.path).name] * len(at), pa.string())
+    batch = pa.RecordBatch.from_arrays([lists, pa.array(sizes), source, pa.array(at), *more], schema=form)
     try:
         with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, form) as writer:
-            for block in one.blocks(part.first, part.stop):
-                if len(block.columns) and int(block.columns.max()) >= len(genes.place):
-                    raise ValueError(f"{part.path}: a cell has gene {block.columns.max():,} of {len(genes.place):,}.")
-                cells = len(block.indptr) - 1
-                taken = np.ones(cells, bool)
-                if passed is not None:
-                    marks = passed[block.first - part.first : block.first - part.first + cells]
-                    taken &= np.array([mark in ("1", "1.0", "True") for mark in marks])
-                    filtered += cells - int(taken.sum())
-                for fault in faults(block, genes, options.bad_cells != "keep"):
-                    kind, cell, _ = fault
-                    if not taken[cell]:
-                        continue
-                    taken[cell] = False
-                    text = sentence(part, names, block, fault)
-                    if options.bad_cells == "refuse":
-                        raise ValueError(
-                            f"{text}; {setting(options.section, 'bad_cells')}=leave_out leaves such cells out."
-                        )
-                    here = wrong.setdefault(kind, {"count": 0, "rows": [], "text": text})
-                    here["count"] += 1
-                    here["rows"] += [block.first + cell] if len(here["rows"]) < NAMED else []
-                with np.errstate(invalid="ignore", divide="ignore"):
-                    tokens = [some for some, good in zip(tokenize(sound(block, taken), genes, rule, options.longest),
-                                                         taken, strict=True) if good]  # fmt: skip
-                at = np.flatnonzero(taken)
-                sizes = np.array([len(some) for some in tokens], dtype=np.int32)
-                flat = pa.array(
-                    np.concatenate([*tokens, np.zeros(0, genes.tokens.dtype)]), form.field(0).type.value_type
-                )
-                lists = pa.ListArray.from_arrays(np.concatenate(([0], np.cumsum(sizes))).astype(np.int32), flat)
-                more = [
-                    pa.array([column[block.first - part.first + i] for i in at], pa.string())
-                    for column in obs.values()
-                ]
-                source = pa.array([Path(part.path).name] * len(at), pa.string())
-                columns = [lists, pa.array(sizes), source, pa.array(at + block.first, pa.int64()), *more]
-                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=form))
-                number += len(at)
-        left = {"cells": number, "filtered": filtered, "wrong": wrong}
+            writer.write_batch(batch)  # one: whoever opens the file has to know where each begins
+        left = {"cells": len(at), "filtered": filtered, "wrong": wrong}
         save(path.with_suffix(".json"), lambda out: out.write(json.dumps(left).encode()))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return number
+    return len(at)
 
 
 def sound(block: Block, taken: np.ndarray) -> Block:

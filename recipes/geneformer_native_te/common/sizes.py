@@ -80,7 +80,8 @@ def size_index(distributed: Distributed, section: str, key: str | None, num_rows
     `key`, as for rows that are held in memory, nothing is kept. `cache` is where `datasets` keeps this data, if not
     in its usual place. Raises ValueError as `measure` does.
     """
-    chunks = [np.arange(first, min(first + CHUNK, num_rows)) for first in range(0, num_rows, CHUNK)]
+    firsts = range(0, num_rows, CHUNK)
+    chunks = (np.arange(first, min(first + CHUNK, num_rows)) for first in firsts)
     if key is None:
         return SizeIndex(measured(*map(list, zip(*map(measure, chunks), strict=True))))
     folder = (cache or Path(datasets.config.HF_DATASETS_CACHE)) / "row_sizes"
@@ -90,7 +91,7 @@ def size_index(distributed: Distributed, section: str, key: str | None, num_rows
     if num_rows > CHUNK:
         distributed.say(f"{section}: the sizes of {num_rows:,} rows are measured once, and kept in {folder}.")
     with distributed.shared_errors():
-        mine = list(range(distributed.local_rank, len(chunks), distributed.num_local_ranks))
+        mine = list(range(distributed.local_rank, len(firsts), distributed.num_local_ranks))
         # Each node begins at another place: where they share a cache, none measures what another has.
         first = len(mine) * (distributed.rank - distributed.local_rank) // distributed.num_ranks
         mine = mine[first:] + mine[:first]
@@ -104,14 +105,15 @@ def size_index(distributed: Distributed, section: str, key: str | None, num_rows
             if target.is_dir():  # another run was faster
                 break
             if not (path := parts / f"{number}.npz").exists():
-                sizes, members = measure(chunks[number])
+                first = firsts[number]
+                sizes, members = measure(np.arange(first, min(first + CHUNK, num_rows)))
                 arrays = {"sizes": sizes} if members is None else {"sizes": sizes, "members": members}
                 with writable(section, target):
                     save(path, lambda file, arrays=arrays: np.savez(file, **arrays))
     with distributed.shared_errors():
         if distributed.local_rank == 0 and not target.is_dir():
             with writable(section, target):
-                join(parts, len(chunks), target)
+                join(parts, len(firsts), target)
     if distributed.local_rank == 0:  # now that no node needs them any more
         shutil.rmtree(parts, ignore_errors=True)
     return open_index(target)
@@ -139,17 +141,32 @@ def join(parts: Path, num_parts: int, target: Path) -> None:
 
     Raises ValueError for a chunk that a power failure has cut short.
     """
-    found = [read_chunk(parts / f"{number}.npz") for number in range(num_parts)]
-    arrays = measured([part["sizes"] for part in found], [part.get("members") for part in found])
-    made = parts / f"whole_{uuid.uuid4().hex}"
+    made, paths = parts / f"whole_{uuid.uuid4().hex}", [parts / f"{number}.npz" for number in range(num_parts)]
     made.mkdir()
-    for name, array in arrays.items():
-        np.save(made / f"{name}.npy", array)
+    lengths = [{name: len(array) for name, array in read_chunk(path).items()} for path in paths]
+    with new_array(made / "sizes.npy", np.int32, sum(one["sizes"] for one in lengths)) as write:
+        for path in paths:  # one in memory
+            write(read_chunk(path)["sizes"])
+    if "members" in lengths[0]:
+        with new_array(made / f"{OFFSETS}.npy", np.int64, sum(one["members"] for one in lengths) + 1) as write:
+            write(last := np.zeros(1, np.int64))
+            for path in paths:
+                write(found := last[-1] + np.cumsum(read_chunk(path)["members"], dtype=np.int64))
+                last = found
     try:
         made.rename(target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else the other was faster
             raise
+
+
+@contextmanager
+def new_array(path: Path, dtype: type, length: int):
+    """What appends to a new .npy file of so many numbers."""
+    with open(path, "wb") as file:
+        form = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(file, form)
+        yield lambda array: file.write(array.astype(dtype, copy=False).tobytes())
 
 
 def read_chunk(path: Path) -> dict[str, np.ndarray]:

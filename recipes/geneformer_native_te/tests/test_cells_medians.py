@@ -30,7 +30,7 @@ def test_a_median_is_within_a_512th_of_itself():
         medians.count(histogram, block, genes)
         truth = np.median(dense[:, 0] / pairs.sum(1) * 10_000)
         found = medians.Medians()
-        found.places, found.histogram = {"a": 0}, histogram
+        found.places, found.blocks = {"a": 0}, [histogram]
         assert abs(found.result()["a"] / truth - 1) <= 1 / 512
     values = np.ldexp(random.uniform(1, 2, 10_000), random.integers(-13, 14, 10_000))
     assert (np.abs(medians.middles()[medians.bins_of(values)] / values - 1) <= 1 / 512).all()

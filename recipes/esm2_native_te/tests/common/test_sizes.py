@@ -187,14 +187,14 @@ def test_a_folder_without_the_right_to_write(distributed, cache):
     assert "(Permission denied)" in refusal(distributed)
 
 
-@pytest.mark.parametrize("function", ["savez", "save"])
+@pytest.mark.parametrize(("place", "function"), [(np, "savez"), (np.lib.format, "write_array_header_1_0")])
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
-def test_a_disk_that_fails_while_it_is_built(distributed, cache, monkeypatch, function, number):
+def test_a_disk_that_fails_while_it_is_built(distributed, cache, monkeypatch, place, function, number):
     def fails(*arguments, **named):
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, function, fails)
+        patch.setattr(place, function, fails)
         assert f"({os.strerror(number)})" in refusal(distributed)
     assert build(distributed)[0].sizes.tolist() == SIZES.tolist()
 
