@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from common.weights import random_normal
 from tokens import masked_lm
 from tokens.backends import layer_class, resolve_layer_backend
+from tokens.dropout import draw_seed
 from tokens.layers import AttentionInputs, attention_inputs, sequence_index
 from tokens.masked_lm import ForMaskedLM, TokenModel
 
@@ -147,9 +148,9 @@ class Encoder(nn.Module):
     def forward(self, x_NE: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None) -> Tensor:
         """[N, E] to [N, E], or of selected tokens [W, E]."""
         *others, last = self.layer
-        for layer in others:
-            x_NE = layer(x_NE, inputs)
-        return self.emb_layer_norm_after(last(x_NE, inputs, selected_W))
+        for number, layer in enumerate(others, 1):
+            x_NE = layer(x_NE, inputs.at(number))
+        return self.emb_layer_norm_after(last(x_NE, inputs.at(len(self.layer)), selected_W))
 
 
 class ContactRegression(nn.Module):
@@ -240,7 +241,8 @@ class Esm2Model(Esm2PreTrainedModel):
         mask_BS = None if attention_mask is None else attention_mask.bool()
         inv_freq_R = rope_inv_freq(self.config, self.config.rope_inv_freq_dtype, input_ids.device)
         borders = (cu_seqlens, max_seqlen, seq_lens)
-        inputs = attention_inputs(input_ids, mask_BS, *borders, inv_freq_R, self.context_parallel)
+        seed = draw_seed() if self.training and self.config.hidden_dropout_prob else None
+        inputs = attention_inputs(input_ids, mask_BS, *borders, inv_freq_R, self.context_parallel, seed=seed)
         x_NE = self.embeddings(input_ids, mask_BS, cu_seqlens, self.context_parallel)
         x_NE = self.encoder(x_NE, inputs, selected_W)
         return BaseModelOutput(last_hidden_state=x_NE)

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from common.weights import random_normal
 from tokens import masked_lm
 from tokens.backends import layer_class, resolve_layer_backend
+from tokens.dropout import FED, draw_seed, drop
 from tokens.layers import ACTIVATIONS, Form, attention_inputs
 from tokens.masked_lm import ForMaskedLM, TokenModel
 
@@ -135,13 +136,13 @@ class Embeddings(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm == "post" else None
         self.dropout = config.hidden_dropout_prob
 
-    def forward(self, input_ids_N: Tensor, positions_N: Tensor) -> Tensor:
-        """[N] and [N], or [S] of padded ones, to [N, E]."""
+    def forward(self, input_ids_N: Tensor, positions_N: Tensor, words_N: Tensor | None) -> Tensor:
+        """[N] and [N], or [S] of padded ones, to [N, E]; by `words_N` numbers are dropped (tokens/dropout.py)."""
         x_NE = self.word_embeddings(input_ids_N) + self.token_type_embeddings.weight[0]
         x_NE = x_NE + self.position_embeddings(positions_N)
         if self.layer_norm is not None:
             x_NE = self.layer_norm(x_NE)
-        return F.dropout(x_NE, self.dropout, self.training) if self.dropout else x_NE
+        return drop(x_NE, words_N, FED, self.dropout) if self.dropout and self.training else x_NE
 
 
 class LMHead(nn.Module):
@@ -224,7 +225,9 @@ class GeneformerModel(GeneformerPreTrainedModel):
         mask_BS = None if attention_mask is None else attention_mask.bool()
         no_angles_R = torch.zeros(self.config.head_dim // 2, device=input_ids.device)
         borders = (cu_seqlens, max_seqlen, seq_lens)
-        inputs = attention_inputs(input_ids, mask_BS, *borders, no_angles_R, self.context_parallel, turns=False)
+        drops = self.training and (self.config.hidden_dropout_prob or self.config.attention_probs_dropout_prob)
+        seed = draw_seed() if drops else None
+        inputs = attention_inputs(input_ids, mask_BS, *borders, no_angles_R, self.context_parallel, False, seed)
         if inputs.max_seqlen > self.config.max_position_embeddings:
             raise ValueError(
                 f"a cell of {inputs.max_seqlen} tokens is longer than max_position_embeddings "
@@ -235,11 +238,11 @@ class GeneformerModel(GeneformerPreTrainedModel):
             positions_N = torch.arange(input_ids.shape[1], device=input_ids.device)
         if self.context_parallel:
             input_ids, positions_N = self.context_parallel.part(input_ids), self.context_parallel.part(positions_N)
-        x_NE = self.embeddings(input_ids, positions_N)
+        x_NE = self.embeddings(input_ids, positions_N, inputs.at(0).own_words_N)
         *others, last = self.layer
-        for layer in others:
-            x_NE = layer(x_NE, inputs)
-        x_NE = last(x_NE, inputs, selected_W)
+        for number, layer in enumerate(others, 1):
+            x_NE = layer(x_NE, inputs.at(number))
+        x_NE = last(x_NE, inputs.at(len(self.layer)), selected_W)
         return BaseModelOutput(last_hidden_state=x_NE if self.norm is None else self.norm(x_NE))
 
 

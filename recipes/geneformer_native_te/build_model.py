@@ -207,9 +207,11 @@ def harmless_keys(config: Mapping) -> tuple[str, ...]:
     `config` is what the run goes on with, flat: `section.key`.
     """
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    if all(config.get(f"model_kwargs.{name}") == 0 for name in names):
-        return ("use_sequence_packing", "layer_backend", "cp_size")
-    return ()  # what is dropped depends on the shape of what passes through a layer, so on these too
+    drops = any(config.get(f"model_kwargs.{name}") != 0 for name in names)
+    # GPUs' attention and TransformerEngine's layers drop by what passes through them, and so does what tells classes.
+    if drops and (torch.cuda.is_available() or config.get("model_kwargs.task") in ("cells", "genes")):
+        return ()
+    return ("use_sequence_packing", "layer_backend", "cp_size")
 
 
 def training_flops(shape: GeneformerConfig, batch: Batch, backend: str | None = None) -> float:

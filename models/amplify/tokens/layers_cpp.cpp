@@ -56,6 +56,7 @@ constexpr int64_t LANES = 8;
 constexpr int64_t VECTOR = 16;  // words of 32 bits in AVX-512's vectors
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 
 inline Words bits(Floats x) { return reinterpret_cast<Words>(x); }
 inline Floats from_bits(Words u) { return reinterpret_cast<Floats>(u); }
@@ -179,6 +180,31 @@ inline void transpose_words(const void* from, int64_t stride, void* to, int64_t 
   }
 }
 #endif
+
+// ---- dropout: the draws of dropout.py, by words that are unsigned here
+
+constexpr uint32_t FIRST = 0x7feb352d, SECOND = 0x846ca68b, GOLDEN = 0x9e3779b9;
+inline uint32_t fold(uint32_t word, uint32_t number) {
+  word += number * GOLDEN;
+  word = (word ^ word >> 16) * FIRST;
+  word = (word ^ word >> 15) * SECOND;
+  return word ^ word >> 16;
+}
+// Signed numbers, or a vector of them, from a row's words and a column's; those below a limit are dropped.
+template <typename W>
+inline auto draw(W words) {
+  words *= FIRST;
+  words = (words ^ words >> 15) * SECOND;
+  if constexpr (std::is_same_v<W, uint32_t>)
+    return static_cast<int32_t>(words);
+  else
+    return reinterpret_cast<Integers>(words);
+}
+inline void column_words(int64_t count, uint32_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = fold(0, static_cast<uint32_t>(i));
+}
+inline float kept_share(int64_t limit) { return static_cast<float>((2147483648.0 - limit) / 4294967296.0); }
+constexpr int HEADS = 2;  // the place of the first head
 
 // ---- attention
 //
@@ -400,11 +426,41 @@ struct Head {
   const float *cos, *sin;       // [length, WHOLE]
   const int64_t* selected;        // the tokens that ask, in rising order; none: all of them
   int64_t num_queries, start;   // how many those are; the number of the sequence's first token, as `selected` counts
+  const uint32_t* words;        // of each token, for dropout; or none
+  uint32_t number;              // of the head
+  int64_t limit;                // draws below it are dropped
 
   // Whether a token is the next that asks, after `query` others.
   bool asks(int64_t token, int64_t query) const {
     return !selected || (query < num_queries && selected[query] - start == token);
   }
+};
+
+// What a head drops: weights of columns, which are queries, and rows, which are keys (dropout.py has it the other way).
+template <bool DROPS, int64_t COLUMNS>
+class Dropped {
+ public:
+  Dropped(const Head& h, uint32_t* keys) : head_(h), keys_(keys) {
+    if (DROPS) column_words(h.length, keys);
+  }
+  void begin(int64_t first, int64_t count) {  // with so many queries
+    for (int64_t c = 0; DROPS && c < count; ++c) {
+      const int64_t token = head_.selected ? head_.selected[first + c] - head_.start : first + c;
+      queries_[c] = fold(head_.words[token], HEADS + head_.number);
+    }
+  }
+  // What remains of x, which belongs to LANES queries from c on and key j; `other` where nothing does.
+  Floats of(Floats x, int64_t c, int64_t j, Floats other) const {
+    if constexpr (!DROPS) return x;
+    Words queries;
+    std::memcpy(&queries, queries_ + c, sizeof queries);
+    return draw(queries ^ keys_[j]) < static_cast<int32_t>(head_.limit) ? other : x;
+  }
+
+ private:
+  const Head& head_;
+  uint32_t* keys_;
+  alignas(64) uint32_t queries_[COLUMNS] = {};
 };
 
 constexpr int64_t AHEAD = 16;  // rows; they are too far apart for the processor to see them coming
@@ -507,21 +563,21 @@ void gather_grads(const Head& h, const T* grad, const T* context, int64_t stride
   clear_rows(h.num_queries, grads);
 }
 
-// The gradients of a head's rows [length, OUT] to where those come from: queries' and keys' turned back, and scaled.
+// The gradients of a head's rows [length, OUT] to where those come from, times `scale`; queries' and keys' turned back.
 // What they write too much is overwritten by what comes next to them. A token that does not ask gets zeros.
 template <typename T>
-void scatter(const Head& h, const float* queries, const float* keys, const float* values, T* grad_qkv) {
+void scatter(const Head& h, const float* queries, const float* keys, const float* values, float scale, T* grad_qkv) {
   int64_t query = 0;
   for (int64_t i = 0; i < h.length; ++i) {
     T* __restrict to = grad_qkv + i * h.row;
     prefetch<1>(to + AHEAD * h.row, 3 * DIM);
     const float *cos = h.cos + i * WHOLE, *sin = h.sin + i * WHOLE, *__restrict v = values + i * OUT<T>;
     if (h.asks(i, query))
-      turn<true>(queries + query++ * OUT<T>, cos, sin, SCALE, to);
+      turn<true>(queries + query++ * OUT<T>, cos, sin, SCALE * scale, to);
     else
       std::memset(static_cast<void*>(to), 0, DIM * sizeof(T));
-    turn<true>(keys + i * OUT<T>, cos, sin, 1.0f / LOG2_E, to + DIM);  // queries were scaled by LOG2_SCALE
-    for (int64_t d = 0; d < DIM; ++d) store(to + 2 * DIM + d, v[d]);
+    turn<true>(keys + i * OUT<T>, cos, sin, scale / LOG2_E, to + DIM);  // queries were scaled by LOG2_SCALE
+    for (int64_t d = 0; d < DIM; ++d) store(to + 2 * DIM + d, v[d] * scale);
   }
 }
 
@@ -636,11 +692,11 @@ inline bool any_above(Floats x, float limit) {
 template <typename T>
 constexpr int64_t head_bytes(int64_t padded) {
   constexpr int64_t B = BLOCK<T>, W = std::max(WIDTH<T>, OUT<T>);
-  return 4 * ((8 * padded + 5 * B) * W + 5 * padded * B + padded) + 4096;
+  return 4 * ((8 * padded + 5 * B) * W + 5 * padded * B + 2 * padded) + 4096;
 }
 
 // Scores are logarithms to base 2 here and in the backward pass: queries are scaled by LOG2_SCALE.
-template <typename T>
+template <typename T, bool DROPS>
 void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, float* lse, int64_t lse_row) {
   constexpr int64_t B = BLOCK<T>, W = WIDTH<T>, H = HIGH<T>;
   constexpr float FAR = 16.0f;  // of the 127 that exponents leave room for
@@ -655,11 +711,13 @@ void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, 
   auto* keys = scratch.take<T>(padded * W + VECTOR);
   auto* values = scratch.take<T>(padded * W);
   auto* queries = scratch.take<T>(padded * W + VECTOR);
+  Dropped<DROPS, B> dropped(h, scratch.take<uint32_t>(padded));
   gather(h, qkv, LOG2_SCALE, queries, keys, values);
   left_transposed(values, h, values_transposed);
 
   for (int64_t first = 0; first < h.num_queries; first += B) {
     const int64_t count = std::min(B, h.num_queries - first);
+    dropped.begin(first, count);
     right_transposed(queries + first * W, count, query);
     float shift[B] = {}, sum[B] = {};  // of the weights 2^(score + shift)
     for (int64_t at = 0; at < n; at += step) {
@@ -702,7 +760,7 @@ void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, 
         const auto weight = [&](int64_t j) {
           const Floats p = weight_of<T>(plus<T>(floats(scores + j * B + c), shifts));
           total += p;
-          return p;
+          return dropped.of(p, c, at + j, Floats{});
         };
         int64_t j = 0;
         for (; j + 1 < real; j += 2) {
@@ -715,12 +773,13 @@ void forward_head(const Head& h, const T* qkv, T* context, int64_t context_row, 
       product(H, B, step, values_transposed + at, padded, weights, out, at > 0 ? out : nullptr);
     }
     for (int64_t c = 0; c < count; ++c) lse[(first + c) * lse_row] = std::log2(sum[c]) - shift[c];
-    for (int64_t c = 0; c < B; ++c) sum[c] = 1.0f / sum[c];
+    const float share = DROPS ? kept_share(h.limit) : 1.0f;
+    for (int64_t c = 0; c < B; ++c) sum[c] = 1.0f / (sum[c] * share);
     store_columns(out, sum, count, context + first * context_row, context_row);
   }
 }
 
-template <typename T>
+template <typename T, bool DROPS>
 void backward_head(const Head& h, const T* qkv, const T* context, const T* grad, int64_t context_row, const float* lse,
                    int64_t lse_row, T* grad_qkv) {
   constexpr int64_t B = BLOCK<T>, W = WIDTH<T>, H = HIGH<T>, O = OUT<T>;
@@ -750,6 +809,9 @@ void backward_head(const Head& h, const T* qkv, const T* context, const T* grad,
   auto* grads = scratch.take<T>(padded * W);
   auto* grad_queries = scratch.take<float>(padded * O + VECTOR);
   auto* products = scratch.take<float>(h.num_queries);
+  Dropped<DROPS, B> dropped(h, scratch.take<uint32_t>(padded));
+  // The weights that stay are larger by 1 / share: that all gradients get at the end.
+  const float share = DROPS ? kept_share(h.limit) : 1.0f;
   gather(h, qkv, LOG2_SCALE, queries, keys, values);
   gather_grads(h, grad, context, context_row, grads, products);
   left_transposed(keys, h, keys_transposed);
@@ -760,8 +822,9 @@ void backward_head(const Head& h, const T* qkv, const T* context, const T* grad,
     float shift[B] = {}, grad_shift[B] = {};  // of the scores and their gradients
     for (int64_t c = 0; c < count; ++c) {
       shift[c] = -lse[(first + c) * lse_row];
-      grad_shift[c] = -products[first + c];
+      grad_shift[c] = -products[first + c] * share;
     }
+    dropped.begin(first, count);
     right_transposed(query, count, query_columns);
     right_transposed(g, count, grad_columns);
     right_rows(query, count, query_rows);
@@ -777,20 +840,22 @@ void backward_head(const Head& h, const T* qkv, const T* context, const T* grad,
           store_rows(grad_weights + j * B + c, qa, qb);
           store_pairs(grad_pairs + j * B, c, qa, qb);
         };
-        const auto weight_at = [&](int64_t j) {
-          return weight_of<T>(plus<T>(floats(scores + j * B + c), shifts));
+        struct Pair {
+          Floats weight, grad;  // of a weight that may be dropped, and of its score
         };
-        const auto grad_at = [&](int64_t j, Floats p) {
-          return p * plus<T>(floats(grad_scores + j * B + c), grad_shifts);
+        const auto pair_at = [&](int64_t j) {
+          const Floats p = weight_of<T>(plus<T>(floats(scores + j * B + c), shifts));
+          const Floats grad = plus<T>(floats(grad_scores + j * B + c), grad_shifts);
+          return Pair{dropped.of(p, c, at + j, Floats{}), p * dropped.of(grad, c, at + j, grad_shifts)};
         };
         int64_t j = 0;
         for (; j + 1 < real; j += 2) {
-          const Floats pa = weight_at(j), pb = weight_at(j + 1);
-          store_two(j, pa, grad_at(j, pa), pb, grad_at(j + 1, pb));
+          const Pair a = pair_at(j), b = pair_at(j + 1);
+          store_two(j, a.weight, a.grad, b.weight, b.grad);
         }
         for (; j < step; j += 2) {  // padding has no weight
-          const Floats pa = j < real ? weight_at(j) : Floats{};
-          store_two(j, pa, j < real ? grad_at(j, pa) : Floats{}, Floats{}, Floats{});
+          const Pair a = j < real ? pair_at(j) : Pair{};
+          store_two(j, a.weight, a.grad, Floats{}, Floats{});
         }
       }
       float *grad_v = grad_values + at * O, *grad_k = grad_keys + at * O;
@@ -800,13 +865,13 @@ void backward_head(const Head& h, const T* qkv, const T* context, const T* grad,
     }
     transpose_result<T>(out, count, grad_queries + first * O);
   }
-  scatter(h, grad_queries, grad_keys, grad_values, grad_qkv);
+  scatter(h, grad_queries, grad_keys, grad_values, 1.0f / share, grad_qkv);
 }
 
 template <typename T>
 bool run(bool backward, const T* qkv, const float* cos, const float* sin, const int32_t* cu_seqlens, int64_t num_seqs,
-         int64_t num_heads, const int64_t* selected, int64_t num_selected, T* context, float* lse, const T* grad,
-         T* grad_qkv, int64_t num_threads) {
+         int64_t num_heads, const int64_t* selected, int64_t num_selected, const uint32_t* words, int64_t limit,
+         int64_t first_head, T* context, float* lse, const T* grad, T* grad_qkv, int64_t num_threads) {
   bool done = true;
 #pragma omp parallel num_threads(num_threads) reduction(&& : done)
   {
@@ -823,19 +888,44 @@ bool run(bool backward, const T* qkv, const float* cos, const float* sin, const 
         num_queries = std::lower_bound(from, selected + num_selected, start + length) - from;
       }
       const Head h{length, rounded(length, ROUND), row, cos, sin, num_selected < 0 ? nullptr : selected + first,
-                   num_queries, start};
+                   num_queries, start, words ? words + start : nullptr, static_cast<uint32_t>(first_head + head), limit};
       const int64_t at = start * row + head * 3 * DIM, to = (first * num_heads + head) * DIM;
       float* sums = lse + first * num_heads + head;
-      done = succeeds([&] {
+      const auto work = [&](auto drops) {
+        constexpr bool DROPS = decltype(drops)::value;
         if (backward)
-          backward_head(h, qkv + at, context + to, grad + to, num_heads * DIM, sums, num_heads, grad_qkv + at);
+          backward_head<T, DROPS>(h, qkv + at, context + to, grad + to, num_heads * DIM, sums, num_heads,
+                                  grad_qkv + at);
         else
-          forward_head(h, qkv + at, context + to, num_heads * DIM, sums, num_heads);
-      });
+          forward_head<T, DROPS>(h, qkv + at, context + to, num_heads * DIM, sums, num_heads);
+      };
+      done = succeeds([&] { words ? work(std::true_type{}) : work(std::false_type{}); });
     }
     end_products<T>();
   }
   return done;
+}
+
+// ---- dropout of rows
+
+template <typename T>
+void drop(const T* x, const uint32_t* words, int64_t limit, int64_t place, T* y, int64_t rows, int64_t width,
+          int64_t num_threads) {
+  const float scale = 1.0f / kept_share(limit);
+  const auto least = static_cast<int32_t>(limit);
+  const std::unique_ptr<uint32_t[]> columns(new uint32_t[width]);
+  column_words(width, columns.get());
+#pragma omp parallel for num_threads(num_threads)
+  for (int64_t i = 0; i < rows; ++i) {
+    const uint32_t word = fold(words[i], static_cast<uint32_t>(place)), *column = columns.get();
+    const T* from = x + i * width;
+    T* to = y + i * width;
+#pragma omp simd
+    for (int64_t e = 0; e < width; ++e) {
+      const uint32_t is_kept = draw(word ^ column[e]) < least ? 0u : 1u;
+      store(to + e, load(from + e) * (static_cast<float>(is_kept) * scale));
+    }
+  }
 }
 
 // ---- layer norm, and without `mean` and `bias` RMSNorm
@@ -958,9 +1048,15 @@ inline void normal(Floats x, Floats& cdf, Floats& density) {
 #define ATTENTION(NAME, T)                                                                                           \
   bool attention_##NAME(bool backward, const T* qkv, const float* cos, const float* sin, const int32_t* cu_seqlens,  \
                         int64_t num_seqs, int64_t num_heads, const int64_t* selected, int64_t num_selected,          \
-                        T* context, float* lse, const T* grad, T* grad_qkv, int64_t num_threads) {                   \
-    return run(backward, qkv, cos, sin, cu_seqlens, num_seqs, num_heads, selected, num_selected, context, lse,       \
-               grad, grad_qkv, num_threads);                                                                         \
+                        const uint32_t* words, int64_t limit, int64_t first_head, T* context, float* lse,            \
+                        const T* grad, T* grad_qkv, int64_t num_threads) {                                           \
+    return run(backward, qkv, cos, sin, cu_seqlens, num_seqs, num_heads, selected, num_selected, words, limit,       \
+               first_head, context, lse, grad, grad_qkv, num_threads);                                               \
+  }
+#define DROP(NAME, T)                                                                                               \
+  bool drop_##NAME(const T* x, const uint32_t* words, int64_t limit, int64_t place, T* y, int64_t rows,             \
+                   int64_t width, int64_t num_threads) {                                                            \
+    return succeeds([&] { drop(x, words, limit, place, y, rows, width, num_threads); });                            \
   }
 #define LAYER_NORM(NAME, X, Y)                                                                                      \
   bool layer_norm_##NAME(bool backward, const X* x, const Y* added, X* sum, const float* weight, const float* bias, \
@@ -974,6 +1070,8 @@ inline void normal(Floats x, Floats& cdf, Floats& density) {
 extern "C" {
 int64_t padded_half() { return WHOLE; }  // columns of the tables of angles
 ATTENTION(float32, float)
+DROP(float32, float)
+DROP(bfloat16, BFloat16)
 LAYER_NORM(float32_float32, float, float)
 LAYER_NORM(float32_bfloat16, float, BFloat16)
 LAYER_NORM(bfloat16_bfloat16, BFloat16, BFloat16)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dropout of what layers add to the residual stream: alike in every implementation and where layers are recomputed."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ODD
 
 from common.random_numbers import seed_micro_batch
-from tokens import layers
 from tokens.backends import cpp_available
 
 
@@ -65,6 +65,17 @@ def test_recomputed_layers_drop_the_same(make_model, make_batches, layout, backe
 
 
 @BACKENDS
+def test_padded_and_packed_drop_the_same(make_model, make_batches, backend):
+    """And a sequence of pads at the end of the packed ones moves nothing."""
+    batches = (*make_batches((40, 200, 90)), make_batches((40, 200, 90), align=64)[1])
+    model = make_model(layer_backend=backend, hidden_dropout_prob=RATE)
+    first, *others = (step(model, batch) for batch in batches)
+    for other in others:
+        torch.testing.assert_close(first[0], other[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(first[1], other[1], rtol=1e-4, atol=1e-6)
+
+
+@BACKENDS
 def test_what_is_dropped_belongs_to_the_micro_batch(make_model, make_batches, backend):
     """Another name drops others; the same name the same, whatever has been drawn meanwhile."""
     _, packed = make_batches()
@@ -81,19 +92,22 @@ def test_what_is_dropped_belongs_to_the_micro_batch(make_model, make_batches, ba
 @pytest.mark.parametrize("layout", [0, 1], ids=["padded", "packed"])
 def test_what_both_parts_of_a_layer_add_is_dropped(make_model, make_batches, monkeypatch, layout, backend):
     """At this rate, scaled up so that the mean stays, and of selected tokens only in the last layer."""
-    dropped, dropout = [], F.dropout
+    model = make_model(ODD | {"num_hidden_layers": 3}, layer_backend=backend, hidden_dropout_prob=RATE)
+    kernels = type(model.esm.encoder.layer[0].self_attention.kernels)
+    dropped, drop = [], kernels.drop
 
-    def watched(x, rate, training):
-        y = dropout(x, rate, training)
+    def watched(self, x, words, place, rate):
+        y = drop(self, x, words, place, rate)
         dropped.append((x.detach(), y.detach()))
         return y
 
-    monkeypatch.setattr(layers.F, "dropout", watched)
+    monkeypatch.setattr(kernels, "drop", watched)
     batch = make_batches((40, 200, 90))[layout]
-    step(make_model(ODD | {"num_hidden_layers": 3}, layer_backend=backend, hidden_dropout_prob=RATE), batch)
+    step(model, batch)
     assert [x.shape[:-1] for x, _ in dropped] == [batch["input_ids"].shape] * 4 + [(64,)] * 2
-    for x, y in dropped:
-        kept = y != 0
+    masks = [y != 0 for _, y in dropped]
+    assert all(not torch.equal(one, other) for one, other in pairwise(masks[:4]))
+    for (x, y), kept in zip(dropped, masks, strict=True):
         assert 1 - RATE - 0.03 < kept.float().mean() < 1 - RATE + 0.03
         torch.testing.assert_close(y[kept], x[kept] / (1 - RATE))
 

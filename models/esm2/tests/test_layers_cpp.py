@@ -435,6 +435,7 @@ def test_other_compilers_and_processors(compiled_with, flags):
         test_attention(24, dtype)
         test_attention(64, dtype)
         agrees_with_attention_of_all(torch.tensor(ASKING["few"]), 24, dtype)
+        with_dropout(24, dtype)
     test_layer_norm((torch.float32, torch.bfloat16))
 
 
@@ -457,7 +458,15 @@ def test_tiles(compiled_with, dim):
     assert ctypes.c_long.in_dll(layers_cpp.library(dim), "tile_products").value > 0
     test_attention(dim, torch.bfloat16)
     agrees_with_attention_of_all(torch.tensor(ASKING["few"]), dim, torch.bfloat16)
+    with_dropout(dim, torch.bfloat16)
     not_a_number_comes_through(dim, torch.bfloat16)
+
+
+def with_dropout(dim, dtype):
+    from test_dropout_draws import agrees_with_the_reference, rows_agree
+
+    agrees_with_the_reference(dim, dtype, 0.3)
+    rows_agree(33, dtype)
 
 
 def not_a_number_comes_through(dim, dtype):
@@ -617,6 +626,10 @@ def test_operators_keep_torchs_rules():
                                 torch.tensor([0, 20, 50], dtype=torch.int32), None)),
         (layers_cpp.attention, (torch.randn(50, 3, 48, requires_grad=True), torch.rand(30, 8), torch.rand(30, 8),
                                 torch.tensor([0, 20, 50], dtype=torch.int32), torch.arange(0, 50, 3))),
+        (layers_cpp.attention, (torch.randn(50, 3, 48, requires_grad=True), torch.rand(30, 8), torch.rand(30, 8),
+                                torch.tensor([0, 20, 50], dtype=torch.int32), None,
+                                torch.arange(50, dtype=torch.int32), 0.1, 2)),
+        (layers_cpp.drop, (torch.randn(70, 33, requires_grad=True), torch.arange(70, dtype=torch.int32), 1, 0.1, 16)),
         (layers_cpp.layer_norm, (torch.randn(70, 33, requires_grad=True), torch.rand(33, requires_grad=True),
                                  torch.rand(33, requires_grad=True), 1e-5, torch.float32, 16)),
         (layers_cpp.add_layer_norm, (*(torch.randn(70, 33, requires_grad=True) for _ in range(2)),

@@ -44,6 +44,10 @@ class ContextParallel:
         """How many of all heads each rank takes; the first ones take one more if they do not divide."""
         return [num_heads // self.size + (rank < num_heads % self.size) for rank in range(self.size)]
 
+    def first_head(self, num_heads: int) -> int:
+        """The number of the first of those that this rank takes."""
+        return sum(self.num_heads(num_heads)[: self.rank])
+
     @torch.compiler.disable
     def tokens_to_heads(self, x_PHC: Tensor) -> Tensor:
         """[P, H, C] to [T, K, C]."""

@@ -8,6 +8,7 @@ from conftest import BIONEMO, EVEN, ODD, PUBLISHED
 from convert_geneformer import from_native
 from modeling_geneformer import SIZES, GeneformerConfig, GeneformerForMaskedLM, training_flops
 from tokens.backends import cpp_available
+from tokens.layers import attention_inputs
 from tokens.masked_lm import init_parameters
 from vocabulary import open_vocabulary
 
@@ -72,6 +73,31 @@ def test_recomputed_layers_agree_with_dropout(make_models, make_batches, backend
     assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-6)
 
 
+def inputs_of(length, seed):
+    borders = (torch.tensor([0, length], dtype=torch.int32), length, [length])
+    tokens = torch.zeros(length, dtype=torch.long)
+    return attention_inputs(tokens, None, *borders, torch.zeros(8), turns=False, seed=seed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_is_dropped_in_every_layout_and_backend(make_models, make_batches, family):
+    """In attention and behind both parts of a layer, also where the last layer computes labelled tokens alone."""
+    options = FAMILIES[family] | {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+    steps = []
+    for backend in ["torch", "cpp"] if cpp_available(16)[0] else ["torch"]:
+        for batch in (*make_batches(pad=options.get("pad_token_id", 0)), make_batches(align=16)[1]):
+            model = make_models(EVEN, **options, layer_backend=backend)[0].train()
+            torch.manual_seed(5)
+            loss = model(**batch).loss
+            loss.backward()
+            steps.append((loss.detach(), torch.cat([x.grad.flatten() for x in model.parameters()])))
+    for loss, gradient in steps[1:]:
+        torch.testing.assert_close(loss, steps[0][0], rtol=1e-5, atol=0)
+        assert (gradient - steps[0][1]).norm() < 1e-5 * gradient.norm()
+    torch.manual_seed(6)
+    assert model(**batch).loss.item() != pytest.approx(steps[0][0].item(), rel=1e-3)
+
+
 def test_dropout_is_in_training_only_and_of_its_share(make_models, make_batches):
     padded, _ = make_batches()
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -82,12 +108,9 @@ def test_dropout_is_in_training_only_and_of_its_share(make_models, make_batches)
     attention = model.geneformer.layer[0].self_attention
     assert attention.dropout == 0.3
     x_NE = torch.randn(12, 64)
-    from tokens.layers import attention_inputs
-
-    borders = (torch.tensor([0, 12], dtype=torch.int32), 12, [12])
-    inputs = attention_inputs(torch.zeros(12, dtype=torch.long), None, *borders, torch.zeros(8), turns=False)
-    draws = torch.stack([attention(x_NE, inputs) for _ in range(2000)])
-    off = (draws.mean(0) - attention.eval()(x_NE, inputs)).abs() / (draws.std(0) / 2000**0.5)
+    with torch.no_grad():
+        draws = torch.stack([attention(x_NE, inputs_of(12, seed)) for seed in range(2000)])
+        off = (draws.mean(0) - attention.eval()(x_NE, inputs_of(12, 0))).abs() / (draws.std(0) / 2000**0.5)
     assert off.mean() < 1.2 and off.max() < 6
 
 

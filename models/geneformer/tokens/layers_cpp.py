@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformer layer of `layers.py` on CPUs, with kernels that are compiled when first needed: `layers_cpp.cpp`.
 
-Parameters are those of `layers.py`. There are kernels for attention of packed batches (without dropout) and layer norm
-in FP32 and BF16, and in BF16 for what lies between matrix products (GELU; ReLU and SwiGLU are PyTorch's), if widths
-divide by 16; those products are then oneDNN's, in FP32 too where that is faster. All else goes the way of `layers.py`.
+Parameters are those of `layers.py`. There are kernels for attention of packed batches, dropout (in attention of padded
+batches too) and layer norm in FP32 and BF16, and in BF16 for what lies between matrix products (GELU; ReLU and SwiGLU
+are PyTorch's), if widths divide by 16; those products are then oneDNN's, in FP32 too where that is faster. All else
+goes the way of `layers.py`.
 Shapes as there; S positions, R = D / 2 rotary angles.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from common.compile_cpp import compiled
 from tokens import layers
+from tokens.dropout import ATTENDED, FED, Dropped, limit_of
 from tokens.layers import AttentionInputs
 
 
@@ -87,24 +89,27 @@ def _checked(qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor
 
 @torch.library.custom_op("tokens::attention", mutates_args=())
 def attention(
-    qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor, selected_W: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    qkv_THC: Tensor, cos_SR: Tensor, sin_SR: Tensor, cu_seqlens: Tensor, selected_W: Tensor | None,
+    words_T: Tensor | None = None, rate: float = 0.0, first_head: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Softmax attention within each sequence, with rotary positions: [T, H, D], or of selected tokens [W, H, D].
 
     `qkv_THC` are q, k, v of each head, C = 3 D; `cu_seqlens` is int32. `selected_W` are the tokens that ask, int64 and
-    rising (None: all). The second output is what the backward pass needs of the softmax: the log2-sum-exp2 of each
-    asking token's scores, FP32 [T, H] or [W, H].
+    rising (None: all). With `words_T` (dropout.py) weights are dropped at this rate; `first_head` is the number of the
+    first head that is here. The second output is what the backward pass needs of the softmax: the log2-sum-exp2 of
+    each asking token's scores, FP32 [T, H] or [W, H].
     """
     qkv_THC = qkv_THC.contiguous()
     context, lse = _attention_outputs(qkv_THC, cos_SR, sin_SR, cu_seqlens, selected_W)
     inputs = (qkv_THC, *_checked(qkv_THC, cos_SR, sin_SR, cu_seqlens, selected_W))
-    _call(context.shape[-1], f"attention_{_name(qkv_THC)}", False, *inputs, context, lse, None, None)
+    _call(context.shape[-1], f"attention_{_name(qkv_THC)}", False, *inputs, *_dropout(words_T, rate), first_head,
+          context, lse, None, None)  # fmt: skip
     return context, lse
 
 
 @attention.register_fake
 def _attention_outputs(
-    qkv_THC: Tensor, cos_SR, sin_SR, cu_seqlens, selected_W: Tensor | None
+    qkv_THC: Tensor, cos_SR, sin_SR, cu_seqlens, selected_W: Tensor | None, *_
 ) -> tuple[Tensor, Tensor]:
     num_tokens, num_heads, width = qkv_THC.shape
     num_asking = num_tokens if selected_W is None else selected_W.shape[0]
@@ -120,15 +125,19 @@ def attention_backward(
     sin_SR: Tensor,
     cu_seqlens: Tensor,
     selected_W: Tensor | None,
+    words_T: Tensor | None,
     context_NHD: Tensor,
     lse_NH: Tensor,
+    rate: float,
+    first_head: int,
 ) -> Tensor:
     """The gradient of `qkv_THC`; N is T, or W with `selected_W`."""
     qkv_THC, grad_NHD = qkv_THC.contiguous(), grad_NHD.contiguous()
     grad_qkv_THC = torch.empty_like(qkv_THC)
     inputs = (qkv_THC, *_checked(qkv_THC, cos_SR, sin_SR, cu_seqlens, selected_W))
     outputs = (context_NHD, lse_NH, grad_NHD, grad_qkv_THC)
-    _call(context_NHD.shape[-1], f"attention_{_name(qkv_THC)}", True, *inputs, *outputs)
+    _call(context_NHD.shape[-1], f"attention_{_name(qkv_THC)}", True, *inputs, *_dropout(words_T, rate), first_head,
+          *outputs)  # fmt: skip
     return grad_qkv_THC
 
 
@@ -138,17 +147,49 @@ def _(grad_NHD: Tensor, qkv_THC: Tensor, *_) -> Tensor:
 
 
 def _save_attention(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)
+    *tensors, ctx.rate, ctx.first_head = inputs
+    ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
 def _attention_gradients(ctx, grad_NHD, _):
-    grad_THC = None if grad_NHD is None else attention_backward(grad_NHD, *ctx.saved_tensors)
-    return grad_THC, None, None, None, None
+    if grad_NHD is None:
+        return (None,) * 8
+    return attention_backward(grad_NHD, *ctx.saved_tensors, ctx.rate, ctx.first_head), *(None,) * 7
 
 
 attention.register_autograd(_attention_gradients, setup_context=_save_attention)
+
+
+def _dropout(words_T: Tensor | None, rate: float) -> tuple[Tensor | None, int]:
+    return None if words_T is None else words_T.contiguous(), limit_of(rate)
+
+
+@torch.library.custom_op("tokens::drop", mutates_args=())
+def drop(x_TE: Tensor, words_T: Tensor, place: int, rate: float, head_dim: int) -> Tensor:
+    """As dropout.py's; and the gradient is dropped as the value is."""
+    x_TE = x_TE.contiguous()
+    y_TE = torch.empty_like(x_TE)
+    _call(head_dim, f"drop_{_name(x_TE)}", x_TE, *_dropout(words_T, rate), place, y_TE, *x_TE.shape)
+    return y_TE
+
+
+@drop.register_fake
+def _(x_TE: Tensor, *_) -> Tensor:
+    return x_TE.new_empty(x_TE.shape)
+
+
+def _save_drop(ctx, inputs, output):
+    _, words_T, *ctx.options = inputs
+    ctx.save_for_backward(words_T)
+
+
+def _drop_gradients(ctx, grad_TE):
+    return drop(grad_TE, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+drop.register_autograd(_drop_gradients, setup_context=_save_drop)
 
 
 def _normalize(x_TE, added_TE, weight_E, bias_E, eps: float, dtype: torch.dtype, head_dim: int):
@@ -497,9 +538,9 @@ class TransformerLayer(layers.TransformerLayer):
 
     def forward(self, x_NE: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None) -> Tensor:
         """[N, E] to [N, E], or of selected tokens [W, E]."""
-        attended_NE = self.dropout(self.self_attention(x_NE, inputs, selected_W))
+        attended_NE = self.drop(self.self_attention(x_NE, inputs, selected_W), inputs, ATTENDED, selected_W)
         x_NE, added_NE = self.layernorm_mlp(layers.take_selected(x_NE, selected_W), attended_NE)
-        return x_NE + self.dropout(added_NE)
+        return x_NE + self.drop(added_NE, inputs, FED, selected_W)
 
 
 class PostNormLayer(layers.PostNormLayer):
@@ -534,11 +575,30 @@ class Kernels(layers.Kernels):
         return self.onednn_in_float32 and on_cpu and _compute_dtype(tensors[0]) == torch.float32
 
     def attention(
-        self, qkv_NHC: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None, dropout: float = 0.0
-    ) -> Tensor:
-        if inputs.cu_seqlens is None or dropout or not self._takes(qkv_NHC):
-            return super().attention(qkv_NHC, inputs, selected_W, dropout)
-        return attention(qkv_NHC, inputs.cos_SR, inputs.sin_SR, inputs.cu_seqlens, selected_W)[0]
+        self, qkv_NHC: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None,
+        dropped: Dropped | None = None,
+    ) -> Tensor:  # fmt: skip
+        padded = inputs.cu_seqlens is None
+        if (padded and (inputs.turns or not dropped)) or not self._takes(qkv_NHC):
+            return super().attention(qkv_NHC, inputs, selected_W, dropped)
+        angles, dropped = (inputs.cos_SR, inputs.sin_SR), dropped or Dropped(None, 0.0)
+        if not padded:
+            return attention(qkv_NHC, *angles, inputs.cu_seqlens, selected_W, *dropped)[0]
+        # PyTorch's own would hold all weights. The real tokens are taken out, and put back.
+        real_BS = torch.ones_like(dropped.words, dtype=torch.bool)
+        if inputs.mask_B11S is not None:
+            real_BS = inputs.mask_B11S[:, 0, 0]
+        real_T, cu_seqlens = real_BS.flatten().nonzero().squeeze(1), F.pad(real_BS.sum(1).cumsum(0), (1, 0))
+        dropped = dropped._replace(words=dropped.words.flatten()[real_T])
+        context_THD = attention(qkv_NHC.flatten(0, 1)[real_T], *angles, cu_seqlens.int(), None, *dropped)[0]
+        context_NHD = context_THD.new_zeros(real_BS.numel(), *context_THD.shape[1:]).index_copy(0, real_T, context_THD)
+        return layers.take_selected(context_NHD.unflatten(0, real_BS.shape), selected_W, token_dims=2)
+
+    def drop(self, x_NE: Tensor, words_N: Tensor, place: int, rate: float) -> Tensor:
+        if not self._takes(x_NE):
+            return super().drop(x_NE, words_N, place, rate)
+        y_TE = drop(x_NE.flatten(0, -2), words_N.flatten(), place, rate, self.head_dim)
+        return y_TE.view(x_NE.shape)
 
     def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor | None, eps: float) -> Tensor:
         dtype = _compute_dtype(x_NE)

@@ -9,6 +9,7 @@ Every matrix product goes through the attribute `matmul(x, weight, bias)` of its
 `layernorm_mlp`), `F.linear` unless replaced: that is where another precision comes in.
 """
 
+import copy
 from collections.abc import Callable
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tokens.dropout import ATTENDED, FED, Dropped, attention_of_rows, drop, fold, token_words
 
 
 class Form(NamedTuple):
@@ -60,10 +63,13 @@ class AttentionInputs:
     """What all layers of one forward pass share: rotary angles and the borders of the sequences.
 
     `angles_SD` are FP32, for positions 0 ... longest sequence - 1, the D/2 frequencies twice; where nothing `turns`
-    they are 0, for kernels that turn all the same. `mask_B11S` is True for
-    real tokens, None where there is no padding. Packed input has `cu_seqlens` (int32, from 0 to T) instead; with
-    `context_parallel` (context_parallel.py) a rank has T / ranks tokens of it, and all of some heads in attention.
+    they are 0, for kernels that turn all the same. `mask_B11S` is True for real tokens, None where no padding is.
+    Packed input has `cu_seqlens` (int32, from 0 to T) instead; with `context_parallel` (context_parallel.py) a rank
+    has T / ranks tokens of it, and all of some heads in attention. `words_N` are what dropout.py draws by, None where
+    nothing is dropped; `own_words_N` those of this rank's tokens.
     """
+
+    words_N = own_words_N = None
 
     # Not a dataclass: FSDP2 casts the float tensors in those to BF16 on the way into a layer, and an angle of 1,000
     # radians would be off by up to 2.
@@ -91,6 +97,16 @@ class AttentionInputs:
             cos_SD, sin_SD = cos_SD[positions_T], sin_SD[positions_T]
         self.cos_N1D, self.sin_N1D = cos_SD.unsqueeze(-2), sin_SD.unsqueeze(-2)
 
+    def at(self, layer: int) -> "AttentionInputs":
+        """The inputs with the words of a layer, which count from 1; those of 0 are the embeddings'."""
+        if self.words_N is None:
+            return self
+        inputs = copy.copy(self)
+        inputs.words_N = inputs.own_words_N = fold(self.words_N, layer)
+        if self.context_parallel:
+            inputs.own_words_N = self.context_parallel.part(inputs.words_N)
+        return inputs
+
     @cached_property
     def seq_lens(self) -> list[int]:
         """Lengths of the packed sequences, if they were not given; on a GPU, reading them waits for it."""
@@ -106,10 +122,11 @@ def sequence_index(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 def attention_inputs(
     input_ids: Tensor, mask_BS: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
     seq_lens: list[int] | None, inv_freq_R: Tensor, context_parallel=None, turns: bool = True,
+    seed: Tensor | None = None,
 ) -> AttentionInputs:  # fmt: skip
     """Positions, from 0 in every sequence, and borders: made once for all layers. R = D / 2 frequencies, FP32.
 
-    Not `turns`: attention does not know of positions, and all frequencies are 0.
+    Not `turns`: attention does not know of positions, and all frequencies are 0. `seed`: of what is dropped, if any.
 
     Raises ValueError for a batch that is neither padded nor packed, and a padded one with context parallelism.
     """
@@ -123,17 +140,22 @@ def attention_inputs(
     mask_B11S = positions_T = None
     if cu_seqlens is None:
         max_seqlen = input_ids.shape[1]
+        sequences_N, positions_N = (torch.arange(n, device=input_ids.device) for n in input_ids.shape)
+        sequences_N = sequences_N[:, None]
         if mask_BS is not None:
             # A row of padding only attends to itself: a softmax over nothing is NaN in some kernels.
             mask_B11S = (mask_BS | ~mask_BS.any(-1, keepdim=True))[:, None, None]
     else:
         max_seqlen = max_seqlen or int(cu_seqlens.diff().max())
-        starts_T = cu_seqlens[sequence_index(cu_seqlens, len(input_ids))]
-        positions_T = torch.arange(len(input_ids), device=input_ids.device) - starts_T
+        sequences_N = sequence_index(cu_seqlens, len(input_ids))
+        positions_N = positions_T = torch.arange(len(input_ids), device=input_ids.device) - cu_seqlens[sequences_N]
     angles_SD = torch.arange(max_seqlen, device=input_ids.device)[:, None] * inv_freq_R.repeat(2)
-    return AttentionInputs(
+    inputs = AttentionInputs(
         angles_SD, mask_B11S, cu_seqlens, positions_T, max_seqlen, context_parallel, seq_lens, turns
     )
+    if seed is not None:
+        inputs.words_N = token_words(seed, sequences_N, positions_N)
+    return inputs
 
 
 def rotate(x_NHD: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -145,27 +167,30 @@ def rotate(x_NHD: Tensor, inputs: AttentionInputs) -> Tensor:
     return (x_NHD * inputs.cos_N1D + turned_NHD * inputs.sin_N1D).to(x_NHD.dtype)
 
 
-def attention(q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Tensor:
-    """Softmax attention of every token to the real tokens of its own sequence; `dropout` is the softmax's."""
+def attention(
+    q_NHD: Tensor, k_NHD: Tensor, v_NHD: Tensor, inputs: AttentionInputs, dropped: Dropped | None = None
+) -> Tensor:
+    """Softmax attention of every token to the real tokens of its own sequence."""
     if inputs.cu_seqlens is None:
-        qkv = (x.transpose(1, 2) for x in (q_NHD, k_NHD, v_NHD))
-        return F.scaled_dot_product_attention(*qkv, attn_mask=inputs.mask_B11S, dropout_p=dropout).transpose(1, 2)
+        by_head = (x.transpose(1, 2) for x in (q_NHD, k_NHD, v_NHD))
+        return attention_of_rows(*by_head, inputs.mask_B11S, dropped).transpose(1, 2)
     # The kernel behind varlen_attn takes these only.
     in_16_bits = q_NHD.is_cuda and q_NHD.dtype in (torch.bfloat16, torch.float16)
-    if in_16_bits and q_NHD.shape[-1] % 8 == 0 and not dropout:
+    if in_16_bits and q_NHD.shape[-1] % 8 == 0 and not dropped:
         cu_seqlens, max_seqlen = inputs.cu_seqlens, inputs.max_seqlen
         return varlen_attn(q_NHD, k_NHD, v_NHD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return attention_by_sequence(q_NHD, k_NHD, v_NHD, inputs, dropout)
+    return attention_by_sequence(q_NHD, k_NHD, v_NHD, inputs.seq_lens, dropped)
 
 
 @torch.compiler.disable  # It would be compiled again for every new list of lengths.
 def attention_by_sequence(
-    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, inputs: AttentionInputs, dropout: float = 0.0
+    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, lengths: list[int], dropped: Dropped | None
 ) -> Tensor:
     """Attention of packed sequences, one call a sequence."""
     # [1, H, length, D]: without the leading 1, the CPU falls back to a kernel that takes two to four times as long.
-    by_head = (x.unsqueeze(0).transpose(1, 2).split(inputs.seq_lens, dim=2) for x in (q_THD, k_THD, v_THD))
-    contexts_1HSD = [F.scaled_dot_product_attention(*qkv, dropout_p=dropout) for qkv in zip(*by_head, strict=True)]
+    by_head = (x.unsqueeze(0).transpose(1, 2).split(lengths, dim=2) for x in (q_THD, k_THD, v_THD))
+    of_each = dropped.split(lengths) if dropped else [None] * len(lengths)
+    contexts_1HSD = [attention_of_rows(*qkv, None, own) for *qkv, own in zip(*by_head, of_each, strict=True)]
     return torch.cat(contexts_1HSD, dim=2).transpose(1, 2).squeeze(0)
 
 
@@ -181,12 +206,17 @@ class Kernels:
     """What other backends compute in another way."""
 
     def attention(
-        self, qkv_NHC: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None, dropout: float = 0.0
-    ) -> Tensor:
+        self, qkv_NHC: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None,
+        dropped: Dropped | None = None,
+    ) -> Tensor:  # fmt: skip
         """q, k and v of each head [N, H, 3 D], not turned yet, to [N, H, D], or of selected tokens [W, H, D]."""
         q_NHD, k_NHD, v_NHD = qkv_NHC.chunk(3, dim=-1)
-        context_NHD = attention(rotate(q_NHD, inputs), rotate(k_NHD, inputs), v_NHD, inputs, dropout)
+        context_NHD = attention(rotate(q_NHD, inputs), rotate(k_NHD, inputs), v_NHD, inputs, dropped)
         return take_selected(context_NHD, selected_W, token_dims=2)
+
+    def drop(self, x_NE: Tensor, words_N: Tensor, place: int, rate: float) -> Tensor:
+        """As dropout.py's."""
+        return drop(x_NE, words_N, place, rate)
 
     def layer_norm(self, x_NE: Tensor, weight_E: Tensor, bias_E: Tensor | None, eps: float) -> Tensor:
         """[N, E] to [N, E]; without a bias RMSNorm."""
@@ -259,10 +289,14 @@ class SelfAttention(nn.Module):
         to_qkv = self.qkv if self.post_norm else self.layernorm_qkv
         # TransformerEngine's order of rows: q, k and v of the first head, then those of the second, ...
         qkv_NHC = to_qkv(x_NE).unflatten(-1, (self.num_heads, -1))
-        context_parallel, dropout = inputs.context_parallel, self.dropout if self.training else 0.0
+        context_parallel, dropped = inputs.context_parallel, None
+        if self.dropout and self.training:
+            assert inputs.words_N is not None, "attention_inputs was given no seed"
+            first_head = context_parallel.first_head(self.num_heads) if context_parallel else 0
+            dropped = Dropped(inputs.words_N, self.dropout, first_head)
         if context_parallel is None:
-            return self.proj(self.kernels.attention(qkv_NHC, inputs, selected_W, dropout).flatten(-2))
-        context_TKD = self.kernels.attention(context_parallel.tokens_to_heads(qkv_NHC), inputs, dropout=dropout)
+            return self.proj(self.kernels.attention(qkv_NHC, inputs, selected_W, dropped).flatten(-2))
+        context_TKD = self.kernels.attention(context_parallel.tokens_to_heads(qkv_NHC), inputs, dropped=dropped)
         context_NHD = context_parallel.heads_to_tokens(context_TKD, self.num_heads)
         return self.proj(take_selected(context_NHD.flatten(-2), selected_W))
 
@@ -333,14 +367,18 @@ class TransformerLayer(GradientCheckpointingLayer):
         self.layernorm_mlp = self.mlp_class(hidden_size, intermediate_size, eps, form)
         self.hidden_dropout = hidden_dropout
 
-    def dropout(self, x_NE: Tensor) -> Tensor:
-        """[N, E] to [N, E]; drawn from the stream that common/random_numbers.py seeds for each micro-batch."""
-        return F.dropout(x_NE, self.hidden_dropout, self.training) if self.hidden_dropout else x_NE
+    def drop(self, x_NE: Tensor, inputs: AttentionInputs, place: int, selected_W: Tensor | None = None) -> Tensor:
+        """Of [N, E], or of selected tokens [W, E], what one part of the layer adds."""
+        if not self.hidden_dropout or not self.training:
+            return x_NE
+        words_N = take_selected(inputs.own_words_N, selected_W, token_dims=0)
+        return self.self_attention.kernels.drop(x_NE, words_N, place, self.hidden_dropout)
 
     def forward(self, x_NE: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None) -> Tensor:
         """[N, E] to [N, E], or of selected tokens [W, E]."""
-        x_NE = take_selected(x_NE, selected_W) + self.dropout(self.self_attention(x_NE, inputs, selected_W))
-        return x_NE + self.dropout(self.layernorm_mlp(x_NE))
+        attended_NE = self.drop(self.self_attention(x_NE, inputs, selected_W), inputs, ATTENDED, selected_W)
+        x_NE = take_selected(x_NE, selected_W) + attended_NE
+        return x_NE + self.drop(self.layernorm_mlp(x_NE), inputs, FED, selected_W)
 
 
 class PostNormLayer(TransformerLayer):
@@ -357,6 +395,6 @@ class PostNormLayer(TransformerLayer):
 
     def forward(self, x_NE: Tensor, inputs: AttentionInputs, selected_W: Tensor | None = None) -> Tensor:
         """[N, E] to [N, E], or of selected tokens [W, E]."""
-        attended_NE = self.dropout(self.self_attention(x_NE, inputs, selected_W))
+        attended_NE = self.drop(self.self_attention(x_NE, inputs, selected_W), inputs, ATTENDED, selected_W)
         x_NE, added_NE = self.layernorm_mlp(take_selected(x_NE, selected_W), attended_NE)
-        return self.layernorm(x_NE, self.dropout(added_NE))
+        return self.layernorm(x_NE, self.drop(added_NE, inputs, FED, selected_W))

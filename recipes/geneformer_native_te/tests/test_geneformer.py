@@ -93,13 +93,18 @@ def test_vocabularies(tmp_path):
             open_vocabulary(str(tmp_path / f"{len(text)}.json"))
 
 
-def test_context_parallel_ranks_and_packing_without_dropout(tmp_path):
-    """Padded, packed, and on two ranks that share each micro-batch: one curve, where nothing is dropped."""
-    none = ("model_kwargs.hidden_dropout_prob=0", "model_kwargs.attention_probs_dropout_prob=0", "num_train_steps=3")
-    padded = curve(run_here("train_ddp", tmp_path / "padded", *none))
-    packed = (*none, "use_sequence_packing=true")
+def test_one_curve_with_dropout(tmp_path):
+    """Padded, packed, by PyTorch's layers, and on two ranks that share each micro-batch; it is another without."""
+    few = "num_train_steps=3"
+    padded = curve(run_here("train_ddp", tmp_path / "padded", few))
+    packed = (few, "use_sequence_packing=true")
     assert curve(run_here("train_ddp", tmp_path / "packed", *packed)) == pytest.approx(padded, rel=1e-5)
+    plain = run_here("train_ddp", tmp_path / "plain", *packed, "layer_backend=torch")
+    assert curve(plain) == pytest.approx(padded, rel=1e-5)
     assert curve(run_ranks("train_ddp", 2, tmp_path / "cp", *packed, "cp_size=2")) == pytest.approx(padded, rel=1e-5)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        without = curve(run_here("train_ddp", tmp_path / name, *packed, f"model_kwargs.{name}=0"))
+        assert without != pytest.approx(padded, rel=1e-4)
 
 
 @pytest.mark.parametrize("options", ["Float8CurrentScaling", "MXFP8BlockScaling"])

@@ -39,8 +39,10 @@ def test_dropout_is_on_and_belongs_to_the_seed(reference_curve, tmp_path):
     assert without != pytest.approx(reference_curve, rel=1e-3)
 
 
-@pytest.mark.parametrize("options", [("layer_backend=cpp",), ("use_activation_checkpointing=true",)])
-def test_not_to_the_backend_nor_to_recomputation(options, reference_curve, tmp_path):
+@pytest.mark.parametrize(
+    "options", [("layer_backend=cpp",), ("use_activation_checkpointing=true",), ("use_sequence_packing=false",)]
+)
+def test_not_to_the_backend_recomputation_or_layout(options, reference_curve, tmp_path):
     assert curve(run_here("train_ddp", tmp_path, *DROPOUT, *options)) == pytest.approx(reference_curve, rel=1e-5)
 
 
@@ -73,12 +75,16 @@ def test_a_step_computed_again_draws_the_same(tmp_path, monkeypatch):
     assert lines and all(line["module"] == "lm_head" and line["what"] == "output" for line in lines)
 
 
-def test_seeds_differ_by_every_part_of_the_key():
+def test_seeds_differ_by_every_part_of_the_key(monkeypatch):
     keys = [(seed, epoch, part) for seed in range(8) for epoch in range(8) for part in range(8)]
     assert len({seed_from(*key) for key in keys}) == len(keys)
     seed_micro_batch(1, (0, 0, 3))
     first = torch.rand(3)
-    seed_micro_batch(1, (0, 0, 3), part=1)
+    seed_micro_batch(1, (0, 0, 4))
     assert not torch.equal(torch.rand(3), first)
-    seed_micro_batch(1, (0, 0, 3))
-    assert torch.equal(torch.rand(3), first)
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    for part in (0, 1, 2):
+        seed_micro_batch(1, (0, 0, 3), part)
+        assert torch.equal(torch.rand(3), first)
+    assert len({*seeds}) == 3  # what the last call for each part leaves is its own
