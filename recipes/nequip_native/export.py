@@ -2,9 +2,12 @@
 """Turn a checkpoint into a folder that ASE opens, without this recipe: it needs torch, ase and vesin.
 
     python export.py CKPT_DIR/step_1000 [final_model] [--pt2]
+    python export.py final_model potential.nequip.pt2 [--for lammps] [--device cpu]
 
-writes `config.json`, `model.safetensors`, `calculator.py`, which is all the code in one file, and a model card; with
---pt2 also `potential.pt2`, a program that torch.export.load opens without any code.
+The first writes `config.json`, `model.safetensors`, `calculator.py`, which is all the code in one file, and a model
+card; with --pt2 also `potential.pt2`, a program that torch.export.load opens without any code. The second compiles a
+checkpoint or final model by AOTInductor as nequip-compile does: for LAMMPS' pair_nequip or pair_allegro, or with
+--for ase for nequip's own calculator. Such a file runs on this kind of processor and with this release of torch only.
 """
 
 import argparse
@@ -16,7 +19,8 @@ from common import quiet  # noqa: F401  # isort: skip
 from omegaconf import OmegaConf
 
 from atoms.calculator_file import write_potential
-from atoms.exported import write_program
+from atoms.exported import RETURNED, write_package, write_program
+from atoms.final_model import refuse_existing
 from build_model import open_potential
 from common.command import command, writing
 from common.files import whole_folder
@@ -73,6 +77,17 @@ def export(step_folder: Path, target: Path, pt2: bool = False) -> None:
             write_program(potential, folder / "potential.pt2")
 
 
+def package(source: Path, target: Path, use: str, device: str) -> None:
+    """Compile a checkpoint or final model. Raises ValueError for a target that exists, or without a compiler."""
+    refuse_existing(target)
+    potential, partial = open_potential(source), target.with_name(f".partial.{target.name}")
+    try:
+        write_package(potential, partial, use, device)
+        partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def model_card(run: dict) -> str:
     """What the model is and how it came about, in Markdown."""
     config, model, counts = run["config"], run["model"], run["logger"]
@@ -110,11 +125,17 @@ def error_table(run: dict) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step_folder", type=Path)
+    parser.add_argument("source", type=Path, help="a step_<n> folder, or for *.nequip.pt2 a final_model folder too")
     parser.add_argument("target", type=Path, nargs="?", help="default: final_model beside the step folder")
     parser.add_argument("--pt2", action="store_true", help="potential.pt2 too; it takes seconds to a minute")
-    arguments = parser.parse_args()
-    target = arguments.target or arguments.step_folder.parent / "final_model"
+    parser.add_argument("--for", dest="use", choices=RETURNED, default="lammps", help="who is to open *.nequip.pt2")
+    parser.add_argument("--device", default="cpu", help="where *.nequip.pt2 will run: cpu or cuda")
+    a = parser.parse_args()
+    target = a.target or a.source.parent / "final_model"
     with command(), writing(target):
-        export(arguments.step_folder, target, arguments.pt2)
-        print(f"{target} is written; its README.md says how to open it")
+        if target.name.endswith(".nequip.pt2"):
+            package(a.source, target, a.use, a.device)
+            print(f"{target} is written; its name must keep the ending .nequip.pt2")
+        else:
+            export(a.source, target, a.pt2)
+            print(f"{target} is written; its README.md says how to open it")

@@ -26,7 +26,7 @@ def top_level(
     model_tag: str,
     init_from: str | None = None,
     num_train_steps: PositiveInt,
-    layer_backend: Literal["auto", "cpp", "torch"] = "auto",
+    layer_backend: Literal["auto", "cpp", "cue", "torch"] = "auto",
     use_torch_compile: bool = False,
     precision: Literal["fp32", "tf32", "fp64"] = "fp32",
     micro_batches_per_step: PositiveInt | None = None,

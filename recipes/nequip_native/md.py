@@ -2,7 +2,9 @@
 """Molecular dynamics of a structure with a final model, by ASE, with a trajectory and a picture of the energies.
 
     python md.py final_model structure.xyz --temperature 300 --steps 1000
+    python md.py committee/*/final_model structure.xyz
 
+With several models, which differ by their seed, it runs on their mean, and the picture shows how much they differ.
 At constant energy (velocity Verlet) after velocities of that temperature, or with a Langevin thermostat (--nvt). The
 trajectory can be watched while it grows, and is there when a run is stopped.
 """
@@ -29,16 +31,19 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def run(model: Path, structure: Path, target: Path, temperature: float, steps: int, timestep: float, nvt: bool,
+def run(models: list[Path], structure: Path, target: Path, temperature: float, steps: int, timestep: float, nvt: bool,
         every: int, seed: int) -> dict[str, float]:  # fmt: skip
-    """Write `target.traj` and `target.png`; returns the drift of the total energy in meV an atom and ps."""
+    """Write `target.traj` and `target.png`; returns the drift of the total energy in meV an atom and ps.
+
+    Of several models also the largest `forces_std` of an atom, in eV/A, in all frames that are kept.
+    """
     if steps < 1 or timestep <= 0 or temperature < 0 or every < 1:
         raise ValueError("--steps, --timestep and --every must be above 0, and --temperature at least 0.")
     drawn = target.with_name(f"{target.name}.png")
     written = target.with_name(f"{target.name}.traj")
     refuse_existing(written, drawn)
     atoms, random = frames(structure, "-1:")[0], np.random.default_rng(seed)
-    atoms.calc = calculator(model)
+    atoms.calc = calculator(*models)
     atoms.get_potential_energy()  # an element that the model does not know, before a file is begun
     # Maxwell and Boltzmann's: ASE's function for it changed its name between releases.
     spread = np.sqrt(units.kB * temperature * atoms.get_masses())
@@ -55,6 +60,7 @@ def run(model: Path, structure: Path, target: Path, temperature: float, steps: i
         for step in range(steps + 1):
             if step % every == 0:
                 energies.append([step * timestep, atoms.get_potential_energy(), atoms.get_kinetic_energy()])
+                energies[-1].append(np.max(atoms.calc.results.get("forces_std", 0.0)))
                 trajectory.write(atoms)
                 if not np.isfinite(energies[-1]).all():
                     raise ValueError(f"the energy is not a number any more at step {step}; take a shorter --timestep.")
@@ -64,20 +70,26 @@ def run(model: Path, structure: Path, target: Path, temperature: float, steps: i
     table = np.array(energies)
     total = (table[:, 1] + table[:, 2]) / len(atoms)
     drift = np.polyfit(table[:, 0], total, 1)[0] * 1e6 if len(table) > 1 else 0.0  # eV/fs to meV/ps
-    figure, axes = plt.subplots(2, sharex=True, figsize=(7, 5), layout="constrained")
+    panels = 2 if len(models) == 1 else 3
+    figure, axes = plt.subplots(panels, sharex=True, figsize=(7, 2.5 * panels), layout="constrained")
     axes[0].plot(table[:, 0], 1000 * (total - total[0]))
     axes[0].set_ylabel("total energy - first, meV/atom")
     axes[1].plot(table[:, 0], table[:, 2] / (1.5 * units.kB * len(atoms)))
-    axes[1].set(xlabel="time, fs", ylabel="temperature, K")
+    axes[1].set_ylabel("temperature, K")
+    if len(models) > 1:
+        axes[2].plot(table[:, 0], table[:, 3])
+        axes[2].set_ylabel("spread of forces, eV/A")
+    axes[-1].set_xlabel("time, fs")
     with writing(drawn):
         figure.savefig(drawn, dpi=120)
     plt.close(figure)
-    return {"drift_mev_per_atom_ps": float(drift), "swing_mev_per_atom": float(1000 * np.ptp(total))}
+    spread = {} if len(models) == 1 else {"largest_forces_std": float(table[:, 3].max())}
+    return {"drift_mev_per_atom_ps": float(drift), "swing_mev_per_atom": float(1000 * np.ptp(total)), **spread}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a final_model folder")
+    parser.add_argument("models", type=Path, nargs="+", help="a final_model folder, or several: a committee")
     parser.add_argument("structure", type=Path, help="a file that ASE reads; its last frame is taken")
     parser.add_argument("--output", type=Path, default=Path("md"), help="name of what is written, without an ending")
     parser.add_argument("--temperature", type=float, default=300.0, help="K")
@@ -88,6 +100,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     with command():
-        found = run(a.model, a.structure, a.output, a.temperature, a.steps, a.timestep, a.nvt, a.every, a.seed)
+        found = run(a.models, a.structure, a.output, a.temperature, a.steps, a.timestep, a.nvt, a.every, a.seed)
         print("  ".join(f"{name} {value:.4f}" for name, value in found.items()))
         print(f"{a.output}.traj and {a.output}.png are written; look at the trajectory: ase gui {a.output}.traj")

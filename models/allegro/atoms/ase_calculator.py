@@ -63,6 +63,18 @@ def graph(
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
+def open_model(folder: str | Path | None, device: str) -> Potential:
+    """The model of a folder, by default of that where this file is."""
+    folder = Path(folder) if folder else Path(__file__).parent
+    values = json.loads((folder / "config.json").read_text())
+    if values["model_type"] not in POTENTIALS:
+        raise ValueError(f"{folder} has another kind of model, {values['model_type']}.")
+    config_class, model_class = POTENTIALS[values["model_type"]]
+    model = model_class(read_config(config_class, values))
+    model.load_state_dict(read_safetensors(folder / "model.safetensors"))
+    return model.to(device).eval().requires_grad_(False)
+
+
 class PotentialCalculator(Calculator):
     """Energies in eV, forces in eV/A, stress in eV/A^3; `folder` is by default where this file is."""
 
@@ -70,13 +82,7 @@ class PotentialCalculator(Calculator):
 
     def __init__(self, folder: str | Path | None = None, device: str = "cpu", **kwargs):
         super().__init__(**kwargs)
-        folder = Path(folder) if folder else Path(__file__).parent
-        values = json.loads((folder / "config.json").read_text())
-        config_class, model_class = POTENTIALS[values["model_type"]]
-        self.model: Potential = model_class(read_config(config_class, values))
-        self.model.load_state_dict(read_safetensors(folder / "model.safetensors"))
-        self.model.to(device).eval().requires_grad_(False)
-        self.device = torch.device(device)
+        self.model, self.device = open_model(folder, device), torch.device(device)
 
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
@@ -92,3 +98,28 @@ class PotentialCalculator(Calculator):
             self.results["stress"] = full_3x3_to_voigt_6_stress(found.stress[0].detach().cpu().numpy())
         elif "stress" in properties:
             raise ValueError("Stress is of structures that are periodic along all three directions.")
+
+
+class CommitteeCalculator(Calculator):
+    """Means of several models, and how much they differ: `results` has `energy_std` and `forces_std` [A], in eV and A.
+
+    An atom's standard deviation is the root of its components' variances. The folders hold one kind of model.
+    """
+
+    implemented_properties = PotentialCalculator.implemented_properties
+
+    def __init__(self, folders: list[str | Path], device: str = "cpu", **kwargs):
+        super().__init__(**kwargs)
+        if len(folders) < 2:
+            raise ValueError("A committee has at least two models.")
+        self.members = [PotentialCalculator(folder, device) for folder in folders]
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        for member in self.members:
+            member.calculate(self.atoms, properties, system_changes)
+        found = {name: np.stack([member.results[name] for member in self.members]) for name in self.members[0].results}
+        self.results = {name: values.mean(0) for name, values in found.items()}
+        self.results |= {name: float(self.results[name]) for name in ("energy", "free_energy")}
+        self.results["energy_std"] = float(found["energy"].std(ddof=1))
+        self.results["forces_std"] = np.sqrt(found["forces"].var(0, ddof=1).sum(1))

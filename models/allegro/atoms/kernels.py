@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from atoms import cue_products
 from atoms.tensor_product import TORCH, Products
 from common.compile_cpp import compiled
 
@@ -204,10 +205,16 @@ CPP = Products(neighbor_product, environment, centre_product)
 
 
 def products(layer_backend: str, device: torch.device) -> tuple[Products, str, str | None]:
-    """Those of `cpp` or `torch`, which of them it is where `auto` was asked for, and why that is not the faster one.
+    """Those of `cpp`, `cue` or `torch`, which of them it is where `auto` was asked for, and why not the faster one.
 
-    Raises ValueError where `cpp` is asked for and cannot be had.
+    Raises ValueError where `cpp` or `cue` is asked for and cannot be had.
     """
+    if layer_backend == "cue":
+        if device.type != "cuda":
+            raise ValueError(f"layer_backend=cue needs an NVIDIA GPU, and this is {device.type}; give torch or auto.")
+        if name := cue_products.missing():
+            raise ValueError(f"layer_backend=cue needs the package {name}: {cue_products.INSTALL}.")
+        return cue_products.products_by("uniform_1d"), "cue", None
     if layer_backend == "torch" or (layer_backend == "auto" and device.type != "cpu"):
         return TORCH, "torch", None
     try:

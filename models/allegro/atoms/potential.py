@@ -62,6 +62,11 @@ class Output(NamedTuple):
     atomic_energies: Tensor
 
 
+def volume(cell: Tensor) -> Tensor:
+    """Of cells [S, 3, 3] in A^3: [S]."""
+    return torch.linalg.cross(cell[:, 0], cell[:, 1]).mul(cell[:, 2]).sum(1).abs()
+
+
 class Graph(NamedTuple):
     """What layers see of a batch: unit vectors [E, 3] in float64, sorted edges, and how to go over them.
 
@@ -189,7 +194,7 @@ class Potential(nn.Module):
         num_atoms = types.shape[0]
         on_atoms = sum_at_centre(gradient, edges[0], num_atoms) - sum_at_centre(gradient, edges[1], num_atoms)
         virial = sum_at_centre(vectors.detach().unsqueeze(2) * gradient.unsqueeze(1), of_edge, num_structures)
-        volume = torch.linalg.det(cell).abs().view(-1, 1, 1)
+        size = volume(cell).view(-1, 1, 1)
         virial = 0.5 * (virial + virial.transpose(1, 2))
-        found_stress = torch.where(volume > 0, virial / torch.where(volume > 0, volume, 1.0), 0.0)
+        found_stress = torch.where(size > 0, virial / torch.where(size > 0, size, 1.0), 0.0)
         return energies, on_atoms, found_stress, atomic

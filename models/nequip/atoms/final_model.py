@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 
-def calculator(folder: Path, device: str = "cpu"):
-    """An ASE calculator. Raises ValueError for a folder that is no final model."""
-    file = Path(folder) / "calculator.py"
-    if not file.exists():
-        raise ValueError(f"{folder} is no final model: it has no calculator.py; export.py writes one.")
+def calculator(*folders: Path, device: str = "cpu"):
+    """An ASE calculator, of several folders a committee's. Raises ValueError for a folder that is no final model."""
+    for folder in folders:
+        if not (Path(folder) / "calculator.py").exists():
+            raise ValueError(f"{folder} is no final model: it has no calculator.py; export.py writes one.")
+    file = Path(folders[0]) / "calculator.py"
     name = f"final_model_{abs(hash(file.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
@@ -20,7 +21,9 @@ def calculator(folder: Path, device: str = "cpu"):
         spec.loader.exec_module(module)
     finally:
         sys.dont_write_bytecode = before
-    return module.PotentialCalculator(device=device)
+    if len(folders) == 1:
+        return module.PotentialCalculator(device=device)
+    return module.CommitteeCalculator(folders, device)
 
 
 def frames(path: Path, index: str) -> list:

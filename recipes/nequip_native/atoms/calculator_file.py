@@ -44,7 +44,9 @@ def calculator_source(kind: str, config_class: type, model_class: type) -> str:
 
 
 def write_potential(folder: Path, config: PotentialConfig, model_class: type, weights: Mapping[str, Tensor]) -> None:
-    """Weights, configuration and calculator."""
+    """Weights, configuration, calculator, and a model of torch-sim."""
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
     (folder / "calculator.py").write_text(calculator_source(config.model_type, type(config), model_class))
+    text = (RECIPE / "atoms" / "torch_sim_model.py").read_text()
+    (folder / "torch_sim_model.py").write_text(text.replace("from atoms.ase_calculator", "from calculator"))

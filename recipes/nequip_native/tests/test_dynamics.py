@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dynamics and relaxation with a final model, as users start them."""
 
+import numpy as np
 import pytest
 from ase.io import Trajectory, read
 
@@ -12,35 +13,39 @@ from build_model import KINDS
 from common import RECIPE
 
 
-@pytest.fixture(scope="module")
-def final_model(tmp_path_factory):
+def write_model(folder, seed):
     """A potential with first weights and the nuclei's repulsion: smooth, and good for nothing else."""
     config_class, model_class = KINDS["nequip"]
     config = config_class(
         elements=["Al", "Ni", "Cu"], cutoff=4.0, num_neighbors=20.0, energy_scales=[0.1] * 3, energy_shifts=[0.0] * 3,
         num_layers=2, num_features=[6, 4], num_element_features=3, radial_width=8, zbl="metal", dtype="float64",
     )  # fmt: skip
-    model, folder = model_class(config), tmp_path_factory.mktemp("final_model")
-    init_parameters(model, 0)
+    model = model_class(config)
+    init_parameters(model, seed)
     write_potential(folder, config, model_class, model.state_dict())
     return folder
 
 
+@pytest.fixture(scope="module")
+def final_model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("final_model"), 0)
+
+
 def test_energy_is_kept_and_a_trajectory_and_a_picture_are_left(final_model, tmp_path):
     structure = RECIPE / "data" / "validation.extxyz"
-    fine = md.run(final_model, structure, tmp_path / "fine", 300.0, 40, 0.5, False, 1, 0)
-    coarse = md.run(final_model, structure, tmp_path / "run", 300.0, 20, 1.0, False, 5, 0)
+    fine = md.run([final_model], structure, tmp_path / "fine", 300.0, 40, 0.5, False, 1, 0)
+    coarse = md.run([final_model], structure, tmp_path / "run", 300.0, 20, 1.0, False, 5, 0)
     assert fine["swing_mev_per_atom"] < 0.5 * coarse["swing_mev_per_atom"] < 1 and (tmp_path / "run.png").exists()
     assert len(Trajectory(tmp_path / "run.traj")) == 5
     with pytest.raises(ValueError, match=r"fine\.traj exists; move it away"):
-        md.run(final_model, structure, tmp_path / "fine", 300.0, 1, 1.0, False, 5, 0)
+        md.run([final_model], structure, tmp_path / "fine", 300.0, 1, 1.0, False, 5, 0)
     with pytest.raises(ValueError, match=r"no folder .*nowhere"):
-        md.run(final_model, structure, tmp_path / "nowhere" / "md", 300.0, 1, 1.0, False, 5, 0)
+        md.run([final_model], structure, tmp_path / "nowhere" / "md", 300.0, 1, 1.0, False, 5, 0)
     (tmp_path / "broken.xyz").write_text("3\n\nCu 0 0\n")
     with pytest.raises(ValueError, match=r"broken\.xyz cannot be read by ASE"):
-        md.run(final_model, tmp_path / "broken.xyz", tmp_path / "new", 300.0, 1, 1.0, False, 5, 0)
+        md.run([final_model], tmp_path / "broken.xyz", tmp_path / "new", 300.0, 1, 1.0, False, 5, 0)
     with pytest.raises(ValueError, match="must be above 0"):
-        md.run(final_model, structure, tmp_path / "run", 300.0, 0, 1.0, False, 5, 0)
+        md.run([final_model], structure, tmp_path / "run", 300.0, 0, 1.0, False, 5, 0)
 
 
 def test_what_does_not_get_there_is_said(final_model, tmp_path):
@@ -54,6 +59,25 @@ def test_what_does_not_get_there_is_said(final_model, tmp_path):
     assert not list(tmp_path.glob(".*"))
     assert failed == 2 and not any(atoms.info["converged"] for atoms in relaxed)
     assert {"potential_energy"} <= set(relaxed[0].info)
+
+
+def test_a_committee_says_how_much_it_differs(final_model, tmp_path):
+    (tmp_path / "other").mkdir()
+    folders = [final_model, write_model(tmp_path / "other", 1)]
+    structure = RECIPE / "data" / "validation.extxyz"
+    said = md.run(folders, structure, tmp_path / "md", 300.0, 4, 1.0, False, 2, 0)
+    atoms = Trajectory(tmp_path / "md.traj")[0]
+    forces = np.array([md.calculator(folder).get_property("forces", atoms) for folder in folders])
+    energies = [md.calculator(folder).get_property("energy", atoms) for folder in folders]
+    calc = md.calculator(*folders)
+    assert np.allclose(calc.get_property("forces", atoms), forces.mean(0), atol=1e-12)
+    assert calc.results["energy"] == pytest.approx(np.mean(energies))
+    assert calc.results["energy_std"] == pytest.approx(abs(energies[0] - energies[1]) / np.sqrt(2))
+    spread = np.linalg.norm(forces[0] - forces[1], axis=1) / np.sqrt(2)
+    assert np.allclose(calc.results["forces_std"], spread) and spread.max() > 0.001
+    assert said["largest_forces_std"] >= spread.max() - 1e-12
+    with pytest.raises(ValueError, match="at least two models"):
+        type(calc)([final_model])
 
 
 def test_a_folder_that_is_no_final_model(tmp_path):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 
 # Packages that are imported by another name than they are installed by, for where they are not installed.
-DISTRIBUTIONS = {"hydra": ["hydra-core"], "yaml": ["PyYAML"]}
+DISTRIBUTIONS = {"hydra": ["hydra-core"], "torch_sim": ["torch-sim-atomistic"], "yaml": ["PyYAML"]}
 LEFT_BY_RUNS = ("__pycache__", "outputs", ".venv")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
