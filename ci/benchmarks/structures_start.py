@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a run with many structures takes until its first batch, what that costs in memory, and how fast data comes.
+"""How long a run with many structures takes until its first step, what that costs in memory, and how fast data comes.
 
-python ci/benchmarks/structures_start.py                 # ten minutes, 8 GB of disk; writes docs/results
+python ci/benchmarks/structures_start.py --folder scratch    # ten minutes, 8 GB of disk; writes docs/results
 python ci/benchmarks/structures_start.py --quick --output quick.json
 
 Made-up alloys of 50 atoms lie in a Parquet file, in the columns of our rows, so that "convert" is what `datasets`
-does; part of them also in an extxyz, which ASE reads. A process of its own opens them when they are new ("convert":
-neighbours, statistics and checks of every structure, once), and another again ("start"). Each gives the seconds from
-the loader's beginning to its first batch, and the largest resident set of a process. Structures are then read and
-their neighbours found for a while, by one worker.
+does; some also in two extxyz, one of half the other's frames, which ASE reads. A process of its own opens them when
+they are new ("convert": neighbours, statistics and checks of every structure, once), and another again ("start"). Each
+gives seconds from the loader's beginning to its first batch, its CPU time, and the largest resident set of a process.
+Structures are then read and their neighbours found for a while, by one worker. At last train_ddp.py itself trains
+nequip_S on them, one thread a rank: seconds from the command to its first logged step, and atoms/s of the later ones.
+`--folder` keeps the files, and takes those that are there.
 """
 
 import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,13 +41,16 @@ from common.run_facts import cpu_name, versions  # noqa: E402
 
 
 OUTPUT, NAME = ROOT / "docs" / "results" / "structures_start.json", "structures_start"
-FULL = {"num_structures": 1_000_000, "num_extxyz": 20_000, "num_atoms": 50, "cutoff": 5.0, "batches": 200}
-QUICK = FULL | {"num_structures": 3_000, "num_extxyz": 300, "batches": 5}
+FULL = {"num_structures": 1_000_000, "num_extxyz": 20_000, "num_atoms": 50, "cutoff": 5.0, "batches": 200, "steps": 6}
+QUICK = FULL | {"num_structures": 3_000, "num_extxyz": 300, "batches": 5, "steps": 3}
 AT_ONCE = 20_000  # structures that are made up at once
 STAGES = {
     "convert": "Parquet to Arrow, then all of it looked through: the first start",
     "start": "a later start",
-    "extxyz": "the extxyz: read by ASE, then looked through",
+    "extxyz_half": "an extxyz: read by ASE, then looked through",
+    "extxyz": "an extxyz of twice the size",
+    "run_1": "train_ddp.py, 1 rank",
+    "run_2": "train_ddp.py, 2 ranks",
 }
 
 
@@ -82,13 +88,15 @@ def as_table(
 
 
 def write(folder: Path, settings: dict) -> None:
-    """Both files."""
+    """All files that are not there yet."""
     import ase
     import ase.io
     from ase.calculators.singlepoint import SinglePointCalculator
 
     random = np.random.default_rng(0)
-    with pq.ParquetWriter(folder / "alloys.parquet", SCHEMA) as writer:
+    if (folder / "alloys.parquet").exists():
+        return
+    with pq.ParquetWriter(folder / "alloys.parquet.partial", SCHEMA) as writer:
         for first in range(0, settings["num_structures"], AT_ONCE):
             number = min(AT_ONCE, settings["num_structures"] - first)
             made = alloys(random, number, settings["num_atoms"])
@@ -99,39 +107,81 @@ def write(folder: Path, settings: dict) -> None:
     ):
         frames.append(ase.Atoms(numbers, positions, cell=cell, pbc=True))
         frames[-1].calc = SinglePointCalculator(frames[-1], energy=-0.1 * numbers.astype(float).sum(), forces=forces)
-    ase.io.write(folder / "alloys.extxyz", frames)
+    ase.io.write(folder / "extxyz.extxyz", frames)
+    ase.io.write(folder / "extxyz_half.extxyz", frames[: len(frames) // 2])
+    (folder / "alloys.parquet.partial").rename(folder / "alloys.parquet")
+
+
+def source_of(name: str, folder: Path) -> dict:
+    """What a stage reads."""
+    if name.startswith("extxyz"):
+        return {"path": "structures", "data_files": str(folder / f"{name}.extxyz")}
+    return {"path": "parquet", "data_files": str(folder / "alloys.parquet"), "split": "train"}
 
 
 def stage(name: str, folder: Path, settings: dict) -> None:
-    """One process: open the data, take a batch, and print what it cost."""
-    from common.distributed import end_of_process, process_group
+    """One process: print what a stage has cost."""
+    found = trained(name, folder, settings) if name.startswith("run") else opened(name, folder, settings)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(json.dumps(found | {"memory_gib": max(one.ru_maxrss for one in used) / 2**20}))
+
+
+def opened(name: str, folder: Path, settings: dict) -> dict:
+    """Open the data, and take a batch, then some more."""
+    from common.distributed import process_group
     from dataset import TrainLoader
 
-    kwargs = {"path": "parquet", "data_files": str(folder / "alloys.parquet"), "split": "train"}
-    if name == "extxyz":
-        kwargs = {"path": "structures", "data_files": str(folder / "alloys.extxyz")}
-    with end_of_process(), process_group(0) as alone:
+    with process_group(0) as alone:
         started = time.perf_counter()
         loader = TrainLoader(
-            alone, 0, settings["cutoff"], None, load_dataset_kwargs=kwargs, atom_micro_batch_size=500, num_workers=1
-        )
+            alone, 0, settings["cutoff"], None, load_dataset_kwargs=source_of(name, folder), atom_micro_batch_size=500,
+            num_workers=1,
+        )  # fmt: skip
         opened, batches = time.perf_counter(), iter(loader)
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         next(batches)
         first = time.perf_counter()
         num_atoms = sum(batch.counts["atoms"] for batch in islice(batches, settings["batches"]))
         ended = time.perf_counter()
-        most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        found = {"open_s": opened - started, "first_batch_s": first - started, "memory_gib": most / 2**20,
-                 "atoms_per_s": num_atoms / (ended - first)}  # fmt: skip
-        print(json.dumps(found))
+        del batches  # so that its worker ends, and its memory is counted
+    return {"open_s": opened - started, "open_cpu_s": sum(one.ru_utime + one.ru_stime for one in used),
+            "first_s": first - started, "atoms_per_s": num_atoms / (ended - first)}  # fmt: skip
+
+
+def trained(name: str, folder: Path, settings: dict) -> dict:
+    """Start a run, and look when its first step is written down."""
+    outputs, steps = folder / name, settings["steps"]
+    shutil.rmtree(outputs, ignore_errors=True)
+    keys = [f"++dataset.load_dataset_kwargs.{key}={value}" for key, value in source_of(name, folder).items()]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={name[-1]}", "train_ddp.py",
+        "--config-name=defaults", "model_tag=nequip_S", f"model_kwargs.cutoff={settings['cutoff']}", *keys,
+        "dataset.atom_micro_batch_size=500", f"num_train_steps={steps}", "logger.frequency=1",
+        f"logger.log_dir={outputs}", f"checkpoint.ckpt_dir={outputs}",
+    ]  # fmt: skip
+    outputs.mkdir()
+    started, first, metrics = time.perf_counter(), None, outputs / "metrics.jsonl"
+    with (outputs / "said").open("w") as said:
+        process = subprocess.Popen(command, cwd=RECIPE, stdout=said, stderr=said)
+    while process.poll() is None:
+        if first is None and metrics.exists() and '"step": 1' in metrics.read_text():
+            first = time.perf_counter()
+        time.sleep(0.05)
+    if process.returncode or first is None:
+        raise Failed((outputs / "said").read_text()[-1000:])
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    speeds = [line["atoms_per_second"] for line in lines if line.get("step", 0) > 1 and "atoms_per_second" in line]
+    return {"first_s": first - started, "atoms_per_s": float(np.median(speeds))}
 
 
 def measure(asked: argparse.Namespace) -> dict:
     """All stages, each a process of its own. Raises Failed where one does."""
     settings, stages = QUICK if asked.quick else FULL, {}
     with tempfile.TemporaryDirectory(prefix=NAME) as scratch:
-        folder = Path(scratch)
+        folder = (asked.folder or Path(scratch)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         write(folder, settings)
+        shutil.rmtree(folder / "cache", ignore_errors=True)
         environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         for name in STAGES:
             command = [sys.executable, __file__, "--stage", name, str(folder), json.dumps(settings)]
@@ -146,33 +196,41 @@ def measure(asked: argparse.Namespace) -> dict:
 
 
 def table(numbers: dict) -> str:
-    """A row for each stage."""
-    settings = numbers["settings"]
-    lines = ["| what | structures | seconds to the first batch | largest process, GiB | then atoms/s, one worker |",
+    """A row for each stage, and what follows from them."""
+    settings, stages = numbers["settings"], numbers["stages"]
+    lines = ["| what | structures | s to the first batch, or step | largest process, GiB | then atoms/s |",
              "|---|---|---|---|---|"]  # fmt: skip
+    sizes = {"extxyz": settings["num_extxyz"], "extxyz_half": settings["num_extxyz"] // 2}
     for name, what in STAGES.items():
-        one = numbers["stages"][name]
-        number = settings["num_extxyz" if name == "extxyz" else "num_structures"]
+        one, number = stages[name], sizes.get(name, settings["num_structures"])
         cells = [
             what,
             f"{number:,}",
-            f"{one['first_batch_s']:.1f}",
+            f"{one['first_s']:.1f}",
             f"{one['memory_gib']:.1f}",
             f"{one['atoms_per_s']:,.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     told = ", ".join(f"{name} {version}" for name, version in numbers["versions"].items())
-    facts = f"Made-up alloys of {settings['num_atoms']} atoms, cutoff {settings['cutoff']} A; "
+    times = stages["start"]["atoms_per_s"] / stages["run_1"]["atoms_per_s"]
+    facts = (
+        f"Made-up alloys of {settings['num_atoms']} atoms, cutoff {settings['cutoff']} A, micro-batches of 500 atoms; "
+        f"one data worker, which is {times:.0f} times as fast as `nequip_S` trains on one thread. "
+    )
     machine = f"{numbers['machine']['name']}, {numbers['machine']['cores']} cores, {numbers['date']}; {told}."
-    return "\n".join([*lines, "", f"{facts}micro-batches of 500 atoms. {machine}"])
+    return "\n".join([*lines, "", f"{facts}{machine}"])
 
 
 def main(arguments: list[str]) -> int:
     """Run or read, then print, write or check."""
     if arguments[:1] == ["--stage"]:
-        stage(arguments[1], Path(arguments[2]), json.loads(arguments[3]))
+        from common.distributed import end_of_process
+
+        with end_of_process():
+            stage(arguments[1], Path(arguments[2]), json.loads(arguments[3]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few structures")
+    parser.add_argument("--folder", type=Path, help="keep the files here, and take them if they are there")
     add_files(parser, OUTPUT)
     found = parse_with_overrides(parser, arguments)
     check_files(parser, found, runs=False)

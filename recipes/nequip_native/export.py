@@ -12,11 +12,15 @@ checkpoint or final model by AOTInductor as nequip-compile does: for LAMMPS' pai
 
 import argparse
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 
 from common import quiet  # noqa: F401  # isort: skip
+import torch
 from omegaconf import OmegaConf
+from torch.utils.cpp_extension import get_cxx_compiler
 
 from atoms.calculator_file import write_potential
 from atoms.exported import RETURNED, write_package, write_program
@@ -78,8 +82,12 @@ def export(step_folder: Path, target: Path, pt2: bool = False) -> None:
 
 
 def package(source: Path, target: Path, use: str, device: str) -> None:
-    """Compile a checkpoint or final model. Raises ValueError for a target that exists, or without a compiler."""
+    """Compile a checkpoint or final model. Raises ValueError for a target that exists, or without what it takes."""
     refuse_existing(target)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; compile where the file will be used.")
+    if not shutil.which(shlex.split(get_cxx_compiler())[0]):
+        raise ValueError(f"{target} cannot be compiled: there is no C++ compiler ({get_cxx_compiler()}).")
     potential, partial = open_potential(source), target.with_name(f".partial.{target.name}")
     try:
         write_package(potential, partial, use, device)
@@ -129,7 +137,7 @@ if __name__ == "__main__":
     parser.add_argument("target", type=Path, nargs="?", help="default: final_model beside the step folder")
     parser.add_argument("--pt2", action="store_true", help="potential.pt2 too; it takes seconds to a minute")
     parser.add_argument("--for", dest="use", choices=RETURNED, default="lammps", help="who is to open *.nequip.pt2")
-    parser.add_argument("--device", default="cpu", help="where *.nequip.pt2 will run: cpu or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where *.nequip.pt2 will run")
     a = parser.parse_args()
     target = a.target or a.source.parent / "final_model"
     with command(), writing(target):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import export
 from atoms.exported import example, write_program
 from atoms.first_weights import init_parameters
 from build_model import KINDS
@@ -46,3 +47,18 @@ def test_a_program_of_torch_alone(kind, tmp_path):
     command = [sys.executable, "-I", "-c", WITHOUT_US, tmp_path / "cases.pt", tmp_path / "potential.pt2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_cannot_be_compiled_is_a_sentence(tmp_path, monkeypatch):
+    target = tmp_path / "potential.nequip.pt2"
+    with pytest.raises(ValueError, match="nowhere"):
+        export.package(tmp_path / "nowhere", target, "lammps", "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--device cuda: torch finds no GPU here"):
+            export.package(tmp_path, target, "lammps", "cuda")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"there is no C\+\+ compiler \(no-such-compiler\)"):
+        export.package(tmp_path, target, "lammps", "cpu")
+    target.write_text("")
+    with pytest.raises(ValueError, match="exists; move it away"):
+        export.package(tmp_path, target, "lammps", "cpu")
