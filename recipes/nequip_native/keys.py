@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which keys the configuration has, whose arguments each section is, and which values cannot be together."""
 
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -76,13 +78,15 @@ SECTIONS = {
 WEIGHTS = ("energy_weight", "forces_weight", "stress_weight")
 
 
-def check_config(config: DictConfig) -> None:
+def check_config(config: DictConfig, trainer: str = "") -> None:
     """Stop with one sentence at a key that is unknown, missing or of the wrong type, and at two that cannot be."""
-    common.config.check_config(config, top_level, SECTIONS, check_pairs)
+    common.config.check_config(config, top_level, SECTIONS, partial(check_pairs, trainer=Path(trainer).stem))
 
 
-def check_pairs(config: DictConfig) -> None:
+def check_pairs(config: DictConfig, trainer: str) -> None:
     """Raise ValueError for values that cannot be together, on any hardware."""
+    if config.precision == "fp64" and trainer == "train_mfsdp":
+        raise ValueError("precision=fp64: Megatron-FSDP has FP32 at most; use train_ddp.py or train_fsdp2.py.")
     model_config(config.model_tag, config.precision, config.init_from, **config.model_kwargs)
     if config.checkpoint.trained_only:
         raise ValueError("checkpoint.trained_only=true has no use here: potentials are small, and saved whole.")

@@ -36,7 +36,7 @@ from pretrained import read_pretrained
 @hydra.main(version_base=None, config_path=f"{Path(__file__).parent}/hydra_config", config_name="L0_sanity")
 def main(config: DictConfig) -> None:
     """Check the configuration, join the other ranks, train."""
-    check_config(config)
+    check_config(config, __file__)
     with joined(config) as distributed:
         train(config, distributed)
 

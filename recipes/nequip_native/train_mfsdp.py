@@ -22,7 +22,7 @@ from build_model import build_model, build_precision, materialize, model_config,
 from checkpoint import Checkpointer
 from common.anomalies import Anomalies
 from common.config import joined, launch
-from common.distributed import Distributed, StopSignal, passes_per_step, stop_with
+from common.distributed import Distributed, StopSignal, passes_per_step
 from common.ema import EMA
 from common.gradients import Strategy, add_gradients, clip_grad_norm_
 from common.loss_schedules import LossSchedules
@@ -39,7 +39,7 @@ from pretrained import read_pretrained
 @hydra.main(version_base=None, config_path=f"{Path(__file__).parent}/hydra_config", config_name="L0_sanity")
 def main(config: DictConfig) -> None:
     """Check the configuration, join the other ranks, train."""
-    check_config(config)
+    check_config(config, __file__)
     with joined(config) as distributed:
         train(config, distributed)
 
@@ -64,8 +64,6 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         logger = PerfLogger(distributed, config, model, flops, precision, metrics, __file__, **config.logger)
 
     # ---- Megatron-FSDP: filled before it is split, so each rank holds the whole model for a moment.
-    if config.precision == "fp64":
-        stop_with("precision=fp64: Megatron-FSDP has FP32 at most; use train_ddp.py or train_fsdp2.py.")
     logger.notes.append(stand_in_for_cuda())
     materialize(model, config.seed, pretrained, distributed.device)
     model = fully_shard_model(

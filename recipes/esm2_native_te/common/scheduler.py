@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from common.distributed import unwrapped
+from common.muon import muon_first
 
 
 class ParameterGroup(TypedDict, total=False):
@@ -21,6 +22,7 @@ class ParameterGroup(TypedDict, total=False):
     lr_factor: PositiveFloat  # their learning rate is so many times the others'
     weight_decay: NonNegativeFloat
     frozen: bool
+    muon: bool  # their matrices move by Muon, the rest by AdamW
 
 
 class Schedule(LambdaLR):
@@ -100,7 +102,7 @@ class Plateau(Schedule):
 def in_groups(model: Module, groups: list[ParameterGroup] | None) -> list[tuple[dict, list[Parameter]]]:
     """What no group names, and then each group, with its parameters; the first that fits a name has it.
 
-    Raises ValueError for a pattern that fits no name.
+    Raises ValueError for a pattern that fits no name, and for Muon where there is no matrix.
     """
     found: list[tuple[dict, list[Parameter]]] = [({}, []), *((dict(group), []) for group in groups or [])]
     patterns = [
@@ -114,6 +116,9 @@ def in_groups(model: Module, groups: list[ParameterGroup] | None) -> list[tuple[
     for name, parameter in parameters.items():
         fits = (i for i, some in enumerate(patterns, 1) if any(fnmatchcase(name, pattern) for pattern in some))
         found[next(fits, 0)][1].append(parameter)
+    for group, some in found:
+        if group.get("muon") and not any(parameter.ndim == 2 for parameter in some):
+            raise ValueError(f"adamw_kwargs.groups: muon moves matrices, and none is left for names={group['names']}.")
     return found
 
 
@@ -140,7 +145,7 @@ def adamw(
     fused: bool = True,
     groups: list[ParameterGroup] | None = None,
 ) -> AdamW:
-    """AdamW over what is not frozen; its moments have the parameters' own precision, FP32.
+    """AdamW over what is not frozen, with Muon for matrices of groups that say so; moments have the parameters' type.
 
     Raises ValueError unless there are two betas of at least 0 and below 1.
     """
@@ -149,9 +154,14 @@ def adamw(
     trained = []
     for group, parameters in in_groups(model, groups):
         own = {"lr": lr * group.get("lr_factor", 1), "weight_decay": group.get("weight_decay", weight_decay)}
-        if some := [parameter for parameter in parameters if parameter.requires_grad]:
-            trained.append({"params": some, **own})
-    return AdamW(trained, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused)
+        by_muon: dict[bool, list[Parameter]] = {False: [], True: []}
+        for parameter in parameters:
+            if parameter.requires_grad:
+                by_muon[group.get("muon", False) and parameter.ndim == 2].append(parameter)
+        trained += [{"params": some, "muon": muon, **own} for muon, some in by_muon.items() if some]
+    optimizer = AdamW(trained, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused)
+    optimizer.register_step_pre_hook(muon_first)
+    return optimizer
 
 
 def end_of_decay(num_warmup_steps: int, num_training_steps: int, decay_fraction: float) -> int:

@@ -16,7 +16,7 @@ from pretrained import open_step
 
 GROUPS = (
     "adamw_kwargs.groups=[{names: ['esm.embeddings.*', 'esm.encoder.layer.0.*'], frozen: true}, "
-    "{names: 'lm_head.*', lr_factor: 3.0, weight_decay: 0.0}]"
+    "{names: 'esm.encoder.layer.*', muon: true}, {names: 'lm_head.*', lr_factor: 3.0, weight_decay: 0.0}]"
 )
 
 
