@@ -230,6 +230,7 @@ def open_potential(folder: Path) -> Potential:
 def open_evaluation(config: DictConfig, source: str, distributed: Distributed) -> tuple:
     """For `evaluate.py`: a model that is there, what `config.validation` names, and how a forward pass is made."""
     model = open_potential(Path(source)).to(distributed.device).requires_grad_(False)
+    model.kernels, *_ = products(config.layer_backend, distributed.device)
     shape = model.config
     precision = build_precision(config, distributed.device)
     validator = open_validation(

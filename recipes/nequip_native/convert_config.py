@@ -142,12 +142,7 @@ class Conversion:
             l_max = self.take(f"{at}.l_max", len(sizes.get("num_features", [0, 0])) - 1)
             features = [features] * (l_max + 1) if isinstance(features, int) else features
             width, depth = 32 if preset else features[0], sizes.get("num_layers", 4)
-            given = {
-                "num_features": features,
-                "num_layers": depth,
-                "parity": not preset,
-                "num_element_features": width,
-            }
+            given = {"num_features": features, "num_layers": depth, "parity": not preset, "num_element_features": width}
             self.ours |= {f"model_kwargs.{name}": value for name, value in given.items()}
         elif embed := self.target(f"{at}.radial_chemical_embed"):
             self.ours["model_kwargs.radial"] = "spline" if "Spline" in embed else "bessel"
@@ -173,9 +168,8 @@ class Conversion:
                 self.ours["model_kwargs.zbl"] = pair.get("units")
             else:
                 self.notes[f"{at}.pair_potential"] = f"{pair.get('_target_')} is not ZBL, the only one here"
-        double = self.take(f"{at}.model_dtype") == "float64"
-        coarse = self.take("global_options.allow_tf32")
-        self.ours["precision"] = "fp64" if double else "tf32" if coarse else "fp32"
+        single = "tf32" if self.take("global_options.allow_tf32") else "fp32"
+        self.ours["precision"] = "fp64" if self.take(f"{at}.model_dtype") == "float64" else single
         for key in ("global_options.seed", "seed", f"{at}.seed"):
             self.set("seed", self.take(key))
 
@@ -233,7 +227,6 @@ class Conversion:
                 self.ours[f"dataset.label_keys.{FIELDS[name]}"] = theirs
             else:
                 self.notes[f"data.key_mapping.{theirs}"] = f"{name} is not read here"
-        self.take("data.include_keys")
         for i, transform in enumerate(self.take("data.transforms") or []):
             name = str(transform.get("_target_")).rpartition(".")[2]
             if name == "StressSignFlipTransform":
@@ -248,7 +241,8 @@ class Conversion:
                 self.set(f"{ours}.micro_batch_size", loader.get("batch_size") if ours else None)
                 self.set("dataset.num_workers", loader.get("num_workers") if theirs == "train" else None)
         self.ours.setdefault("dataset.micro_batch_size", 1)
-        self.take("data.stats_manager")  # always measured, over the whole training set
+        for needless in ("data.include_keys", "data.stats_manager", "trainer.enable_checkpointing"):
+            self.take(needless)
 
     def loss(self) -> None:
         """`training_module.loss`, its coefficients and what changes them."""
@@ -287,8 +281,14 @@ class Conversion:
         if module not in ("EMALightningModule", "NequIPLightningModule"):
             self.notes["training_module._target_"] = f"{module} has no counterpart here"
         name, rate = self.target(at), self.take(f"{at}.lr", 1e-3)
-        if name not in ("Adam", "AdamW", ""):
-            self.notes[f"{at}._target_"] = f"{name}: there is AdamW"
+        if name == "MuonWithAuxAdam":
+            groups = self.take(at := f"{at}.param_groups")
+            rate, decay = groups["adam"].get("lr", 3e-4), groups["muon"].get("weight_decay", 0.0)
+            self.ours["adamw_kwargs.groups"] = [{"names": "layers.*", "muon": True, "weight_decay": decay}]
+            self.notes[f"{at}.muon.lr"] = "updates are scaled to AdamW's here, and have its rate; else set lr_factor"
+            at = f"{at}.adam"
+        elif name not in ("Adam", "AdamW", ""):
+            self.notes[f"{at}._target_"] = f"{name}: there are AdamW and Muon"
         self.ours["adamw_kwargs.lr"] = rate
         self.ours["adamw_kwargs.weight_decay"] = self.take(f"{at}.weight_decay", 0.01 if name == "AdamW" else 0.0)
         self.set("adamw_kwargs.betas", self.take(f"{at}.betas"))
@@ -328,7 +328,6 @@ class Conversion:
                 self.ours["wandb_init_args.mode"] = "online"
                 self.set("wandb_init_args.project", one.get("project"))
                 self.set("wandb_init_args.name", one.get("name"))
-        self.take("trainer.enable_checkpointing")
         self.ours |= {"checkpoint.ckpt_dir": "outputs", "checkpoint.save_final_model": True}
         for i, callback in enumerate(self.take("trainer.callbacks") or []):
             name, key = str(callback.get("_target_")).rpartition(".")[2], f"trainer.callbacks.{i}"

@@ -30,6 +30,7 @@ from ase.io.extxyz import write_extxyz
 from tqdm import tqdm
 
 from atoms.arrow_cache import open_structures
+from atoms.kernels import products
 from atoms.neighbours import Cutoffs
 from atoms.potential import Potential
 from atoms.structures import NUMBERS, SYMBOLS, Structures, structures_of
@@ -56,6 +57,7 @@ def open_models(sources: list[str], device: torch.device) -> tuple[list[Potentia
             model.load_state_dict(weights)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{source} cannot be used: {error}") from error
+        model.kernels, *_ = products("auto", device)
         models.append(model.to(device).eval().requires_grad_(False))
         prints.append(fingerprint(weights, None, source) + sha256(json.dumps(config.to_dict()).encode()).hexdigest())
     return models, prints

@@ -196,6 +196,21 @@ def test_allegro(tmp_path):
     assert {"data._target_", "data.dataset", "training_module.model.tp_path_channel_coupling"} <= {*found.notes}
 
 
+def test_muon(tmp_path):
+    theirs = yaml.safe_load(NEQUIP)
+    theirs["training_module"]["optimizer"] = {
+        "_target_": "nequip.train.MuonWithAuxAdam",
+        "param_groups": {
+            "_target_": "nequip.model.MuonParamGroups",
+            "muon": {"lr": 0.01, "weight_decay": 1e-5}, "adam": {"lr": 0.02, "betas": [0.9, 0.95]},
+        },
+    }  # fmt: skip
+    found = conversion(yaml.safe_dump(theirs), tmp_path)
+    assert found.ours["adamw_kwargs.groups"] == [{"names": "layers.*", "muon": True, "weight_decay": 1e-5}]
+    assert (found.ours["adamw_kwargs.lr"], found.ours["adamw_kwargs.betas"]) == (0.02, [0.9, 0.95])
+    assert "training_module.optimizer.param_groups.muon.lr" in found.notes
+
+
 def test_every_key_is_taken_or_named(tmp_path):
     """Each value of the file, by turns changed to one that nobody knows."""
     theirs = yaml.safe_load(NEQUIP)

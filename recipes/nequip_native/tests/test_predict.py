@@ -4,6 +4,7 @@
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from ase.build import molecule
 from ase.io import read
 from structure_files import labelled, model_in, write
@@ -11,7 +12,11 @@ from structure_files import labelled, model_in, write
 import predict
 from atoms.arrow_cache import open_structures
 from atoms.final_model import calculator
+from atoms.kernels import products
 from common.contract import ranks
+
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +69,7 @@ def same(file, expected, structures):
 @pytest.mark.parametrize("atoms", [1, 50, 2000])
 def test_it_is_what_the_calculator_gives(committee, structures, expected, atoms, tmp_path):
     number = 1 if atoms == 1 else 3
+    assert predict.open_models(committee[:1], CPU)[0][0].kernels == products("auto", CPU)[0]
     predict.main([structures, str(tmp_path / "out.xyz"), *committee[:number], f"--atoms={atoms}"])
     same(tmp_path / "out.xyz", expected[:number], structures)
     assert [path.name for path in tmp_path.iterdir()] == ["out.xyz"]

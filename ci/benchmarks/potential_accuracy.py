@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""How long `nequip-train` and this recipe take to the same error of forces, on the same frames with the same model.
+
+In the recipe's environment, with that of the package (models/nequip/requirements-peer.txt) beside:
+
+    python ci/benchmarks/potential_accuracy.py --peer ENVIRONMENT --output docs/results/potential_accuracy.json
+
+Both train the size S for forces and energies on two thirds of a file's frames, in batches of 5, and are validated on the others
+every 20 steps with averaged weights. The package has the settings of its tutorial (configs/tutorial.yaml): Adam, rate 0.01, less
+by 0.6 where the validation stands still, average 0.999. This recipe has its own, OURS below. One after the other, each in
+a process of its own with its own start, data and validations counted. What is compared is the time to the lowest
+error that the package has reached when its epochs are over.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "nequip_native"
+sys.path.insert(0, str(RECIPE))
+
+import numpy as np  # noqa: E402
+from ase import Atoms  # noqa: E402
+from ase.io import read, write  # noqa: E402
+
+from common.run_facts import cpu_name, versions  # noqa: E402
+
+
+CUTOFF, BATCH, EVERY = 5.0, 5, 20
+OURS = {
+    "adamw_kwargs.lr": 0.01, "lr_scheduler_kwargs.num_warmup_steps": 20, "lr_scheduler_kwargs.kind": "linear",
+    "lr_scheduler_kwargs.min_lr_fraction": 0.01, "ema_decay": 0.99, "loss_kwargs.forces_weight": 1.0,
+}  # fmt: skip
+
+
+def split(data: Path, folder: Path) -> tuple[list[str], int]:
+    """Write two thirds of the frames as `train.extxyz`, the others as `validation.extxyz`; elements, and how many train."""
+    frames: list[Atoms] = read(data, ":")
+    order = np.random.default_rng(0).permutation(len(frames))
+    number = len(frames) * 2 // 3 // BATCH * BATCH
+    write(folder / "train.extxyz", [frames[i] for i in order[:number]])
+    write(folder / "validation.extxyz", [frames[i] for i in order[number:]])
+    return sorted({symbol for atoms in frames for symbol in atoms.get_chemical_symbols()}), number
+
+
+def package_config(folder: Path, elements: list[str], epochs: int) -> dict:
+    """What `nequip-train` reads."""
+    return {
+        "run": ["train"],
+        "data": {
+            "_target_": "nequip.data.datamodule.ASEDataModule", "seed": 456,
+            "train_file_path": f"{folder}/train.extxyz", "val_file_path": f"{folder}/validation.extxyz",
+            "transforms": [
+                {"_target_": "nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper", "model_type_names": elements,
+                 "chemical_species_to_atom_type_map": {element: element for element in elements}},
+                {"_target_": "nequip.data.transforms.NeighborListTransform", "r_max": CUTOFF},
+            ],
+            "train_dataloader": {"_target_": "torch.utils.data.DataLoader", "batch_size": BATCH, "shuffle": True},
+            "val_dataloader": {"_target_": "torch.utils.data.DataLoader", "batch_size": 10},
+            "stats_manager": {
+                "_target_": "nequip.data.CommonDataStatisticsManager", "dataloader_kwargs": {"batch_size": 10},
+                "type_names": elements,
+            },
+        },
+        "trainer": {
+            "_target_": "lightning.Trainer", "accelerator": "cpu", "max_epochs": epochs, "log_every_n_steps": EVERY,
+            "enable_progress_bar": False, "enable_checkpointing": False,
+            "callbacks": [{"_target_": "nequip_clock.Clock"}],
+        },
+        "training_module": {
+            "_target_": "nequip.train.EMALightningModule", "ema_decay": 0.999,
+            "loss": {"_target_": "nequip.train.EnergyForceLoss", "per_atom_energy": True,
+                     "coeffs": {"total_energy": 1.0, "forces": 1.0}},
+            "val_metrics": {"_target_": "nequip.train.EnergyForceMetrics",
+                            "coeffs": {"total_energy_mae": 1.0, "forces_mae": 1.0}},
+            "optimizer": {"_target_": "torch.optim.Adam", "lr": 0.01},
+            "lr_scheduler": {
+                "scheduler": {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau", "factor": 0.6, "patience": 5,
+                              "threshold": 0.2, "min_lr": 1e-6},
+                "monitor": "val0_epoch/weighted_sum", "interval": "epoch", "frequency": 1,
+            },
+            "model": {
+                "_target_": "nequip.model.PresetNequIPGNNModel", "preset": "S", "compile_mode": "eager", "seed": 456,
+                "model_dtype": "float32", "type_names": elements, "r_max": CUTOFF,
+                "avg_num_neighbors": "${training_data_stats:num_neighbors_mean}",
+                "per_type_energy_scales": "${training_data_stats:per_type_forces_rms}",
+                "per_type_energy_shifts": "${training_data_stats:per_atom_energy_mean}",
+            },
+        },
+    }  # fmt: skip
+
+
+VALIDATION = re.compile(r"^step (\d+)  validation.* forces_mae ([\d.]+)")
+
+
+def run(words: list[str], threads: int) -> dict:
+    """Seconds on the clock and of processors, the most memory that was held, and each validation with its time."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parent)}
+    began, said, curve = time.perf_counter(), [], []
+    with subprocess.Popen(
+        words, cwd=RECIPE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout:
+            said.append(line)
+            if (found := VALIDATION.match(line)) and int(found[1]):
+                seconds = round(time.perf_counter() - began, 2)
+                curve.append({"step": int(found[1]), "seconds": seconds, "forces_mae": float(found[2])})
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if status or not curve:
+        raise SystemExit("".join(said)[-3000:])
+    return {"seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+            "peak_mib": round(used.ru_maxrss / 1024), "curve": curve}  # fmt: skip
+
+
+def package(folder: Path, peer: Path, elements: list[str], epochs: int, threads: int) -> dict:
+    """Its run."""
+    (folder / "package.yaml").write_text(json.dumps(package_config(folder, elements, epochs)))
+    words = [f"{peer}/bin/nequip-train", "-cp", str(folder), "-cn", "package", f"hydra.run.dir={folder}/hydra"]
+    return run(words, threads)
+
+
+def ours(folder: Path, steps: int, threads: int, settings: dict) -> dict:
+    """This recipe's run."""
+    words = [
+        sys.executable, "-u", "train_ddp.py", "--config-name", "defaults", "model_tag=nequip_S",
+        f"model_kwargs.cutoff={CUTOFF}", f"num_train_steps={steps}", "micro_batches_per_step=1",
+        f"dataset.load_dataset_kwargs.data_files={folder}/train.extxyz", f"dataset.micro_batch_size={BATCH}",
+        "validation.load_dataset_kwargs={path: structures, data_files: "
+        f"{folder}/validation.extxyz, split: train}}", "validation.micro_batch_size=10",
+        f"validation.every_n_steps={EVERY}", f"lr_scheduler_kwargs.num_training_steps={steps}", "logger.peak_tflops=1",
+        f"logger.log_dir={folder}/ours", *(f"{key}={value}" for key, value in settings.items()),
+    ]  # fmt: skip
+    return run(words, threads)
+
+
+def first_at(curve: list[dict], error: float) -> dict | None:
+    """The first validation with that error or less."""
+    return next((line for line in curve if line["forces_mae"] <= error), None)
+
+
+def main() -> None:
+    """Run both, compare, and write if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", type=Path, required=True, help="the environment with nequip")
+    parser.add_argument("--data", type=Path, default=RECIPE / "data" / "train.extxyz", help="a file with structures")
+    parser.add_argument("--epochs", type=int, default=25, help="of the package")
+    parser.add_argument("--steps", type=int, default=300, help="of this recipe")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for this recipe, on top of its own")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    settings = OURS | dict(word.split("=", 1) for word in arguments.set)
+    asked = [f"{arguments.peer}/bin/python", "-c", "import nequip, torch; print(nequip.__version__, torch.__version__)"]
+    theirs = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+    result = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": arguments.threads, "system": platform.platform(),
+              "versions": versions() | {"nequip": theirs[0], "torch of nequip": theirs[1]}, "data": arguments.data.name,
+              "ours_settings": settings}  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        elements, result["num_training_frames"] = split(arguments.data, folder)
+        result["package"] = package(folder, arguments.peer, elements, arguments.epochs, arguments.threads)
+        result["ours"] = ours(folder, arguments.steps, arguments.threads, settings)
+    target = min(line["forces_mae"] for line in result["package"]["curve"])
+    result["forces_mae"] = target
+    for side in ("package", "ours"):
+        result[f"{side}_reaches_it"] = first_at(result[side]["curve"], target)
+    if reached := result["ours_reaches_it"]:
+        result["time_ratio"] = reached["seconds"] / result["package_reaches_it"]["seconds"]
+    print(json.dumps({key: value for key, value in result.items() if key not in ("package", "ours")}, indent=1))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
