@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""How long `nequip-train` and this recipe take to the same error of forces, on the same frames with the same model.
+r"""How long `nequip-train` and this recipe take to the same error of forces, on the same frames with the same model.
 
 In the recipe's environment, with that of the package (models/nequip/requirements-peer.txt) beside:
 
-    python ci/benchmarks/potential_accuracy.py --peer ENVIRONMENT --output docs/results/potential_accuracy.json
+    python ci/benchmarks/potential_accuracy.py --peer ENVIRONMENT --output docs/results/potential_accuracy.json \
+      --table recipes/nequip_native/README.md --picture docs/images/potential_accuracy.png
 
-Both train the size S for forces and energies on two thirds of a file's frames, in batches of 5, and are validated on the others
-every 20 steps with averaged weights. The package has the settings of its tutorial (configs/tutorial.yaml): Adam, rate 0.01, less
-by 0.6 where the validation stands still, average 0.999. This recipe has its own, OURS below. One after the other, each in
-a process of its own with its own start, data and validations counted. What is compared is the time to the lowest
-error that the package has reached when its epochs are over.
+Both train the size S for forces and energies on two thirds of a file's frames, in batches of 5, and are validated on
+the others after every epoch, with averaged weights. The package has the settings of its tutorial
+(configs/tutorial.yaml): Adam, rate 0.01, less by 0.6 where the validation stands still, average 0.999; another run of
+it has this recipe's rate. This recipe has its own settings, OURS below. One after the other, each in a process of its
+own, whose start, data and validations count. What is compared is the time to the lowest error that the tutorial's
+settings have reached when the package's epochs are over.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 
@@ -33,10 +36,12 @@ import numpy as np  # noqa: E402
 from ase import Atoms  # noqa: E402
 from ase.io import read, write  # noqa: E402
 
+from common.contract.running import write_table  # noqa: E402
 from common.run_facts import cpu_name, versions  # noqa: E402
 
 
-CUTOFF, BATCH, EVERY = 5.0, 5, 20
+CUTOFF, BATCH = 5.0, 5
+SIDES = ("package", "package_at_our_rate", "ours")
 OURS = {
     "adamw_kwargs.lr": 0.01, "lr_scheduler_kwargs.num_warmup_steps": 20, "lr_scheduler_kwargs.kind": "linear",
     "lr_scheduler_kwargs.min_lr_fraction": 0.01, "ema_decay": 0.99, "loss_kwargs.forces_weight": 1.0,
@@ -44,7 +49,10 @@ OURS = {
 
 
 def split(data: Path, folder: Path) -> tuple[list[str], int]:
-    """Write two thirds of the frames as `train.extxyz`, the others as `validation.extxyz`; elements, and how many train."""
+    """Write two thirds of the frames as `train.extxyz`, the others as `validation.extxyz`.
+
+    Returns the elements, and how many are trained on.
+    """
     frames: list[Atoms] = read(data, ":")
     order = np.random.default_rng(0).permutation(len(frames))
     number = len(frames) * 2 // 3 // BATCH * BATCH
@@ -53,7 +61,7 @@ def split(data: Path, folder: Path) -> tuple[list[str], int]:
     return sorted({symbol for atoms in frames for symbol in atoms.get_chemical_symbols()}), number
 
 
-def package_config(folder: Path, elements: list[str], epochs: int) -> dict:
+def package_config(folder: Path, elements: list[str], epochs: int, rate: float) -> dict:
     """What `nequip-train` reads."""
     return {
         "run": ["train"],
@@ -73,7 +81,7 @@ def package_config(folder: Path, elements: list[str], epochs: int) -> dict:
             },
         },
         "trainer": {
-            "_target_": "lightning.Trainer", "accelerator": "cpu", "max_epochs": epochs, "log_every_n_steps": EVERY,
+            "_target_": "lightning.Trainer", "accelerator": "cpu", "max_epochs": epochs, "log_every_n_steps": 10,
             "enable_progress_bar": False, "enable_checkpointing": False,
             "callbacks": [{"_target_": "nequip_clock.Clock"}],
         },
@@ -83,7 +91,7 @@ def package_config(folder: Path, elements: list[str], epochs: int) -> dict:
                      "coeffs": {"total_energy": 1.0, "forces": 1.0}},
             "val_metrics": {"_target_": "nequip.train.EnergyForceMetrics",
                             "coeffs": {"total_energy_mae": 1.0, "forces_mae": 1.0}},
-            "optimizer": {"_target_": "torch.optim.Adam", "lr": 0.01},
+            "optimizer": {"_target_": "torch.optim.Adam", "lr": rate},
             "lr_scheduler": {
                 "scheduler": {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau", "factor": 0.6, "patience": 5,
                               "threshold": 0.2, "min_lr": 1e-6},
@@ -123,14 +131,14 @@ def run(words: list[str], threads: int) -> dict:
             "peak_mib": round(used.ru_maxrss / 1024), "curve": curve}  # fmt: skip
 
 
-def package(folder: Path, peer: Path, elements: list[str], epochs: int, threads: int) -> dict:
+def package(folder: Path, peer: Path, elements: list[str], epochs: int, threads: int, rate: float) -> dict:
     """Its run."""
-    (folder / "package.yaml").write_text(json.dumps(package_config(folder, elements, epochs)))
+    (folder / "package.yaml").write_text(json.dumps(package_config(folder, elements, epochs, rate)))
     words = [f"{peer}/bin/nequip-train", "-cp", str(folder), "-cn", "package", f"hydra.run.dir={folder}/hydra"]
     return run(words, threads)
 
 
-def ours(folder: Path, steps: int, threads: int, settings: dict) -> dict:
+def ours(folder: Path, steps: int, every: int, threads: int, settings: dict) -> dict:
     """This recipe's run."""
     words = [
         sys.executable, "-u", "train_ddp.py", "--config-name", "defaults", "model_tag=nequip_S",
@@ -138,7 +146,7 @@ def ours(folder: Path, steps: int, threads: int, settings: dict) -> dict:
         f"dataset.load_dataset_kwargs.data_files={folder}/train.extxyz", f"dataset.micro_batch_size={BATCH}",
         "validation.load_dataset_kwargs={path: structures, data_files: "
         f"{folder}/validation.extxyz, split: train}}", "validation.micro_batch_size=10",
-        f"validation.every_n_steps={EVERY}", f"lr_scheduler_kwargs.num_training_steps={steps}", "logger.peak_tflops=1",
+        f"validation.every_n_steps={every}", f"lr_scheduler_kwargs.num_training_steps={steps}", "logger.peak_tflops=1",
         f"logger.log_dir={folder}/ours", *(f"{key}={value}" for key, value in settings.items()),
     ]  # fmt: skip
     return run(words, threads)
@@ -149,37 +157,96 @@ def first_at(curve: list[dict], error: float) -> dict | None:
     return next((line for line in curve if line["forces_mae"] <= error), None)
 
 
+def table(numbers: dict) -> str:
+    """For a page."""
+    rate, error = numbers["ours_settings"]["adamw_kwargs.lr"], numbers["forces_mae"]
+    reached = [numbers[f"{side}_reaches_it"] for side in SIDES]
+    least = [min(line["forces_mae"] for line in numbers[side]["curve"]) for side in SIDES]
+    rows = [
+        ("", "package", f"package, rate {rate}", "here"),
+        4 * ("---",),
+        (
+            f"seconds until the forces' MAE is {error:.3f} eV/A",
+            *(f"{x['seconds']:.0f}" if x else "-" for x in reached),
+        ),
+        ("steps until then", *(x["step"] if x else "-" for x in reached)),
+        ("its lowest, eV/A", *(f"{x:.3f}" for x in least)),
+        ("after seconds in all", *(f"{numbers[side]['seconds']:.0f}" for side in SIDES)),
+        ("most memory of the process, MiB", *(f"{numbers[side]['peak_mib']:,}" for side in SIDES)),
+    ]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def picture(numbers: dict, target: Path) -> None:
+    """Errors of forces by time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.5))
+    name = f"nequip {numbers['versions']['nequip']}"
+    labels = (name, f"{name}, rate {numbers['ours_settings']['adamw_kwargs.lr']}", "nequip_native")
+    for side, label in zip(SIDES, labels, strict=True):
+        curve = numbers[side]["curve"]
+        axes.plot([x["seconds"] for x in curve], [x["forces_mae"] for x in curve], "o-", markersize=3, label=label)
+    axes.axhline(numbers["forces_mae"], color="grey", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="seconds since the start", ylabel="MAE of forces in validation (eV/A)", yscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(target, dpi=120)
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Run both, and compare."""
+    settings = OURS | dict(word.split("=", 1) for word in arguments.set)
+    python = f"{arguments.peer}/bin/python"
+    asked = "import nequip, torch; print(nequip.__version__, torch.__version__)"
+    theirs = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
+    result = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": arguments.threads, "system": platform.platform(),
+              "versions": versions() | {"nequip": theirs[0], "torch of nequip": theirs[1]},
+              "data": arguments.data.name, "ours_settings": settings}  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        elements, number = split(arguments.data, folder)
+        run_package = partial(package, folder, arguments.peer, elements, arguments.epochs, arguments.threads)
+        result["num_training_frames"] = number
+        result["package"] = run_package(0.01)
+        result["ours"] = ours(folder, arguments.steps, number // BATCH, arguments.threads, settings)
+        result["package_at_our_rate"] = run_package(float(settings["adamw_kwargs.lr"]))
+    target = min(line["forces_mae"] for line in result["package"]["curve"])
+    result["forces_mae"] = target
+    for side in SIDES:
+        result[f"{side}_reaches_it"] = first_at(result[side]["curve"], target)
+    if reached := result["ours_reaches_it"]:
+        result["time_ratio"] = reached["seconds"] / result["package_reaches_it"]["seconds"]
+    return result
+
+
 def main() -> None:
-    """Run both, compare, and write if asked to."""
+    """Measure, or take what is there; then print, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=Path, required=True, help="the environment with nequip")
+    parser.add_argument("--peer", type=Path, help="the environment with nequip")
     parser.add_argument("--data", type=Path, default=RECIPE / "data" / "train.extxyz", help="a file with structures")
     parser.add_argument("--epochs", type=int, default=25, help="of the package")
     parser.add_argument("--steps", type=int, default=300, help="of this recipe")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for this recipe, on top of its own")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--from", dest="source", type=Path, help="run nothing, take these numbers")
+    parser.add_argument("--table", type=Path, help="write the table into this page")
+    parser.add_argument("--picture", type=Path, help="draw the curves")
     arguments = parser.parse_args()
-    settings = OURS | dict(word.split("=", 1) for word in arguments.set)
-    asked = [f"{arguments.peer}/bin/python", "-c", "import nequip, torch; print(nequip.__version__, torch.__version__)"]
-    theirs = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
-    result = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": arguments.threads, "system": platform.platform(),
-              "versions": versions() | {"nequip": theirs[0], "torch of nequip": theirs[1]}, "data": arguments.data.name,
-              "ours_settings": settings}  # fmt: skip
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        elements, result["num_training_frames"] = split(arguments.data, folder)
-        result["package"] = package(folder, arguments.peer, elements, arguments.epochs, arguments.threads)
-        result["ours"] = ours(folder, arguments.steps, arguments.threads, settings)
-    target = min(line["forces_mae"] for line in result["package"]["curve"])
-    result["forces_mae"] = target
-    for side in ("package", "ours"):
-        result[f"{side}_reaches_it"] = first_at(result[side]["curve"], target)
-    if reached := result["ours_reaches_it"]:
-        result["time_ratio"] = reached["seconds"] / result["package_reaches_it"]["seconds"]
-    print(json.dumps({key: value for key, value in result.items() if key not in ("package", "ours")}, indent=1))
+    if not (arguments.peer or arguments.source):
+        parser.error("give --peer, or numbers that are there: --from.")
+    numbers = json.loads(arguments.source.read_text()) if arguments.source else measure(arguments)
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(numbers, indent=1) + "\n")
+    if arguments.table:
+        write_table(arguments.table, "potential_accuracy", table(numbers))
+    if arguments.picture:
+        picture(numbers, arguments.picture)
+    print(table(numbers))
 
 
 if __name__ == "__main__":

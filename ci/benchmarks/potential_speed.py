@@ -5,6 +5,7 @@
 In an environment with requirements.txt of recipes/nequip_native, and models/nequip/requirements-peer.txt on top:
 
     python ci/benchmarks/potential_speed.py --output docs/results/potential_speed.json
+    python ci/benchmarks/potential_speed.py --from docs/results/potential_speed.json --table PAGE.md
 
 Forward pass, forces and stress, and the gradients of a loss, eager and compiled, FP32, one thread. Seconds are those
 of the process on the CPU, so that other work on the machine counts for little; of several rounds the best is taken.
@@ -29,7 +30,6 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 from ase.io import read  # noqa: E402
-from peer import peer_model, peer_output  # noqa: E402
 
 from atoms.ase_calculator import graph  # noqa: E402
 from atoms.compiled import CompiledDerivatives  # noqa: E402
@@ -37,6 +37,7 @@ from atoms.first_weights import init_parameters  # noqa: E402
 from atoms.kernels import products  # noqa: E402
 from atoms.losses import loss_terms  # noqa: E402
 from atoms.neighbours import lengths_once  # noqa: E402
+from common.contract.running import write_table  # noqa: E402
 from common.run_facts import cpu_name, versions  # noqa: E402
 from convert_allegro import allegro_arguments, native_to_allegro  # noqa: E402
 from convert_nequip import native_to_nequip, nequip_arguments  # noqa: E402
@@ -47,7 +48,9 @@ from modeling_nequip import SIZES, NequIP, NequIPConfig  # noqa: E402
 
 CUTOFF, NUM_STRUCTURES = 4.5, 6
 SAMPLE = ROOT / "recipes" / "nequip_native" / "data" / "train.extxyz"
-CASES = {"nequip_S": SIZES["nequip_S"], "allegro_S": ALLEGRO_SIZES["allegro_S"]}
+CASES = {"nequip_S": SIZES["nequip_S"], "allegro_S": ALLEGRO_SIZES["allegro_S"], "nequip_M": SIZES["nequip_M"]}
+EAGER = {"nequip_M"}  # the package's compiler would take minutes
+NAMES = ("potential_speed_lips", "potential_speed")  # marks in pages: of other data, of the sample
 SIDES = ("package", "ours", "package_compiled", "ours_compiled")
 
 
@@ -79,6 +82,8 @@ def step_of(side: str, name: str, inputs: dict[str, torch.Tensor], elements: lis
     num_structures = len(inputs["cell"])
     num_parameters = sum(p.numel() for p in model.parameters())
     if side.startswith("package"):
+        from peer import peer_model, peer_output  # has the package, which a table can do without
+
         mode = "compile" if side.endswith("compiled") else "eager"
         sizes = torch.bincount(inputs["structure"])
         peer = peer_model("", kinds[2](config), kinds[3](dict(model.state_dict()), config), mode).train()
@@ -158,9 +163,10 @@ def measure(name: str, data: Path, rounds: int, sides: tuple[str, ...]) -> dict:
 
 def table(rows: list[dict]) -> str:
     """For a page."""
-    lines = ["| | package | ours | | package, compiled | ours, compiled | | MiB, package | ours |", "|" + 9 * "---|"]
+    heads = ("", "package", "here", "", "package, compiled", "here, `use_torch_compile`", "", "MiB, package", "here")
+    lines = ["| " + " | ".join(heads) + " |", "|" + len(heads) * "---|"]
     for row in rows:
-        speed, cells = row["atoms_per_s"], [row["name"]]
+        speed, cells = row["atoms_per_s"], [f"`{row['name']}`"]
         for end, ratio in (("", "eager_ratio"), ("_compiled", "compiled_ratio")):
             both = [f"{speed[side + end]:,.0f}" for side in ("package", "ours") if side + end in speed]
             cells += [*both, f"{row[ratio]:.1f} x"] if both else 3 * [""]
@@ -173,6 +179,8 @@ def main() -> None:
     """Measure, print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--from", dest="source", type=Path, help="run nothing, take these numbers")
+    parser.add_argument("--table", type=Path, help="write the table into this page")
     parser.add_argument("--data", type=Path, default=SAMPLE, help="a file with structures")
     parser.add_argument("--eager", action="store_true", help="nothing compiled, which takes minutes")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
@@ -183,15 +191,21 @@ def main() -> None:
     if arguments.memory_of:
         print(memory_of(*arguments.memory_of, arguments.data))
         return
-    packages = {name: version(name) for name in ("nequip", "nequip-allegro", "e3nn")}
-    found = {"cpu": cpu_name(), "system": platform.platform(), "versions": versions() | packages, "threads": 1,
-             "data": arguments.data.name, "unit": "atoms a second of the process's time on the CPU; MiB",
-             "rows": []}  # fmt: skip
-    for name in arguments.cases:
-        found["rows"].append(measure(name, arguments.data, arguments.rounds, SIDES[: 2 if arguments.eager else 4]))
-        print(json.dumps(found["rows"][-1]), flush=True)
-        if arguments.output:
-            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.source:
+        found = json.loads(arguments.source.read_text())
+    else:
+        packages = {name: version(name) for name in ("nequip", "nequip-allegro", "e3nn")}
+        found = {"cpu": cpu_name(), "system": platform.platform(), "versions": versions() | packages, "threads": 1,
+                 "data": arguments.data.name, "unit": "atoms a second of the process's time on the CPU; MiB",
+                 "rows": []}  # fmt: skip
+        for name in arguments.cases:
+            sides = SIDES[: 2 if arguments.eager or name in EAGER else 4]
+            found["rows"].append(measure(name, arguments.data, arguments.rounds, sides))
+            print(json.dumps(found["rows"][-1]), flush=True)
+            if arguments.output:
+                arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.table:
+        write_table(arguments.table, NAMES[found["data"] == SAMPLE.name], table(found["rows"]))
     print(table(found["rows"]))
 
 
