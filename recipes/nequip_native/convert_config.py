@@ -142,7 +142,12 @@ class Conversion:
             l_max = self.take(f"{at}.l_max", len(sizes.get("num_features", [0, 0])) - 1)
             features = [features] * (l_max + 1) if isinstance(features, int) else features
             width, depth = 32 if preset else features[0], sizes.get("num_layers", 4)
-            given = {"num_features": features, "num_layers": depth, "parity": not preset, "num_element_features": width}
+            given = {
+                "num_features": features,
+                "num_layers": depth,
+                "parity": not preset,
+                "num_element_features": width,
+            }
             self.ours |= {f"model_kwargs.{name}": value for name, value in given.items()}
         elif embed := self.target(f"{at}.radial_chemical_embed"):
             self.ours["model_kwargs.radial"] = "spline" if "Spline" in embed else "bessel"

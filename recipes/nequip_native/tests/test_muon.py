@@ -24,7 +24,7 @@ def test_singular_values_become_about_1_and_vectors_stay():
         u, s, v = torch.linalg.svd(torch.randn(shape).double(), full_matrices=False)
         found = u.T @ newton_schulz(u @ torch.diag(s) @ v) @ v.T
         assert (found - torch.diag(found.diag())).abs().max() < 1e-12
-        assert 0.6 < found.diag().min() and found.diag().max() < 1.25
+        assert found.diag().min() > 0.6 and found.diag().max() < 1.25
 
 
 def test_matrices_move_as_by_torchs_muon_and_the_rest_as_by_adamw():
@@ -50,7 +50,7 @@ def test_matrices_move_as_by_torchs_muon_and_the_rest_as_by_adamw():
 
 
 def test_where_there_is_no_matrix():
-    with pytest.raises(ValueError, match="muon moves matrices, and none is left for names=.*bias"):
+    with pytest.raises(ValueError, match="muon moves matrices, and none is left"):
         freeze(torch.nn.Linear(2, 2), groups=[{"names": "*bias", "muon": True}])
 
 
