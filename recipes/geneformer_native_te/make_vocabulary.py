@@ -66,7 +66,7 @@ def main(words: list[str]) -> None:
             text = json.dumps(values, indent=0)
             save(asked.out / f"{name}.json", lambda file, text=text: file.write(text.encode()))
         shutil.rmtree(work)
-    print(f"{len(medians):,} genes of {found.cells:,} cells: {asked.out}/vocabulary.json, {asked.out}/medians.json")
+    print(f"{len(medians):,} genes from {found.cells:,} cells: {asked.out}/vocabulary.json, {asked.out}/medians.json")
     if found.left_out:
         print(f"{found.left_out:,} cells are left out: they are empty, or bad")
 

@@ -45,7 +45,9 @@ def main(words: list[str]) -> None:
     kind = kind_of(asked.files[0]) or "h5ad"
     files = found_cells("", {"path": kind, "data_files": asked.files})
     dictionary = read_all("", read_tokens("--vocabulary", asked.vocabulary), asked.medians, asked.gene_mapping)
-    longest = asked.max_seq_length or dictionary.rule.longest
+    longest = dictionary.rule.longest if asked.max_seq_length is None else asked.max_seq_length
+    if longest < 3:
+        raise ValueError(f"--max-seq-length={longest} must be at least 3.")
     options = Options(
         "", dictionary, asked.gene_column, asked.layer, asked.bad_cells, tuple(asked.obs_columns), longest
     )

@@ -42,6 +42,8 @@ def match(where: str, section: str, columns: dict[str, list[str]], wanted: str |
         names = columns[chosen]
     if not mixed and (sentence := several_species(section, names)):
         raise ValueError(f"{where}: {sentence}")
+    if not names:
+        raise ValueError(f"{where} has no genes.")
     if dictionary.tokens is not None and not counts[chosen]:
         raise ValueError(f"{where}: {unknown(section, columns[asked[0]], asked[0])}")
     numbers: dict[str, int] = {}
@@ -71,7 +73,7 @@ def unknown(section: str, names: list[str], column: str) -> str:
     kinds = Counter(found[1].upper() for name in names if (found := ENSEMBL.match(name.strip())))
     if not kinds:
         return (
-            f"none of its {len(names):,} genes is in the vocabulary; var's {column} has symbols perhaps ({shown}): "
+            f"none of its {len(names):,} genes is in the vocabulary; var's {column} seems to hold symbols ({shown}): "
             f"name the column with Ensembl ids by {setting(section, 'gene_column')}, or give "
             f"{setting(section, 'gene_mapping')}, a JSON dictionary of symbols to ids."
         )

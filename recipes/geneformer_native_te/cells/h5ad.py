@@ -226,7 +226,8 @@ def first_cells(path: str, layer: str) -> np.ndarray:
 def choose_layer(path: str, section: str, wanted: str | None, whole: bool = True) -> str:
     """Which matrix of a file has its counts. Raises ValueError where none is of whole numbers, if `whole`."""
     file = H5ad(path)
-    there = file.layers
+    if not (there := file.layers):
+        raise ValueError(f"{path} has no matrix: neither X, raw.X nor layers.")
     if wanted is not None:
         forms = {"raw": ("raw/X", "raw.X"), "raw.X": ("raw/X", "raw.X")}.get(wanted, (wanted, f"layers/{wanted}"))
         there = [name for name in forms if name in there]

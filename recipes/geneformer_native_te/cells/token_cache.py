@@ -226,7 +226,9 @@ def write_part(path: Path, part: Part, options: Options) -> int:
     partial, form = path.with_name(f".{path.name}.{uuid.uuid4().hex}"), schema(options)
     for block in one.blocks(part.first, part.stop):
         if len(block.columns) and int(block.columns.max()) >= len(genes.place):
-            raise ValueError(f"{part.path}: a cell has gene {block.columns.max():,} of {len(genes.place):,}.")
+            raise ValueError(
+                f"{part.path} is damaged: a cell has gene number {block.columns.max():,} of {len(genes.place):,}."
+            )
         cells = len(block.indptr) - 1
         taken = np.ones(cells, bool)
         if passed is not None:

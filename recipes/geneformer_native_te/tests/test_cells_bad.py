@@ -79,7 +79,7 @@ FILES = {
                    r"normalised data cannot be ranked, give raw counts in raw.X"),
     "normalised_by_columns": (lambda p: write_h5ad(p, np.log1p(counts()), "csc"), {}, "X has no counts"),
     "symbols": (lambda p: write_h5ad(p, counts(), names=[f"CD{i}" for i in range(40)]), {},
-                r"none of its 40 genes is in the vocabulary; var's index has symbols perhaps \(CD0, CD1, CD2\)"),
+                r"none of its 40 genes is in the vocabulary; var's index seems to hold symbols \(CD0, CD1, CD2\)"),
     "mouse": (lambda p: write_h5ad(p, counts(), names=mouse(GENES)), {},
               r"none of its 40 genes \(ENSMUSG.*; mouse\) is in the vocabulary; is it of another species"),
     "mixed": (lambda p: write_h5ad(p, counts(), names=[*GENES[:30], *mouse(GENES[30:])]), {},
@@ -162,3 +162,26 @@ def test_a_header_that_is_none(tmp_path):
         (folder / "header.sch").write_bytes(bad)
         with pytest.raises(ValueError, match=r"header.sch is no header of SCDL, or is cut short"):
             opened(folder, "scdl")
+
+
+@pytest.mark.parametrize("header", [False, True])
+def test_a_joined_scdl_folder_whose_metadata_speak_of_its_first_part(header, tmp_path):
+    """As bionemo-scdl 0.1.3 leaves it behind; its number of cells is that of the genes' index."""
+    folder = write_scdl(tmp_path / "scdl", counts(), header=header)
+    (folder / "metadata.json").write_text('{"num_rows": 10}')
+    assert len(opened(folder, "scdl")[0]) == 30
+    np.save(next(folder.glob("*features")) / "cumulative_sum_index.npy", np.array([-1, 10]))
+    with pytest.raises(ValueError, match=r"metadata.json says 10 cells and row_ptr.npy, as \w+, has 30"):
+        opened(folder, "scdl")
+
+
+def test_a_file_without_matrix_or_genes(tmp_path):
+    path = write_h5ad(tmp_path / "a.h5ad", counts())
+    with h5py.File(path, "r+") as file:
+        del file["X"]
+        file.create_group("layers")
+    with pytest.raises(ValueError, match=r"a.h5ad is no h5ad file: there is no X in it"):
+        opened(path)
+    write_h5ad(path, np.zeros((3, 0), np.float32), "dense", names=[])
+    with pytest.raises(ValueError, match=r"a.h5ad has no genes"):
+        opened(path)

@@ -45,7 +45,7 @@ def test_a_vocabulary_of_a_corpus(kind, tmp_path, capsys, monkeypatch):
     write(tmp_path / f"two.{kind}", dense[100:, ::-1], names=GENES[::-1])
     files = [str(tmp_path / f"one.{kind}"), str(tmp_path / f"two.{kind}")]
     make_vocabulary.main([*files, "--out", str(tmp_path / "out"), "--processes", "1"])
-    assert "40 genes of 300 cells" in capsys.readouterr().out
+    assert "40 genes from 300 cells" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "medians.json").read_text())
     truth = exact(dense)
     assert found.keys() == truth.keys()
