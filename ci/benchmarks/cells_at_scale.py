@@ -45,7 +45,7 @@ TINY = ["model_tag=geneformer_1M", "model_kwargs.hidden_size=32", "model_kwargs.
         "model_kwargs.num_hidden_layers=1", "model_kwargs.num_attention_heads=1", "dataset.micro_batch_size=4",
         "dataset.token_micro_batch_size=null", "micro_batches_per_step=1", "num_train_steps=1", "logger.peak_tflops=1",
         "dataset.num_workers=1", "dataset.load_dataset_kwargs.split=train", "validation.load_dataset_kwargs=null",
-        "checkpoint.ckpt_dir=null", "checkpoint.save_final_model=false",
+        "checkpoint.ckpt_dir=null", "checkpoint.save_final_model=false", "checkpoint.save_every_n_steps=null",
         "lr_scheduler_kwargs.num_warmup_steps=0"]  # fmt: skip
 WAYS = {"vocabulary": "`make_vocabulary.py`, h5ad", "h5ad": "training, h5ad: to the first step",
         "h5ad again": "the same, a later start", "scdl": "training, SCDL: to the first step"}  # fmt: skip

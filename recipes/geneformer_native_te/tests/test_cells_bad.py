@@ -180,7 +180,7 @@ def test_a_file_without_matrix_or_genes(tmp_path):
     with h5py.File(path, "r+") as file:
         del file["X"]
         file.create_group("layers")
-    with pytest.raises(ValueError, match=r"a.h5ad is no h5ad file: there is no X in it"):
+    with pytest.raises(ValueError, match=r"a.h5ad has no matrix: neither X, raw.X nor layers"):
         opened(path)
     write_h5ad(path, np.zeros((3, 0), np.float32), "dense", names=[])
     with pytest.raises(ValueError, match=r"a.h5ad has no genes"):
