@@ -6,12 +6,12 @@ from functools import partial
 
 import datasets
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from pydantic import NonNegativeInt
 
 from cell_rows import LABELS, Cut, TokenRows
 from cells.dictionaries import read_tokens
-from cells.token_cache import PATHS, Counts, open_cells, options_of
+from cells.token_cache import PATHS, Counts, kind_of, open_cells, options_of
 from collator import Masking, Rule
 from common.distributed import Distributed
 from common.epoch_plan import EpochPlan
@@ -112,6 +112,7 @@ def open_tokens(section: str, load_dataset_kwargs: dict, vocabulary: str, input_
     Raises ValueError for a user's mistake.
     """
     labels = [label_column] if label_column else []
+    check_kind(section, load_dataset_kwargs)
     if load_dataset_kwargs.get("path") not in PATHS:
         columns = {"input_ids_column": input_ids_column}
         return open_rows(section, load_dataset_kwargs, columns, tuple(dict.fromkeys([*LABELS, *labels]))), []
@@ -120,7 +121,24 @@ def open_tokens(section: str, load_dataset_kwargs: dict, vocabulary: str, input_
     counts["obs_columns"] = [*dict.fromkeys([*(counts.get("obs_columns") or []), *labels])]
     options = options_of(f"{section}.counts", tokens, max_seq_length, **counts)
     processes = max(1, (os.cpu_count() or 1) // distributed.num_local_ranks)
-    return open_cells(section, load_dataset_kwargs, options, processes, not distributed.is_main)
+    try:
+        return open_cells(section, load_dataset_kwargs, options, processes, not distributed.is_main)
+    except ValueError as error:
+        text = str(error)
+        if label_column and f"has no column {label_column} in obs" in text:
+            text = text.replace("counts.obs_columns", "label_column", 1)
+        raise ValueError(text) from error
+
+
+def check_kind(section: str, load_dataset_kwargs: dict) -> None:
+    """Raise ValueError where `path` says another kind of files than there are."""
+    path, files = load_dataset_kwargs.get("path"), load_dataset_kwargs.get("data_files") or []
+    for name in [files] if isinstance(files, str) else files if isinstance(files, list | ListConfig) else []:
+        kind = kind_of(name)
+        if kind not in (None, path):
+            raise ValueError(
+                f"{section}.load_dataset_kwargs.path={path}: {name} has cells as {kind}; give path={kind}."
+            )
 
 
 def streamed(cut: Cut, column: str, rows: list[dict], numbers: np.ndarray, *key: int) -> tuple[list, np.ndarray]:

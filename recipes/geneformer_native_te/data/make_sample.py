@@ -93,7 +93,7 @@ def main(folder: Path = FOLDER) -> None:
     everything, *_ = match("sample", "", {"index": ids}, None, Dictionary())
     histogram, medians = np.zeros((NUM_GENES, WIDTH), np.uint32), Medians()
     count(histogram, Block(0, *csr(cells["train"][0])), everything)
-    medians.places, medians.histogram = {name: i for i, name in enumerate(ids)}, histogram
+    medians.places, medians.blocks = {name: i for i, name in enumerate(ids)}, [histogram]
     values = medians.result()
     dictionary = Dictionary(vocabulary_of(values, "V2"), values)
     known, *_ = match("sample", "", {"index": ids}, None, dictionary)

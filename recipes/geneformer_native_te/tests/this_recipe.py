@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 
+DATA = Path(__file__).parents[1] / "data"
 # The smallest run that has everything, dropout of both kinds included. Odd widths, so that shards are uneven.
 # The rate of the machine is given: to measure it takes each process half a second.
 TINY = [
@@ -47,6 +48,21 @@ BAD_INPUTS = [
     (
         ["dataset.load_dataset_kwargs.path=h5ad", "dataset.load_dataset_kwargs.data_files=data/train.h5ad"],
         ["dataset.counts.medians is not set: ranks need each gene's median"],
+    ),
+    (["dataset.load_dataset_kwargs.data_files=data/train.h5ad"], ["has cells as h5ad; give path=h5ad"]),
+    (
+        ["dataset.load_dataset_kwargs.path=h5ad", f"dataset.load_dataset_kwargs.data_files=[{DATA}/scdl]"],
+        ["dataset.load_dataset_kwargs.path=h5ad: ", "data/scdl has cells as scdl; give path=scdl"],
+    ),
+    (
+        [
+            "model_kwargs.task=cells",
+            "dataset.label_column=kind",
+            "dataset.load_dataset_kwargs.path=h5ad",
+            f"dataset.load_dataset_kwargs.data_files={DATA}/train.h5ad",
+            f"dataset.counts.medians={DATA}/medians.json",
+        ],
+        ["dataset.label_column: ", "train.h5ad has no column kind in obs"],
     ),
     (["dataset.counts.bad_cells=drop"], ["dataset.counts.bad_cells=drop must be"]),
     (["dataset.counts.median=x"], ["dataset.counts.median", "medians"]),
