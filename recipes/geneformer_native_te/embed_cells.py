@@ -9,9 +9,9 @@
 A cell's vector is the mean of its genes' after the last layer, or that of <cls>. The last name says what is written:
 an h5ad file, the copy of one with `obsm["X_geneformer"]`; a folder, a copy of each h5ad file that there is; or a
 parquet file, for cells of any kind, with a row for each: `source` and `cell` (the file and the row there), or `row` in
-a table of tokens, columns that tell cells apart, and `embedding`. Cells that cannot be right are counted, and have NaN
-in an h5ad file. A picture beside it has the cells along their first two principal components. Interrupted, the same
-command continues.
+a table of tokens, columns that tell cells apart, and `embedding`. Invalid cells are counted, and have NaN in an h5ad
+file. A picture beside it shows the cells along their first two principal components. An interrupted command
+continues when it is started again.
 """
 
 from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vocabulary and medians of one's own cells, in one pass: what a model trained from scratch needs of its corpus.
+"""A vocabulary and medians of your own cells, in one pass: what training from scratch needs to know of a corpus.
 
     python make_vocabulary.py 'my_cells/*.h5ad' --out my_genes
     python make_vocabulary.py scdl/train --out my_genes --rule BioNeMo --min-cells 100
 
-Writes vocabulary.json (gene to token) and medians.json (gene to the median of its counts of 10,000 a cell, over the
-cells that express it; off by 0.2% at most). Files are h5ad, SCDL folders, folders of either, or patterns. Stopped, the
-same command goes on.
+Writes vocabulary.json (gene to token) and medians.json (gene to the median of its counts, scaled to 10,000 a cell,
+over the cells that express it; the error is at most 0.2%). Files are h5ad, SCDL folders, folders of either, or
+patterns. An interrupted command continues when it is started again.
 """
 
 from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
@@ -68,7 +68,7 @@ def main(words: list[str]) -> None:
         shutil.rmtree(work)
     print(f"{len(medians):,} genes from {found.cells:,} cells: {asked.out}/vocabulary.json, {asked.out}/medians.json")
     if found.left_out:
-        print(f"{found.left_out:,} cells are left out: they are empty, or bad")
+        print(f"{found.left_out:,} cells left out: they are empty or invalid")
 
 
 if __name__ == "__main__":

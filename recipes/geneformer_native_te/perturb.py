@@ -4,11 +4,11 @@
     python perturb.py cells.h5ad MODEL shifts.csv --medians medians.json --genes ENSG00000141510 ENSG00000136997
     python perturb.py cells.h5ad MODEL shifts.csv --medians medians.json --action overexpress --where cell_type=T
 
-To delete takes a gene from a cell's ranks; to overexpress puts it before all others. A cell's shift is 1 - the cosine
-of its vectors with and without that: the mean over its other genes, or <cls>. Only cells that express a gene are
-perturbed when it is deleted, all when it is overexpressed. Without --genes, all that the cells express are taken in
-turn. Columns: gene, num_cells, cosine_shift (their mean), deviation. Ranks share the genes; stopped, the same command
-goes on.
+Deleting removes a gene from a cell's ranks; overexpressing puts it first. A cell's shift is 1 minus the cosine between
+its vectors with and without the change: the mean over its other genes, or <cls>. Deletion is measured in the cells
+that express the gene, overexpression in all. Without --genes, every gene that the cells express is taken in turn.
+Cells are of any kind that embed_cells.py takes. Columns: gene, num_cells, cosine_shift (their mean), deviation. Ranks
+share the genes; an interrupted command continues when it is started again.
 """
 
 from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)

@@ -6,9 +6,9 @@ r"""Cells of h5ad files or SCDL folders as tokens in Arrow files, for trainings 
     python train_ddp.py --config-name my_cells dataset.load_dataset_kwargs.path=arrow \
         'dataset.load_dataset_kwargs.data_files=tokens/*.arrow' model_kwargs.vocabulary=my_genes/vocabulary.json
 
-Training does the same by itself with path=h5ad or path=scdl, and keeps it in the cache of `datasets`. Columns:
-`input_ids`, `length`, `source`, `cell` (the row in its file), and those of obs that are asked for. Stopped, the same
-command goes on.
+Training with path=h5ad or path=scdl does the same by itself, and keeps the result in the cache of `datasets`. Columns:
+`input_ids`, `length`, `source`, `cell` (the row in its file), and those of obs that are asked for. An interrupted
+command continues when it is started again.
 """
 
 from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)

@@ -246,8 +246,8 @@ def choose_layer(path: str, section: str, wanted: str | None, whole: bool = True
     gene, row, value = first_fraction(H5ad(path, candidates[-1] if len(candidates) == 1 else candidates[0]))
     raise ValueError(
         f"{path}: {' and '.join(candidates)} {'have' if len(candidates) > 1 else 'has'} no counts: {value:g} for gene "
-        f"{gene}{row}; normalised data cannot be ranked, give raw counts in raw.X, or name their layer by "
-        f"{setting(section, 'layer')}."
+        f"{gene}{row}; normalised data cannot be ranked; give raw counts in raw.X, or name the layer that "
+        f"holds them by {setting(section, 'layer')}."
     )
 
 

@@ -76,7 +76,7 @@ def mouse(names: list[str]) -> list[str]:
 
 FILES = {
     "normalised": (lambda p: write_h5ad(p, np.log1p(counts())), {}, r"X has no counts: .* for gene ENSG.* in row 0; "
-                   r"normalised data cannot be ranked, give raw counts in raw.X"),
+                   r"normalised data cannot be ranked; give raw counts in raw.X"),
     "normalised_by_columns": (lambda p: write_h5ad(p, np.log1p(counts()), "csc"), {}, "X has no counts"),
     "symbols": (lambda p: write_h5ad(p, counts(), names=[f"CD{i}" for i in range(40)]), {},
                 r"none of its 40 genes is in the vocabulary; var's index seems to hold symbols \(CD0, CD1, CD2\)"),
