@@ -40,12 +40,7 @@ class TorchSimModel(ModelInterface):
             raise ValueError(f"There is atomic number {number}, and the potential knows {', '.join(config.elements)}.")
         positions, cell = state.positions.double(), state.row_vector_cell.double().contiguous()
         edges, _, shifts = torchsim_nl(positions, cell.mT, state.pbc, config.cutoff, state.system_idx)
-        if config.pair_cutoffs is not None:
-            i, j = edges
-            away = torch.bmm(shifts.double().unsqueeze(1), cell[state.system_idx[i]]).squeeze(1)
-            limit = torch.tensor(config.pair_cutoffs, device=types.device)[types[i], types[j]]
-            keep = (positions[j] - positions[i] + away).norm(dim=1) <= limit
-            edges, shifts = edges[:, keep], shifts[keep]
+        # Beyond a pair's own, shorter cutoff an edge counts as nothing.
         found = self.model(positions, types, cell, edges.long(), shifts.double(), state.system_idx)
         stress = found.stress * state.pbc.all()
         every = {"energy": found.energies, "forces": found.forces, "stress": stress}

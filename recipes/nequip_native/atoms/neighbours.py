@@ -133,7 +133,12 @@ def lengths_once(edges: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.
         return found
 
     forth, back = key(edges[0], edges[1], shifts), key(edges[1], edges[0], -shifts)
-    place, order = np.arange(len(forth)), np.argsort(forth, kind="stable")
-    reverse = order[np.minimum(np.searchsorted(forth, back, sorter=order), len(forth) - 1)]
-    first = np.where(forth[reverse] == back, np.minimum(place, reverse), place)
-    return np.unique(first, return_inverse=True)
+    place, order, turned = np.arange(len(forth)), np.argsort(forth, kind="stable"), np.argsort(back)
+    if np.array_equal(forth[order], back[turned]):
+        reverse = np.empty_like(place)
+        reverse[turned] = order
+    else:  # some reverses are missing
+        reverse = order[np.minimum(np.searchsorted(forth, back, sorter=order), len(forth) - 1)]
+    own = np.minimum(place, np.where(forth[reverse] == back, reverse, place))
+    is_first = own == place
+    return np.flatnonzero(is_first), (np.cumsum(is_first) - 1)[own]
