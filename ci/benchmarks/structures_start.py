@@ -7,16 +7,17 @@ python ci/benchmarks/structures_start.py --quick --output quick.json
 Made-up alloys of 50 atoms lie in a Parquet file, in the columns of our rows, so that "convert" is what `datasets`
 does; some also in two extxyz, one of half the other's frames, which ASE reads. A process of its own opens them when
 they are new ("convert": neighbours, statistics and checks of every structure, once), and another again ("start"). Each
-gives seconds from the loader's beginning to its first batch, its CPU time, and the largest resident set of a process.
-Structures are then read and their neighbours found for a while, by one worker. At last train_ddp.py itself trains
-nequip_S on them, one thread a rank: seconds from the command to its first logged step, and atoms/s of the later ones.
-`--folder` keeps the files, and takes those that are there.
+gives seconds from the loader's beginning to its first batch, and the most memory that it and its workers together held
+at a time, without files that are mapped. Structures are then read and their neighbours found for a while, by one
+worker. At last train_ddp.py itself trains nequip_S on them, one thread a rank: seconds from the command to its first
+logged step, and atoms/s of the later ones. `--folder` keeps the files, and takes those that are there.
 """
 
 import argparse
+import contextlib
 import json
 import os
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -121,9 +122,7 @@ def source_of(name: str, folder: Path) -> dict:
 
 def stage(name: str, folder: Path, settings: dict) -> None:
     """One process: print what a stage has cost."""
-    found = trained(name, folder, settings) if name.startswith("run") else opened(name, folder, settings)
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps(found | {"memory_gib": max(one.ru_maxrss for one in used) / 2**20}))
+    print(json.dumps((trained if name.startswith("run") else opened)(name, folder, settings)))
 
 
 def opened(name: str, folder: Path, settings: dict) -> dict:
@@ -138,14 +137,13 @@ def opened(name: str, folder: Path, settings: dict) -> dict:
             num_workers=1,
         )  # fmt: skip
         opened, batches = time.perf_counter(), iter(loader)
-        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         next(batches)
         first = time.perf_counter()
         num_atoms = sum(batch.counts["atoms"] for batch in islice(batches, settings["batches"]))
         ended = time.perf_counter()
-        del batches  # so that its worker ends, and its memory is counted
-    return {"open_s": opened - started, "open_cpu_s": sum(one.ru_utime + one.ru_stime for one in used),
-            "first_s": first - started, "atoms_per_s": num_atoms / (ended - first)}  # fmt: skip
+    return {
+        "open_s": opened - started, "first_s": first - started, "atoms_per_s": num_atoms / (ended - first)
+    }  # fmt: skip
 
 
 def trained(name: str, folder: Path, settings: dict) -> dict:
@@ -174,6 +172,21 @@ def trained(name: str, folder: Path, settings: dict) -> dict:
     return {"first_s": first - started, "atoms_per_s": float(np.median(speeds))}
 
 
+def held(pid: int) -> float:
+    """GiB that a process and all below it hold now, but for files."""
+    parents, memory = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):  # it has ended meanwhile
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            found = re.search(r"^RssAnon:\s+(\d+)", (folder / "status").read_text(), re.MULTILINE)
+            memory[int(folder.name)] = int(found[1]) / 2**20 if found else 0.0
+    family, total = [pid], 0.0
+    for one in family:  # grows
+        total += memory.get(one, 0.0)
+        family += [child for child, parent in parents.items() if parent == one]
+    return total
+
+
 def measure(asked: argparse.Namespace) -> dict:
     """All stages, each a process of its own. Raises Failed where one does."""
     settings, stages = QUICK if asked.quick else FULL, {}
@@ -185,10 +198,15 @@ def measure(asked: argparse.Namespace) -> dict:
         environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         for name in STAGES:
             command = [sys.executable, __file__, "--stage", name, str(folder), json.dumps(settings)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise Failed(f"{name}: {done.stderr[-1000:]}")
-            stages[name] = json.loads(done.stdout.splitlines()[-1])
+            with (folder / "out").open("w+") as out, (folder / "err").open("w+") as err:
+                process, most = subprocess.Popen(command, env=environment, stdout=out, stderr=err), 0.0
+                while process.poll() is None:
+                    most = max(most, held(process.pid))
+                    time.sleep(0.2)
+            if process.returncode:
+                raise Failed(f"{name}: {(folder / 'err').read_text()[-1000:]}")
+            said = json.loads((folder / "out").read_text().splitlines()[-1])
+            stages[name] = said | {"memory_gib": most}
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": {"name": cpu_name(), "cores": os.cpu_count()},
         "versions": versions(), "settings": settings, "stages": stages,
@@ -198,7 +216,7 @@ def measure(asked: argparse.Namespace) -> dict:
 def table(numbers: dict) -> str:
     """A row for each stage, and what follows from them."""
     settings, stages = numbers["settings"], numbers["stages"]
-    lines = ["| what | structures | s to the first batch, or step | largest process, GiB | then atoms/s |",
+    lines = ["| what | structures | s to the first batch, or step | memory, GiB | then atoms/s |",
              "|---|---|---|---|---|"]  # fmt: skip
     sizes = {"extxyz": settings["num_extxyz"], "extxyz_half": settings["num_extxyz"] // 2}
     for name, what in STAGES.items():
