@@ -33,7 +33,7 @@ from matplotlib import pyplot as plt
 
 def run(models: list[Path], structure: Path, target: Path, temperature: float, steps: int, timestep: float, nvt: bool,
         every: int, seed: int) -> dict[str, float]:  # fmt: skip
-    """Write `target.traj` and `target.png`; returns the drift of the total energy in meV an atom and ps.
+    """Write `target.traj` and `target.png`; returns the total energy's drift and range, and the mean temperature.
 
     Of several models also the largest `forces_std` of an atom, in eV/A, in all frames that are kept.
     """
@@ -74,7 +74,8 @@ def run(models: list[Path], structure: Path, target: Path, temperature: float, s
     figure, axes = plt.subplots(panels, sharex=True, figsize=(7, 2.5 * panels), layout="constrained")
     axes[0].plot(table[:, 0], 1000 * (total - total[0]))
     axes[0].set_ylabel("total energy - first, meV/atom")
-    axes[1].plot(table[:, 0], table[:, 2] / (1.5 * units.kB * len(atoms)))
+    kelvin = table[:, 2] / (1.5 * units.kB * len(atoms))
+    axes[1].plot(table[:, 0], kelvin)
     axes[1].set_ylabel("temperature, K")
     if len(models) > 1:
         axes[2].plot(table[:, 0], table[:, 3])
@@ -84,7 +85,8 @@ def run(models: list[Path], structure: Path, target: Path, temperature: float, s
         figure.savefig(drawn, dpi=120)
     plt.close(figure)
     spread = {} if len(models) == 1 else {"largest_forces_std": float(table[:, 3].max())}
-    return {"drift_mev_per_atom_ps": float(drift), "swing_mev_per_atom": float(1000 * np.ptp(total)), **spread}
+    return {"drift_mev_per_atom_ps": float(drift), "swing_mev_per_atom": float(1000 * np.ptp(total)),
+            "mean_temperature": float(kelvin.mean()), **spread}  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -101,5 +103,11 @@ if __name__ == "__main__":
     a = parser.parse_args()
     with command():
         found = run(a.models, a.structure, a.output, a.temperature, a.steps, a.timestep, a.nvt, a.every, a.seed)
-        print("  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        if a.nvt:
+            print(f"Mean temperature: {found['mean_temperature']:.0f} K.")
+        else:
+            print(f"The total energy drifts by {found['drift_mev_per_atom_ps']:.3g} meV per atom and ps, within "
+                  f"{found['swing_mev_per_atom']:.3g} meV per atom; a shorter --timestep lessens both.")  # fmt: skip
+        if "largest_forces_std" in found:
+            print(f"The models' forces differ by up to {found['largest_forces_std']:.3g} eV/A (standard deviation).")
         print(f"{a.output}.traj and {a.output}.png are written; look at the trajectory: ase gui {a.output}.traj")

@@ -4,6 +4,7 @@
 `write_program` makes one that torch opens anywhere, `write_package` a compiled one as `nequip-compile` makes it.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -123,4 +124,6 @@ def write_package(model: Potential, path: Path, use: str, device: str = "cpu") -
     if config.pair_cutoffs is not None:
         metadata["per_edge_type_cutoff"] = " ".join(str(x) for row in config.pair_cutoffs for x in row)
     configs = {"aot_inductor.metadata": metadata}
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # torch's own
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)

@@ -24,6 +24,20 @@ def test_it_gives_one_answer(name):
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["nequip", "with parity", "allegro"])
+def test_its_kernels_give_one_answer(name):
+    if package := cue_products.missing():
+        pytest.skip(f"{package} is not installed")
+    device = torch.device("cuda")
+    model, inputs = built(name).to(device), {k: v.to(device) for k, v in batch(0, 3, 5).items()}
+    plain = answers(model, inputs)
+    model.kernels = products("cue", device)[0]
+    for expected, found in zip(plain, answers(model, inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_it_is_asked_for_where_it_cannot_be(monkeypatch):
     with pytest.raises(ValueError, match=r"layer_backend=cue needs an NVIDIA GPU, and this is cpu"):
         products("cue", torch.device("cpu"))
