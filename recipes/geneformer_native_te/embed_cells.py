@@ -213,13 +213,18 @@ def embed_into(distributed: Distributed, options: argparse.Namespace, encoder: E
     distributed.say(f"{len(source):,} cells, {width} numbers each: {target}, {target.with_suffix('.png')}")
 
 
-def main(words: list[str]) -> None:
-    """In a process group of its own."""
+def parse(words: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("target", help="what to write: NAME.h5ad, NAME.parquet, or a folder")
     parser.add_argument("--color-by", metavar="COLUMN", help="of obs or the table, for the picture")
-    options = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(words: list[str]) -> None:
+    """In a process group of its own."""
+    options = parse(words)
     with process_group(seed=0) as distributed:
         embed(distributed, options)
 

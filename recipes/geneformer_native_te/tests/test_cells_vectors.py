@@ -17,6 +17,7 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM
 import embed_cells
 import perturb
 from cells.h5ad import H5ad
+from common.contract.ranks import call_on_ranks
 from common.parts import Parts
 
 
@@ -83,6 +84,19 @@ def test_vectors_of_cells_are_those_of_transformers_and_go_on(model, tmp_path, m
     whole = H5ad(str(tmp_path / "out.h5ad"), "X")
     assert whole.shape == (80, 400) and whole.obs("cell_type", 0, 1)
     refused(capfd, r"out.h5ad exists", embed_cells, words)
+
+
+def on_a_rank(distributed, words: list[str]) -> None:
+    embed_cells.CELLS_PER_PART = 30
+    embed_cells.embed(distributed, embed_cells.parse(words))
+
+
+def test_ranks_share_the_cells(model, tmp_path):
+    words = [str(DATA / "scdl"), str(model), str(tmp_path / "two.parquet"), *FAST]
+    call_on_ranks(tmp_path / "ranks", on_a_rank, 2, words)
+    labels, found = in_parquet(tmp_path / "two.parquet")
+    cells = pq.read_table(DATA / "validation.parquet")["input_ids"].to_pylist()
+    assert labels["cell"] == [*range(80)] and np.allclose(found, expected(model, cells), atol=2e-5)
 
 
 def test_by_cls_and_cells_that_are_left_out(model, tmp_path, capfd):
