@@ -170,6 +170,8 @@ def embed(distributed: Distributed, options: argparse.Namespace) -> None:
     """All of it."""
     with distributed.fail_together():
         files = outputs(options.data, Path(options.target))
+        if len(files) == 1 and files[0][1].exists():
+            raise ValueError(f"{files[0][1]} exists; move it away or give another name.")
         encoder = open_all(distributed, options)
     for number, (data, target) in enumerate(files):
         embed_into(distributed, options, encoder, data, target, f"{number + 1}/{len(files)}" if len(files) > 1 else "")
@@ -185,6 +187,7 @@ def embed_into(distributed: Distributed, options: argparse.Namespace, encoder: E
         job = encoder.job | {"data": source.identity, "cells_per_part": per_part, "color_by": options.color_by}
         digest = sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
         if which and target.exists() and job_of(target) == digest:
+            distributed.say(f"{target} is there already.")
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         parts = Parts(distributed, target, job)
