@@ -21,6 +21,7 @@ LOWEST, HIGHEST = -13, 14
 BINS = 256
 WIDTH = (HIGHEST - LOWEST) * BINS
 GENES = 1024  # of a block of histograms
+BLOCKS = 5  # of cells, whose counts are added up at once
 ALL_GENES = Rule("V1", 0)
 
 
@@ -37,16 +38,27 @@ def middles() -> np.ndarray:
     return np.ldexp(1 + (part + 0.5) / BINS, power + LOWEST)
 
 
-def count(histogram: np.ndarray, block: Block, genes: Genes) -> None:
-    """Add the scaled counts of a block; `histogram` is [genes, WIDTH]."""
+def count(block: Block, genes: Genes) -> tuple[np.ndarray, np.ndarray]:
+    """The bins of all genes, gene * WIDTH + bin, that have scaled counts of a block, rising; and how many."""
     _, places, score = scores(block, genes, ALL_GENES)
-    np.add.at(histogram.reshape(-1), places * WIDTH + bins_of(score), histogram.dtype.type(1))
+    bins, numbers = np.unique((places * WIDTH + bins_of(score)).astype(np.uint32), return_counts=True)
+    return bins, numbers.astype(np.uint32)
+
+
+def together(counted: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The same of several blocks."""
+    bins = np.concatenate([bins for bins, _ in counted])
+    order = np.argsort(bins, kind="stable")  # which merges what is sorted already
+    bins = bins[order]
+    first = np.flatnonzero(np.r_[True, bins[1:] != bins[:-1]][: len(bins)])
+    numbers = np.concatenate([numbers for _, numbers in counted])[order]
+    return bins[first], np.add.reduceat(numbers, first) if len(first) else numbers
 
 
 def count_part(path: Path, part: Part, options: Options) -> int:
     """Count a part's cells, those that are bad apart, and save what is not 0; how many they are."""
     one, genes, names = columns_of(replace(part, first=0, stop=0), options)
-    histogram = np.zeros((len(genes.tokens), WIDTH), np.uint16)  # a part has no more than 20,000 cells
+    counted = [(np.zeros(0, np.uint32), np.zeros(0, np.uint32))]
     number = left_out = 0
     for block in one.blocks(part.first, part.stop):
         cells = len(block.indptr) - 1
@@ -58,13 +70,18 @@ def count_part(path: Path, part: Part, options: Options) -> int:
             taken[cell] = False
         left_out += int((~taken).sum())
         number += int(taken.sum())
-        count(histogram, sound(block, taken), genes)
-    flat = np.flatnonzero(histogram)
-    ids = np.array(genes_of(names, options.dictionary))
-    arrays = {"gaps": np.diff(flat, prepend=0).astype(np.uint32), "counts": histogram.reshape(-1)[flat], "ids": ids,
-              "cells": np.array([number, left_out])}  # fmt: skip
+        counted.append(count(sound(block, taken), genes))
+        if len(counted) > BLOCKS:
+            counted = [together(counted)]
+    arrays = packed(*together(counted), genes_of(names, options.dictionary), number, left_out)
     save(path, lambda file: np.savez_compressed(file, **arrays))
     return number
+
+
+def packed(bins: np.ndarray, numbers: np.ndarray, ids: list[str], cells: int, left_out: int = 0) -> dict:
+    """What `Medians` adds up."""
+    return {"gaps": np.diff(bins, prepend=np.uint32(0)), "counts": numbers, "ids": np.array(ids),
+            "cells": np.array([cells, left_out])}  # fmt: skip
 
 
 class Medians:
@@ -76,7 +93,7 @@ class Medians:
         self.cells = self.left_out = 0
 
     def add(self, arrays: dict[str, np.ndarray]) -> None:
-        """What `count_part` has saved."""
+        """What `count_part` has saved, as `packed` makes it."""
         place = [self.places.setdefault(name, len(self.places)) for name in arrays["ids"].tolist()]
         while len(self.places) > len(self.blocks) * GENES:
             self.blocks.append(np.zeros((GENES, WIDTH), np.uint32))

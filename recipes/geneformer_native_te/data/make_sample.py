@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 from cells.dictionaries import Dictionary  # noqa: E402
 from cells.genes import match  # noqa: E402
-from cells.medians import WIDTH, Medians, count, vocabulary_of  # noqa: E402
+from cells.medians import Medians, count, packed, vocabulary_of  # noqa: E402
 from cells.rank_values import Block, tokenize  # noqa: E402
 from cells.written import csr, write_h5ad, write_scdl  # noqa: E402
 
@@ -91,9 +91,8 @@ def main(folder: Path = FOLDER) -> None:
     genes, ids = make_genes(random), names()
     cells = {name: make_counts(number, random, genes) for name, number in CELLS.items()}
     everything, *_ = match("sample", "", {"index": ids}, None, Dictionary())
-    histogram, medians = np.zeros((NUM_GENES, WIDTH), np.uint32), Medians()
-    count(histogram, Block(0, *csr(cells["train"][0])), everything)
-    medians.places, medians.blocks = {name: i for i, name in enumerate(ids)}, [histogram]
+    medians = Medians()
+    medians.add(packed(*count(Block(0, *csr(cells["train"][0])), everything), ids, CELLS["train"]))
     values = medians.result()
     dictionary = Dictionary(vocabulary_of(values, "V2"), values)
     known, *_ = match("sample", "", {"index": ids}, None, dictionary)

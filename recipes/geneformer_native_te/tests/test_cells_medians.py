@@ -22,15 +22,13 @@ def test_a_median_is_within_a_512th_of_itself():
     random = np.random.default_rng(0)
     for width in (0.01, 1.0, 3.0):
         dense = np.exp(random.normal(2, width, (4001, 1)))
-        histogram = np.zeros((1, medians.WIDTH), np.uint32)
         pairs = np.concatenate((dense, 100 - dense.clip(0, 99)), axis=1)
         rows, columns = np.nonzero(pairs)
         block = Block(0, np.searchsorted(rows, np.arange(len(pairs) + 1)), columns, pairs[rows, columns])
         genes = Genes(np.array([0, -1]), np.arange(1), np.ones(1), False)
-        medians.count(histogram, block, genes)
         truth = np.median(dense[:, 0] / pairs.sum(1) * 10_000)
         found = medians.Medians()
-        found.places, found.blocks = {"a": 0}, [histogram]
+        found.add(medians.packed(*medians.count(block, genes), ["a"], 4001))
         assert abs(found.result()["a"] / truth - 1) <= 1 / 512
     values = np.ldexp(random.uniform(1, 2, 10_000), random.integers(-13, 14, 10_000))
     assert (np.abs(medians.middles()[medians.bins_of(values)] / values - 1) <= 1 / 512).all()
