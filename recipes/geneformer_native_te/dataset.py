@@ -80,7 +80,7 @@ class TrainLoader(Loader):
         source = TokenRows(section, rows, input_ids_column, tokens, max_seq_length)
         if stream is not None and by_cell:
             raise ValueError(
-                f"{section}.load_dataset_kwargs.streaming=true cannot be with model_kwargs.task=cells; give false."
+                f"{section}.load_dataset_kwargs.streaming=true cannot be combined with model_kwargs.task=cells."
             )
         if stream is not None:
             with distributed.main_first():

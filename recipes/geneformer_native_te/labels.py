@@ -20,11 +20,11 @@ GENE_SETS = "a JSON file of {class: [names of genes]}"
 def class_names(rows: datasets.Dataset | datasets.IterableDataset, label_column: str) -> list[str]:
     """The classes in a column, sorted. Raises ValueError where they are none."""
     if isinstance(rows, datasets.IterableDataset):
-        raise ValueError("dataset.load_dataset_kwargs.streaming=true cannot be with model_kwargs.task=cells.")
+        raise ValueError("dataset.load_dataset_kwargs.streaming=true cannot be combined with model_kwargs.task=cells.")
     check_column("dataset", "label_column", label_column, rows.column_names)
     found = sorted(str(value) for value in rows.unique(label_column) if value is not None)
     if not 2 <= len(found) <= 10_000:
-        raise ValueError(f"dataset.label_column={label_column} has {len(found)} values; classes are 2 to 10,000.")
+        raise ValueError(f"dataset.label_column={label_column} has {len(found)} different values; give 2 to 10,000.")
     return found
 
 
@@ -46,7 +46,7 @@ def gene_sets(section: str, path: str | None) -> dict[str, list[str]]:
         raise ValueError(f"{setting}: this is not {GENE_SETS}.") from error
     genes = [gene for some in sets.values() for gene in some]
     if len(sets) < 2 or len({*genes}) != len(genes):
-        raise ValueError(f"{setting}: there must be two classes or more, and a gene in one of them only.")
+        raise ValueError(f"{setting}: it needs at least two classes, and each gene in only one of them.")
     return sets
 
 

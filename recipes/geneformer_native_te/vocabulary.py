@@ -61,7 +61,7 @@ def open_vocabulary(name: str) -> Vocabulary:
         tokens = tokens.get("vocab", tokens)
         numbered = sorted(tokens.values()) == list(range(len(tokens)))
     except (ValueError, AttributeError, TypeError, UnpicklingError) as error:
-        raise ValueError(f"vocabulary={name}: this is no JSON of tokens; give {how}.") from error
+        raise ValueError(f"vocabulary={name}: this is not a JSON dictionary of tokens; give {how}.") from error
     if not numbered:
         raise ValueError(f"vocabulary={name}: its numbers must be 0 to {len(tokens) - 1}, each once.")
     found = {part: next((tokens[t] for t in names if t in tokens), None) for part, names in PARTS.items()}

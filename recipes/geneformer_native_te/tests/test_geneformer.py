@@ -86,7 +86,7 @@ def test_vocabularies(tmp_path):
     for text, words in (
         ('{"<pad>": 0, "A": 1}', "it has no <mask>"),
         ('{"<pad>": 0, "<mask>": 2}', "its numbers must be 0 to 1"),
-        ("[1, 2]", "no JSON of tokens"),
+        ("[1, 2]", "this is not a JSON dictionary of tokens"),
     ):
         (tmp_path / f"{len(text)}.json").write_text(text)
         with pytest.raises(ValueError, match=words):
