@@ -5,7 +5,7 @@
 In an environment with requirements.txt of recipes/nequip_native, and models/nequip/requirements-peer.txt on top:
 
     python ci/benchmarks/potential_speed.py --output docs/results/potential_speed.json
-    python ci/benchmarks/potential_speed.py --from docs/results/potential_speed.json --table PAGE.md
+    python ci/benchmarks/potential_speed.py --from docs/results/potential_speed*.json --table PAGE.md
 
 Forward pass, forces and stress, and the gradients of a loss, eager and compiled, FP32, one thread. Seconds are those
 of the process on the CPU, so that other work on the machine counts for little; of several rounds the best is taken.
@@ -50,7 +50,6 @@ CUTOFF, NUM_STRUCTURES = 4.5, 6
 SAMPLE = ROOT / "recipes" / "nequip_native" / "data" / "train.extxyz"
 CASES = {"nequip_S": SIZES["nequip_S"], "allegro_S": ALLEGRO_SIZES["allegro_S"], "nequip_M": SIZES["nequip_M"]}
 EAGER = {"nequip_M"}  # the package's compiler would take minutes
-NAMES = ("potential_speed_lips", "potential_speed")  # marks in pages: of other data, of the sample
 SIDES = ("package", "ours", "package_compiled", "ours_compiled")
 
 
@@ -161,15 +160,15 @@ def measure(name: str, data: Path, rounds: int, sides: tuple[str, ...]) -> dict:
     return row
 
 
-def table(rows: list[dict]) -> str:
+def table(results: list[dict]) -> str:
     """For a page."""
     heads = ("", "package", "here", "", "package, compiled", "here, `use_torch_compile`", "", "MiB, package", "here")
     lines = ["| " + " | ".join(heads) + " |", "|" + len(heads) * "---|"]
-    for row in rows:
-        speed, cells = row["atoms_per_s"], [f"`{row['name']}`"]
+    for row in (row for result in results for row in result["rows"]):
+        speed, cells = row["atoms_per_s"], [f"`{row['name']}`, {row['num_atoms'] // NUM_STRUCTURES} atoms"]
         for end, ratio in (("", "eager_ratio"), ("_compiled", "compiled_ratio")):
             both = [f"{speed[side + end]:,.0f}" for side in ("package", "ours") if side + end in speed]
-            cells += [*both, f"{row[ratio]:.1f} x"] if both else 3 * [""]
+            cells += [*both, f"{row[ratio]:.1f} x"] if both else 3 * ["-"]
         cells += [f"{row['step_mib'][side]:,.0f}" for side in ("package", "ours")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -179,7 +178,7 @@ def main() -> None:
     """Measure, print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--from", dest="source", type=Path, help="run nothing, take these numbers")
+    parser.add_argument("--from", dest="sources", type=Path, nargs="+", help="run nothing, take these numbers")
     parser.add_argument("--table", type=Path, help="write the table into this page")
     parser.add_argument("--data", type=Path, default=SAMPLE, help="a file with structures")
     parser.add_argument("--eager", action="store_true", help="nothing compiled, which takes minutes")
@@ -191,8 +190,8 @@ def main() -> None:
     if arguments.memory_of:
         print(memory_of(*arguments.memory_of, arguments.data))
         return
-    if arguments.source:
-        found = json.loads(arguments.source.read_text())
+    if arguments.sources:
+        results = [json.loads(path.read_text()) for path in arguments.sources]
     else:
         packages = {name: version(name) for name in ("nequip", "nequip-allegro", "e3nn")}
         found = {"cpu": cpu_name(), "system": platform.platform(), "versions": versions() | packages, "threads": 1,
@@ -204,9 +203,10 @@ def main() -> None:
             print(json.dumps(found["rows"][-1]), flush=True)
             if arguments.output:
                 arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+        results = [found]
     if arguments.table:
-        write_table(arguments.table, NAMES[found["data"] == SAMPLE.name], table(found["rows"]))
-    print(table(found["rows"]))
+        write_table(arguments.table, "potential_speed", table(results))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def test_in_threads():
     ("name", "kernels", "backend"),
     [
         ("small", CPP, "aot_eager"),  # without the compiler: what can go wrong is traced before it
-        pytest.param("small", TORCH, "inductor", marks=pytest.mark.slow),
+        pytest.param("small", CPP, "inductor", marks=pytest.mark.slow),
+        pytest.param("small", TORCH, "aot_eager", marks=pytest.mark.slow),  # by inductor it would take minutes
         pytest.param("allegro", CPP, "aot_eager", marks=pytest.mark.slow),
     ],
 )
