@@ -82,7 +82,7 @@ def package_config(folder: Path, elements: list[str], epochs: int, rate: float) 
         },
         "trainer": {
             "_target_": "lightning.Trainer", "accelerator": "cpu", "max_epochs": epochs, "log_every_n_steps": 10,
-            "enable_progress_bar": False, "enable_checkpointing": False,
+            "enable_progress_bar": False, "enable_checkpointing": False, "default_root_dir": str(folder),
             "callbacks": [{"_target_": "nequip_clock.Clock"}],
         },
         "training_module": {
