@@ -136,6 +136,7 @@ def tables() -> Part:
     checks += [("ci/benchmarks", "train_speed", numbers.stem, "docs/speed.md")
                for numbers in sorted((ROOT / "docs" / "results").glob("train_speed*.json"))]  # fmt: skip
     checks += [("ci/benchmarks", name, name, "docs/data.md") for name in ("data_speed", "row_index")]
+    checks += [("ci/benchmarks", "structures_start", "structures_start", "docs/your_structures.md")]
     checks += [("ci/benchmarks", name, name, "docs/scaling.md")
                for name in ("scaling_model", "scaling_ranks", "largest_model", "context_memory")]  # fmt: skip
     checks += [("ci/benchmarks", "precision_curves", "precision_curves", "docs/exactness.md")]

@@ -144,11 +144,9 @@ def load_calculator(potential: Path):
     return calculator(potential)
 
 
-def report(found: Survey, problems: list[Finding], numbers: dict, elements: list[str], notes: list[str]) -> str:
-    """What a person reads."""
-    lines = [
-        f"{len(found.rows):,} structures, {int(found.atoms.sum()):,} atoms ({int(found.atoms.min())} to "
-        f"{int(found.atoms.max())} each), elements {' '.join(elements)}",
+def of_statistics(found: Survey, numbers: dict, elements: list[str]) -> list[str]:
+    """Of the structures that can be used."""
+    return [
         f"neighbours within {found.cutoffs.largest:g} A: {numbers['num_neighbors_mean']:.1f} an atom",
         f"energies: {numbers['energy_per_atom_mean']:.4f} eV an atom; of the elements, by least squares of rank "
         f"{numbers['per_element_energy_rank']}: "
@@ -158,10 +156,23 @@ def report(found: Survey, problems: list[Finding], numbers: dict, elements: list
         f"stress: RMS {numbers['stress_rms']:.5f} eV/A^3 ({numbers['stress_rms'] * 160.21766:.2f} GPa)"
         if found.total("stresses")
         else "stress: none",
-        *notes,
-        "",
     ]
+
+
+def report(found: Survey, problems: list[Finding], numbers: dict, elements: list[str], notes: list[str]) -> str:
+    """What a person reads."""
+    sizes = f"{int(found.atoms.sum()):,} atoms ({int(found.atoms.min())} to {int(found.atoms.max())} each)"
+    lines = [f"{len(found.rows):,} structures, {sizes}, elements {' '.join(elements)}"]
+    if elements:
+        lines += of_statistics(found, numbers, elements)
+    else:
+        lines = [f"{len(found.rows):,} structures, {sizes}; none of them can be used"]
+    lines += [*notes, ""]
     lines += [f"{'BAD' if one.bad else 'odd'}  {one.text}" for one in problems] or ["nothing is wrong with them"]
+    if any("+dataset." in one.text for one in problems):
+        lines.append(
+            "Here, +dataset.label_keys.energy=KEY is --label energy=KEY, and +dataset.units.energy=UNIT --unit."
+        )
     return "\n".join(lines)
 
 

@@ -131,7 +131,7 @@ def of_forces(survey: Survey) -> list[Finding]:
     if stiffness and not soft < abs(stiffness) < hard and not any(finding.name == "force_units" for finding in found):
         amount, unit = ("more", "kcal/mol/Ang") if abs(stiffness) > hard else ("less", "hartree/bohr")
         text = f"By these forces bonds are {abs(stiffness):.3g} eV/A^2 stiff, {amount} than most [forces]; if in "
-        found.append(Finding("force_units", False, f"{text}{unit}: +dataset.units.forces={unit}."))
+        found.append(Finding("force_units", False, f"{text}{unit}: +dataset.units.forces={unit}; are energies in eV?"))
     return found
 
 
