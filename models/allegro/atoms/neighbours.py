@@ -66,7 +66,8 @@ def neighbours(
     keeps the nearest, and with the last of them all that are within 0.01 A as near: a choice among equals would
     depend on the order of atoms and on rotations. A pair can lose one of its directions so.
     """
-    centres, others, shifts, *_ = find(numbers, positions, cell, pbc, cutoffs, max_neighbors, "ijSd")
+    quantities = "ijSd" if cutoffs.pairs or max_neighbors else "ijS"
+    centres, others, shifts, *_ = find(numbers, positions, cell, pbc, cutoffs, max_neighbors, quantities)
     # One number for each edge sorts faster than four.
     reach = int(np.abs(shifts).max(initial=0))
     key = centres * len(numbers) + others
@@ -78,7 +79,7 @@ def neighbours(
 
 def find(numbers: np.ndarray, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoffs: Cutoffs,
          max_neighbors: int | None, quantities: str) -> list[np.ndarray]:  # fmt: skip
-    """Edges in no order: centre, neighbour, and what else of vesin's `quantities` is asked for, d among it."""
+    """Edges in no order: centre, neighbour, and what else of vesin's `quantities` is asked for; d to leave some out."""
     pbc = np.asarray(pbc, dtype=bool)
     finder = NeighborList(cutoff=cutoffs.largest, full_list=True, n_threads=1)
     periodic = pbc if pbc.any() and not pbc.all() else bool(pbc.all())
