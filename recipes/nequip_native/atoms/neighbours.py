@@ -79,7 +79,7 @@ def neighbours(
 
 def find(numbers: np.ndarray, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoffs: Cutoffs,
          max_neighbors: int | None, quantities: str) -> list[np.ndarray]:  # fmt: skip
-    """Edges in no order: centre, neighbour, and what else of vesin's `quantities` is asked for; d to leave some out."""
+    """Edges in no order: centre, neighbour, and what else `quantities` names as vesin does, d to leave some out."""
     pbc = np.asarray(pbc, dtype=bool)
     finder = NeighborList(cutoff=cutoffs.largest, full_list=True, n_threads=1)
     periodic = pbc if pbc.any() and not pbc.all() else bool(pbc.all())
