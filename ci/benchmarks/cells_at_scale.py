@@ -196,7 +196,7 @@ def table(numbers: dict) -> str:
         f"Of {int(most):,} cells the index of lengths has {last['h5ad']['index_bytes'] / 1e6:,.1f} MB and the tokens "
         f"{last['h5ad']['tokens_bytes'] / 1e9:,.1f} GB. Made-up cells of {settings['expressed']:,} genes of "
         f"{settings['genes']:,}; {settings['processes']} processes convert and count, training has one rank and one "
-        "worker. Memory is the largest sum of all processes' own. "
+        f"worker. Memory is the largest sum of all processes' own. {numbers.get('remark', '')}"
         f"{numbers['machine']['name']}, {numbers['machine']['cores']} cores, {numbers['date']}; "
     )
     note += ", ".join(f"{name} {version}" for name, version in numbers["versions"].items()) + "."
