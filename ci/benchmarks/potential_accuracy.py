@@ -206,7 +206,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     theirs = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
     result = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": arguments.threads, "system": platform.platform(),
               "versions": versions() | {"nequip": theirs[0], "torch of nequip": theirs[1]},
-              "data": arguments.data.name, "rate": RATE, "other_rate": OTHER_RATE, "ours_settings": settings}  # fmt: skip
+              "data": arguments.data.name, "rate": RATE, "other_rate": OTHER_RATE,
+              "ours_settings": settings}  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         elements, number = split(arguments.data, folder)
