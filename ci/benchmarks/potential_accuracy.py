@@ -5,7 +5,7 @@ r"""How long `nequip-train` and this recipe take to the same error of forces, on
 In the recipe's environment, with that of the package (models/nequip/requirements-peer.txt) beside:
 
     python ci/benchmarks/potential_accuracy.py --peer ENVIRONMENT --output docs/results/potential_accuracy.json \
-      --table recipes/nequip_native/README.md --picture docs/images/potential_accuracy.png
+      --table docs/moving.md --picture docs/images/potential_accuracy.png
 
 Both train the size S for forces and energies on two thirds of a file's frames, in batches of 5, and are validated on
 the others after every epoch, with averaged weights. The package has the settings of its tutorial

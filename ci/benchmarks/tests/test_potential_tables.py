@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README of the potentials has the numbers of the files that it names."""
+"""Pages on potentials have the numbers of the files that they name."""
 
 import json
 
@@ -20,3 +20,9 @@ def test_the_readme_has_the_numbers():
     page = (potential_accuracy.RECIPE / "README.md").read_text()
     speed = potential_speed.table([numbers("potential_speed"), numbers("potential_speed_lips")])
     assert with_table(page, "potential_speed", speed) == page
+
+
+def test_the_page_on_nequip_has_the_numbers():
+    page = (potential_speed.ROOT / "docs" / "moving.md").read_text()
+    text = potential_accuracy.sentences(numbers("potential_accuracy"))
+    assert with_table(page, "potential_accuracy", text) == page
