@@ -158,10 +158,10 @@ def outputs(data: list[str], target: Path) -> list[tuple[list[str], Path]]:
     return [([file], target / Path(file).relative_to(above)) for file in dict.fromkeys(files)]
 
 
-def labels_of(rows: datasets.Dataset, some: np.ndarray, color_by: str | None) -> dict:
-    """Columns that say which cells these are."""
+def labels_of(rows: datasets.Dataset, some: np.ndarray, color_by: str | None, numbered: bool) -> dict:
+    """Columns that say which cells these are; `numbered`: first their rows."""
     names = [name for name in dict.fromkeys([*PLACES, *LABELS, color_by]) if name in rows.column_names]
-    place = {} if "cell" in names else {"row": pa.array(some)}
+    place = {"row": pa.array(some)} if numbered else {}
     table = rows.select_columns(names).with_format("arrow")[some] if names else pa.table({})
     return place | {name: table[name] for name in names}
 
@@ -191,7 +191,7 @@ def embed_into(distributed: Distributed, options: argparse.Namespace, encoder: E
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         parts = Parts(distributed, target, job)
-    count = -(-len(source) // per_part)
+    count, is_table = -(-len(source) // per_part), one_kind(data) is None
     done = Embedded(source, width, per_part, -(-len(source) // SHOWN), [])
     with tqdm(total=len(source), unit=" cells", unit_scale=True, desc=which, disable=not distributed.is_main) as bar:
         for number, is_there in parts.mine(count):
@@ -201,7 +201,7 @@ def embed_into(distributed: Distributed, options: argparse.Namespace, encoder: E
                 for batch in batches(sizes, options.tokens):
                     found[batch] = encoder.vectors(source.read(some[batch], 0))
                 flat = pa.FixedSizeListArray.from_arrays(pa.array(found.ravel()), width)
-                parts.save(number, pa.table({**labels_of(rows, some, options.color_by), "embedding": flat}))
+                parts.save(number, pa.table({**labels_of(rows, some, options.color_by, is_table), "embedding": flat}))
             bar.update(min(len(some) * distributed.num_ranks, len(source) - bar.n))
     if target.suffix == ".parquet":
         parts.join(count, done.write_parquet)
