@@ -4,8 +4,9 @@
     python convert_geneformer.py --to native ctheodoris/Geneformer my_folder
     python convert_geneformer.py --to hf my_folder my_hf_folder
 
-A source is a local folder in either format, or a name on the Hugging Face hub. `hf` is `BertForMaskedLM`, or, where
-norms stand before attention as in BioNeMo's models, `MegatronBertForMaskedLM`.
+A source is a local folder in either format, or a name on the Hugging Face hub; an adapter of peft is merged into its
+base. `hf` is `BertForMaskedLM`, or, where norms stand before attention as in BioNeMo's models,
+`MegatronBertForMaskedLM`.
 """
 
 from common import quiet  # noqa: F401  # isort: skip (first, before those that talk)
@@ -26,6 +27,7 @@ from transformers import BertConfig, MegatronBertConfig
 from common.command import command, new_folder
 from common.weights import LazyTensors, listed, local_folder, named_type, open_weights, read
 from modeling_geneformer import TASKS, GeneformerConfig
+from tokens.lora import is_adapter_folder, merged, read_adapter, read_settings, write_adapter
 from vocabulary import FILE, name_of_size
 
 
@@ -77,6 +79,7 @@ EMBEDDING = "geneformer.embeddings.word_embeddings.weight"
 # The same numbers as others, under second names.
 TIED = {"cls.predictions.decoder.weight": NAMES[EMBEDDING], "cls.predictions.decoder.bias": "cls.predictions.bias"}
 DERIVED_NAMES = re.compile(r"bert\.embeddings\.position_ids")
+TASK_TYPES = {"cells": "SEQ_CLS", "genes": "TOKEN_CLS"}  # of peft
 MODELS = {"post": ("bert", BertConfig, "Bert"), "pre": ("megatron-bert", MegatronBertConfig, "MegatronBert")}
 ARCHITECTURES = {"masked_lm": "ForMaskedLM", "cells": "ForSequenceClassification", "genes": "ForTokenClassification",
                  "length": "ForMaskedLM"}  # fmt: skip
@@ -157,8 +160,10 @@ def from_native(state_dict: Mapping[str, Tensor], config: GeneformerConfig) -> L
 def read_config(folder: Path) -> tuple[GeneformerConfig, str]:
     """The native configuration of a checkpoint folder, and its format, hf or native.
 
-    Raises ValueError for what Geneformer is not.
+    That of an adapter of peft is its base's, and the format adapter. Raises ValueError for what Geneformer is not.
     """
+    if is_adapter_folder(folder):
+        return config_of_adapter(folder), "adapter"
     kind = named_type(folder)
     given = json.loads((folder / "config.json").read_text())
     if kind == GeneformerConfig.model_type:
@@ -181,6 +186,60 @@ def read_config(folder: Path) -> tuple[GeneformerConfig, str]:
     if (folder / FILE).exists():
         config.vocabulary = str(folder / FILE)
     return config, format
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of the model that an adapter is for. Raises ValueError where there is none."""
+    name = read_settings(folder)["base_model_name_or_path"]
+    try:
+        return local_folder(name)
+    except ValueError as error:
+        raise ValueError(f"{folder} is an adapter for base_model_name_or_path={name}: {error}") from error
+
+
+def config_of_adapter(folder: Path) -> GeneformerConfig:
+    """The base's, with the task and as many classes as the adapter has. Raises ValueError for other bases."""
+    config, kind = read_config(base_of(folder))
+    if kind != "hf":
+        raise ValueError(f"{folder} is an adapter for {base_of(folder)}, which is no model of plain transformers.")
+    given, weights = read_settings(folder), open_weights(folder)
+    task = next((task for task, name in TASK_TYPES.items() if name == given["task_type"]), "masked_lm")
+    classes = None
+    if (name := "base_model.model.classifier.weight") in weights:
+        same = config.task == task and len(config.classes) == len(weights[name])
+        classes = config.classes if same else [f"LABEL_{i}" for i in range(len(weights[name]))]
+    config.task, config.classes = task, classes
+    return config
+
+
+def read_weights(folder: Path, config: GeneformerConfig, kind: str, strict: bool = True) -> Mapping[str, Tensor]:
+    """Our weights of a folder, configuration and format as `read_config` has them; not `strict`: what there is.
+
+    Raises ValueError as `to_native`, and for an adapter of other maps than those of layers.
+    """
+    if kind == "native":
+        return open_weights(folder)
+    if kind == "hf":
+        return to_native(with_prefix(open_weights(folder)), config, strict)
+    lora, adapters, heads = read_adapter(folder, "geneformer", QKV[config.norm].rstrip("."))
+    weights, used = (
+        with_prefix(open_weights(base_of(folder))),
+        {n for names in sources(config).values() for n in names},
+    )
+    if unknown := heads.keys() - used - TIED.keys():
+        raise ValueError(f"{folder} has {listed(unknown)}, which task_type={lora['task_type']} does not.")
+    weights = {name: read(heads if name in heads else weights, name) for name in used | heads.keys()
+               if name in heads or name in weights}  # fmt: skip
+    native = to_native(LazyTensors(weights), config, strict)
+    both = LazyTensors(native.makers | {name: read(adapters, name) for name in adapters})
+    return merged(both, lora, config.num_attention_heads)
+
+
+def save_adapter(state_dict: Mapping[str, Tensor], config: GeneformerConfig, base: str, folder: Path) -> None:
+    """Write what LoRA has trained beside the model `base`, as peft does."""
+    heads = {theirs: state_dict[ours] for ours, theirs in HEADS[config.task].items()
+             if ours not in LM_HEAD and not ours.startswith(REGRESSION)}  # fmt: skip
+    write_adapter(folder, state_dict, config.lora, "bert.encoder", heads, TASK_TYPES.get(config.task), base)
 
 
 def task_of(folder: Path, given: dict) -> dict:
@@ -216,12 +275,11 @@ def save(state_dict: Mapping[str, Tensor], config: GeneformerConfig, format: str
 def convert(source: Path, target: Path, format: str) -> str:
     """Write a checkpoint folder in another format, and say how to open it. Raises ValueError for what is none."""
     config, kind = read_config(source)
-    weights = open_weights(source)
-    weights = weights if kind == "native" else to_native(with_prefix(weights), config)
+    weights = read_weights(source, config, kind)
     with new_folder(target) as folder:
         save(weights, config, format, folder)
-        if (source / FILE).exists():
-            shutil.copy(source / FILE, folder)
+        if Path(config.vocabulary).is_file():
+            shutil.copy(config.vocabulary, folder / FILE)
     opens = {"native": f"modeling_geneformer.{TASKS[config.task].__name__}",
              "hf": f"transformers.AutoModel{ARCHITECTURES[config.task]}"}[format]  # fmt: skip
     return f"{target} is written; open it: {opens}.from_pretrained({str(target)!r})"

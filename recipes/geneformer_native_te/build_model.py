@@ -23,6 +23,7 @@ from modeling_geneformer import SIZES, GeneformerConfig, model_for
 from pretrained import open_model
 from tokens import low_precision
 from tokens.context_parallel import ContextParallel
+from tokens.lora import check_start, lora_settings
 from tokens.low_precision import LowPrecision
 from tokens.masked_lm import init_parameters
 from tokens.starting_weights import SHAPE, first_line
@@ -86,6 +87,8 @@ def fit_data(config: DictConfig, shape: GeneformerConfig, distributed: Distribut
 
     Raises ValueError for cells longer than there are positions, and for a vocabulary of other numbers.
     """
+    check_start(config.lora.r, config.init_from, config.init_from_partial)
+    shape.lora = lora_settings(**config.lora)
     if shape.task == "length" and config.cp_size > 1:
         raise ValueError(f"cp_size={config.cp_size} cannot be with model_kwargs.task=length.")
     if shape.task in ("cells", "genes") and not shape.classes:
@@ -177,7 +180,7 @@ def open_evaluation(config: DictConfig, source: str, distributed: Distributed) -
     size = config.cp_size
     distributed = distributed.in_groups("cp_size", 1 if distributed.num_ranks % size else size)
     shape, weights, _ = open_model(source)
-    shape.layer_backend = config.layer_backend
+    shape.layer_backend, config.lora.r = config.layer_backend, 0  # the weights have what adapters add
     config.dataset.max_seq_length = min(config.dataset.max_seq_length, shape.max_position_embeddings)
     precision = build_precision(config, shape, distributed)
     multiple = precision.multiple * distributed.group_size
@@ -194,10 +197,11 @@ def facts(shape: GeneformerConfig, saved: dict | None = None) -> dict:
     With what the checkpoint of a run that goes on says (`saved`): raises ValueError if that is another model.
     """
     now = shape.to_dict()
-    fixed = (*SHAPE, "vocab_size", "max_position_embeddings", "norm", "hidden_act", "task", "classes")
+    fixed = (*SHAPE, "vocab_size", "max_position_embeddings", "norm", "hidden_act", "task", "classes",
+             "lora")  # fmt: skip
     if wrong := [key for key in fixed if saved and now[key] != saved.get(key, now[key])]:
         changes = ", ".join(f"{key} was {saved[key]} and is {now[key]}" for key in wrong)
-        raise ValueError(f"{changes}; give model_tag or model_kwargs of that size")
+        raise ValueError(f"{changes}; give model_tag, model_kwargs or lora of that kind")
     return now
 
 
@@ -208,10 +212,11 @@ def harmless_keys(config: Mapping) -> tuple[str, ...]:
     """
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     drops = any(config.get(f"model_kwargs.{name}") != 0 for name in names)
-    # GPUs' attention and TransformerEngine's layers drop by what passes through them, and so does what tells classes.
+    # GPUs' attention and TransformerEngine's layers drop by what passes through them, and so do LoRA and what tells
+    # classes.
     if drops and (torch.cuda.is_available() or config.get("model_kwargs.task") in ("cells", "genes")):
         return ()
-    return ("use_sequence_packing", "layer_backend", "cp_size")
+    return () if config.get("lora.lora_dropout") else ("use_sequence_packing", "layer_backend", "cp_size")
 
 
 def training_flops(shape: GeneformerConfig, batch: Batch, backend: str | None = None) -> float:

@@ -6,7 +6,8 @@
 writes `config.json` of a `BertForMaskedLM` (with `norm: pre` of a `MegatronBertForMaskedLM`), `model.safetensors`,
 `vocabulary.json` where the vocabulary is a file, and a model card. Classes of cells and genes become a
 `BertForSequenceClassification` and a `BertForTokenClassification`; the head of `task=length`, for which `transformers`
-has no class, lies beside the model in `regression_head.safetensors`.
+has no class, lies beside the model in `regression_head.safetensors`. Of a run with LoRA, `adapter/` has what was trained
+as peft's files, and the model itself has it in its weights.
 """
 
 import argparse
@@ -21,9 +22,10 @@ from common import quiet  # noqa: F401  # isort: skip
 from common.command import command, writing
 from common.files import whole_folder
 from common.own_data import data_names, published, validated_on, weights_of
-from convert_geneformer import ARCHITECTURES, hf_config, save
+from convert_geneformer import ARCHITECTURES, hf_config, save, save_adapter
 from modeling_geneformer import GeneformerConfig
 from pretrained import open_step
+from tokens.starting_weights import without_adapters
 from vocabulary import FILE, PUBLISHED
 
 
@@ -53,10 +55,22 @@ model = {opens}.from_pretrained(".")
 logits = model(torch.tensor([[{example}]])).logits  # {logits}
 ```
 
-The configuration:
+{adapter}The configuration:
 
 ```yaml
 {config}```
+"""
+ADAPTER = """Weights were adapted by LoRA, of rank {r}, and `adapter` alone has what was trained, for the package
+[peft](https://github.com/huggingface/peft):
+
+```py
+from peft import PeftModel
+from transformers import {opens}
+
+base = {opens}.from_pretrained("{base}"{classes})
+model = PeftModel.from_pretrained(base, "adapter")
+```
+
 """
 MEASURED = ("loss", "perplexity", "accuracy", "macro_f1", "length_mae", "length_rmse")
 LOGITS = {"cells": "of each class", "genes": "of each class, for every gene"}
@@ -70,9 +84,12 @@ def export(step_folder: Path, target: Path) -> None:
     step_folder, target = Path(step_folder), Path(target)
     if target.exists():
         raise ValueError(f"{target} exists; move it away or give another name.")
-    config, weights = open_step(step_folder)
+    config, weights = open_step(step_folder, merge=False)
     run = json.loads((step_folder / "run.json").read_text())
     with whole_folder(target) as folder:
+        if config.lora:
+            save_adapter(weights, config, run["config"]["init_from"], folder / "adapter")
+            config, weights = without_adapters(config, weights)
         save(weights, config, "hf", folder)
         if Path(config.vocabulary).is_file():
             shutil.copy(config.vocabulary, folder / FILE)
@@ -83,7 +100,9 @@ def model_card(run: dict, config: GeneformerConfig) -> str:
     """What the model is and how it came about, in Markdown; `run` is what is in a checkpoint's `run.json`."""
     shown, counts = published(run["config"]), run["logger"]
     validation = counts["validation"] or {}
-    named = config.vocabulary in PUBLISHED
+    named, opens = config.vocabulary in PUBLISHED, f"AutoModel{ARCHITECTURES[config.task]}"
+    classes = f", num_labels={len(config.classes)}" if config.classes else ""
+    adapter = ADAPTER.format(r=run["config"]["lora"]["r"], base=shown["init_from"], opens=opens, classes=classes)
     return CARD.format(
         model_tag=shown["model_tag"], step=run["step"], num_tokens=counts["num_tokens"],
         start=f"`{shown['init_from']}`" if shown["init_from"] else "random weights",
@@ -94,7 +113,8 @@ def model_card(run: dict, config: GeneformerConfig) -> str:
         example=", ".join(str(number) for number in range(config.vocab_size - 5, config.vocab_size)),
         config=OmegaConf.to_yaml(OmegaConf.create(shown)),
         measured="".join(f"| validation {k} | {validation[k]:.4f} |\n" for k in MEASURED if k in validation),
-        opens=f"AutoModel{ARCHITECTURES[config.task]}", logits=LOGITS.get(config.task, "of every gene, at every rank"),
+        adapter=adapter if run["model"]["lora"] else "", opens=opens,
+        logits=LOGITS.get(config.task, "of every gene, at every rank"),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from common.run_facts import start_wandb
 from common.scheduler import Schedule, adamw, cosine_schedule, linear_schedule
 from dataset import TrainLoader, open_validation
 from tokens.formats import FP4, FP8
+from tokens.lora import lora_settings
 from tokens.low_precision import check_together
 from tokens.quant_stats import QuantStats
 
@@ -65,6 +66,7 @@ def lr_schedule(
 
 SECTIONS = {
     "model_kwargs": model_config,
+    "lora": lora_settings,
     "fp8_config": FP8,
     "fp4_config": FP4,
     "quant_stats_config": QuantStats,
@@ -87,6 +89,7 @@ def check_config(config: DictConfig) -> None:
 def check_pairs(config: DictConfig) -> None:
     """Raise ValueError for values that cannot be together, on any hardware."""
     check_together(config)
+    lora_settings(**config.lora)
     # Once on a parameter that nobody trains: what these two refuse shows now.
     optimizer = adamw(torch.nn.Linear(1, 1), **{**config.adamw_kwargs, "groups": None})
     lr_schedule(optimizer, **config.lr_scheduler_kwargs)

@@ -22,6 +22,7 @@ from tokens import masked_lm
 from tokens.backends import layer_class, resolve_layer_backend
 from tokens.dropout import FED, draw_seed, drop
 from tokens.layers import ACTIVATIONS, Form, attention_inputs
+from tokens.lora import add_adapters, first_value, is_adapter
 from tokens.masked_lm import ForMaskedLM, TokenModel
 
 
@@ -64,7 +65,7 @@ class GeneformerConfig(PreTrainedConfig):
     """Shape of the model; the defaults that remain are common to all published sizes.
 
     `vocabulary` names the tokens: V1, V2, BioNeMo, or a file (vocabulary.py). `task` is one of TASKS, and `classes`
-    are the names of what cells or genes are told apart by.
+    are the names of what cells or genes are told apart by. `lora` is what tokens/lora.py makes of the section `lora`.
     """
 
     model_type = "geneformer_native"
@@ -87,6 +88,7 @@ class GeneformerConfig(PreTrainedConfig):
     vocabulary: str = "V1"
     task: str = "masked_lm"
     classes: list[str] | None = None
+    lora: dict | None = None
     layer_backend: str = "auto"
 
     def __post_init__(self, **kwargs):
@@ -173,6 +175,8 @@ class GeneformerPreTrainedModel(TokenModel):
         The embedding of padding and of the tokens that do not exist is 0, with `norm="pre"` that of types too, which
         BioNeMo's models do not have.
         """
+        if is_adapter(name):
+            return first_value(name.removeprefix("geneformer."), shape, seed)
         if len(shape) == 1:
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         # The encoder's weights do not depend on what is around it.
@@ -343,8 +347,11 @@ TASKS = {
 
 
 def model_for(config: GeneformerConfig) -> ForMaskedLM:
-    """The model of this configuration's task."""
-    return TASKS[config.task](config)
+    """The model of this configuration's task, with the adapters that it names."""
+    model = TASKS[config.task](config)
+    if config.lora:
+        add_adapters(model, config.lora, model.base_model.backend)
+    return model
 
 
 def training_flops(config: GeneformerConfig, counts: Mapping[str, int], layer_backend: str | None = None) -> float:

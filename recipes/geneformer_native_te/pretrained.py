@@ -5,18 +5,21 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from omegaconf import DictConfig
 from torch import Tensor
 
 from common.weights import LazyTensors, listed, open_weights, read
-from convert_geneformer import DERIVED_NAMES, TIED, read_config, sources, to_native, with_prefix
+from convert_geneformer import DERIVED_NAMES, TIED, read_config, read_weights, sources, to_native, with_prefix
 from modeling_geneformer import GeneformerConfig, model_for
+from tokens.lora import is_adapter
 from tokens.starting_weights import Family, empty_model, joined_weights, ours_in, ways_in
 
 
 def read_folder(folder: Path, strict: bool) -> tuple[GeneformerConfig, LazyTensors, list[str]]:
     """Configuration, our weights and the names that are not ours. Raises ValueError for what is no Geneformer."""
-    weights, (config, kind) = open_weights(folder), read_config(folder)
+    config, kind = read_config(folder)
+    if kind == "adapter":
+        return config, read_weights(folder, config, kind, strict), []
+    weights = open_weights(folder)
     if kind == "native":
         return ours_in(FAMILY, config, weights, strict)
     weights, used = with_prefix(weights), {*TIED, *(name for some in sources(config).values() for name in some)}
@@ -43,29 +46,31 @@ def to_ours(weights: Mapping[str, Tensor], base: Mapping[str, Tensor], config: G
     return LazyTensors({name: found.makers[name] for name in found if name in shapes(config)})
 
 
-FAMILY = Family(GeneformerConfig, model_for, read_folder, OF_VOCABULARY, adopt, to_ours)
-open_step, open_model, open_pretrained, _read_pretrained, shapes, trained_length = ways_in(FAMILY)
-
-
-def read_pretrained(config: DictConfig, shape: GeneformerConfig, notes: list[str]) -> LazyTensors | None:
-    """The weights that `init_from` names, for another task with a new head; `notes` gets what there is to say.
+def start(init_from: str, shape: GeneformerConfig, in_part: bool, seed: int) -> tuple[LazyTensors, str | None]:
+    """The weights that `init_from` names, for another task with a new head, for LoRA with adapters; and what is new.
 
     Raises ValueError for weights that do not fit.
     """
-    if config.init_from is None:
-        return None
     try:
-        found, _, _ = open_model(config.init_from, strict=False)
+        found, _, _ = open_model(init_from, strict=False)
     except ValueError:
-        return _read_pretrained(config, shape, notes)  # which says it in full
-    if (found.task, found.classes) == (shape.task, shape.classes):
-        return _read_pretrained(config, shape, notes)
-    as_found = GeneformerConfig(**shape.to_dict() | {"task": found.task, "classes": found.classes})
-    weights = _read_pretrained(config, as_found, notes)
+        return open_pretrained(init_from, shape, in_part, seed)  # which says it in full
+    is_same = (found.task, found.classes) == (shape.task, shape.classes)
+    if is_same and not shape.lora:
+        return open_pretrained(init_from, shape, in_part, seed)
+    as_found = shape.to_dict() | {"task": found.task, "classes": found.classes, "lora": None}
+    weights, note = open_pretrained(init_from, GeneformerConfig(**as_found), in_part, seed)
     ours, model = shapes(shape), empty_model(FAMILY, shape)
     fits = {name for name in ours if name in weights and weights[name].shape == ours[name]}
-    new = ours.keys() - fits
-    left = listed(weights.keys() - fits)
-    notes.append(f"For model_kwargs.task={shape.task}, new, from the seed: {listed(new)}; left out: {left}.")
-    first = {name: partial(model.initial_value, name, ours[name], config.seed) for name in new}
-    return LazyTensors({name: read(weights, name) for name in fits} | first)
+    new, left = ours.keys() - fits, listed(weights.keys() - fits)
+    if not is_same:
+        head = listed(name for name in new if not is_adapter(name))
+        note = (
+            f"{note or ''} For model_kwargs.task={shape.task}, new, from the seed: {head}; left out: {left}.".strip()
+        )
+    first = {name: partial(model.initial_value, name, ours[name], seed) for name in new}
+    return LazyTensors({name: read(weights, name) for name in fits} | first), note
+
+
+FAMILY = Family(GeneformerConfig, model_for, read_folder, OF_VOCABULARY, adopt, to_ours, start=start)
+open_step, open_model, open_pretrained, read_pretrained, shapes, trained_length = ways_in(FAMILY)

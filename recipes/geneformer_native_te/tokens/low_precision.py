@@ -124,10 +124,13 @@ class LowPrecision(Precision):
                 arithmetic = self.scalings[recipe]
                 for name, module in layer.named_modules():
                     if hasattr(module, "matmul"):
-                        module.matmul = linear_by(arithmetic.product)
+                        product = linear_by(arithmetic.product)
                         if self.stats.enabled:
-                            watched = self.stats.watched(f"{i}.{name}", module, module.matmul, arithmetic.round_trip)
-                            module.matmul = watched
+                            product = self.stats.watched(f"{i}.{name}", module, product, arithmetic.round_trip)
+                        if isinstance(module.matmul, torch.nn.Module):  # LoRA's, whose own products stay as they are
+                            module.matmul.product = product
+                        else:
+                            module.matmul = product
 
     @contextmanager
     def forward(self, autocast: bool = False):

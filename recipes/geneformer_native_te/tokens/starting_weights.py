@@ -16,6 +16,7 @@ from common.config import notes_on_continuing
 from common.kept_steps import fingerprint
 from common.step_folder import complete_steps, damage, read_weights
 from common.weights import LazyTensors, listed, local_folder, named_tensors, read
+from tokens.lora import merged
 
 
 SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
@@ -27,7 +28,8 @@ class Family(NamedTuple):
     `read_folder(folder, strict)` gives configuration, our weights and the names that are not ours; `adopt(shape,
     found)` takes over what no key says; `to_ours(weights, base, config)` names a checkpoint's weights as ours, with
     those of `base` that it leaves out. `of_vocabulary` are the tensors that have a row a token. `more_positions` are
-    those that a configuration counts beyond the longest sequence.
+    those that a configuration counts beyond the longest sequence. `start`, instead of `open_pretrained`, gives the
+    weights to start from, where some are new.
     """
 
     config: type
@@ -37,6 +39,7 @@ class Family(NamedTuple):
     adopt: Callable
     to_ours: Callable
     more_positions: int = 0
+    start: Callable | None = None
 
 
 def first_line(error: Exception) -> str:
@@ -60,10 +63,17 @@ def joined_weights(weights: Mapping[str, Tensor], base: Mapping[str, Tensor], co
     return LazyTensors({name: read(weights if name in weights else base, name) for name in {**base, **weights}})
 
 
-def open_step(family: Family, folder: Path) -> tuple:
+def start_weights(family: Family, init_from: str, shape, partial: bool, seed: int) -> tuple:
+    """As `open_pretrained`, with what the family makes anew."""
+    if family.start:
+        return family.start(init_from, shape, partial, seed)
+    return open_pretrained(family, init_from, shape, partial, seed)
+
+
+def open_step(family: Family, folder: Path, merge: bool = True) -> tuple:
     """Configuration and weights of a checkpoint `step_<n>`; what it leaves out as frozen is read from its `init_from`.
 
-    Raises ValueError for a checkpoint that is not whole, or whose `init_from` is not what it was.
+    LoRA's adapters are added to the weights, unless `merge` is false. Raises ValueError for a checkpoint that is not whole, or whose `init_from` is not what it was.
     """
     if reason := damage(folder):
         raise ValueError(f"{folder} is no whole checkpoint: {reason}; give a step_<n> folder that is.")
@@ -71,9 +81,18 @@ def open_step(family: Family, folder: Path) -> tuple:
     config, base = family.config(**run["model"]), {}
     if run.get("base"):
         start = run["config"]
-        base, _ = open_pretrained(family, start["init_from"], config, start["init_from_partial"], start["seed"])
+        base, _ = start_weights(family, start["init_from"], config, start["init_from_partial"], start["seed"])
         fingerprint(base, run["base"], f"init_from={start['init_from']}")
-    return config, family.to_ours(read_weights(folder), base, config)
+    weights = family.to_ours(read_weights(folder), base, config)
+    return without_adapters(config, weights) if merge else (config, weights)
+
+
+def without_adapters(config, weights: Mapping[str, Tensor]) -> tuple:
+    """Configuration and weights of the same model without LoRA."""
+    if not getattr(config, "lora", None):
+        return config, weights
+    weights = merged(weights, config.lora, config.num_attention_heads)
+    return type(config)(**config.to_dict() | {"lora": None}), weights
 
 
 def find_model(source: str) -> Path:
@@ -157,8 +176,9 @@ def read_pretrained(family: Family, config: DictConfig, shape, notes: list[str])
     """The weights that `init_from` names; `notes` gets what there is to say of them. Raises ValueError as above."""
     if config.init_from is None:
         return None
-    weights, note = open_pretrained(family, config.init_from, shape, config.init_from_partial, config.seed)
-    notes += [*notes_on_continuing(config), *([note] if note else [])]
+    weights, note = start_weights(family, config.init_from, shape, config.init_from_partial, config.seed)
+    rates = (1e-2, "1e-3") if getattr(shape, "lora", None) else ()
+    notes += [*notes_on_continuing(config, *rates), *([note] if note else [])]
     return weights
 
 
