@@ -28,7 +28,8 @@ CELL = [2, 17, 30, 4, 28, 8, 13, 7, 3]
 DENSE = ["attention.output.dense", "intermediate.dense", "output.dense"]
 KINDS = {
     "cells": (BertConfig, "SequenceClassification",
-              {"task_type": "SEQ_CLS", "target_modules": ["query", "value"], "modules_to_save": ["classifier", "pooler"]}),
+              {"task_type": "SEQ_CLS", "target_modules": ["query", "value"],
+               "modules_to_save": ["classifier", "pooler"]}),
     "genes_pre_norm": (MegatronBertConfig, "TokenClassification",
                        {"task_type": "TOKEN_CLS", "target_modules": ["query", "key", "value", *DENSE],
                         "modules_to_save": ["classifier"]}),

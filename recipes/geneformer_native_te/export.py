@@ -6,8 +6,8 @@
 writes `config.json` of a `BertForMaskedLM` (with `norm: pre` of a `MegatronBertForMaskedLM`), `model.safetensors`,
 `vocabulary.json` where the vocabulary is a file, and a model card. Classes of cells and genes become a
 `BertForSequenceClassification` and a `BertForTokenClassification`; the head of `task=length`, for which `transformers`
-has no class, lies beside the model in `regression_head.safetensors`. Of a run with LoRA, `adapter/` has what was trained
-as peft's files, and the model itself has it in its weights.
+has no class, lies beside the model in `regression_head.safetensors`. After a run with LoRA the model has what was
+trained in its weights, and `adapter/` holds it alone, as files of peft.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA (arXiv:2106.09685): the weights stay as they are, and a product of two narrow matrices is trained beside them.
 
-Shapes: N tokens, I inputs and O outputs of a linear map, r the rank, n adapters that read the same input; H heads. A is
-[r, I] and B is [O, r], as in the package peft, whose files are read and written here. Queries, keys and values are one
-map in our layers and three in peft's: three adapters of rank r, not one.
+Shapes: N tokens, I inputs and O outputs of a linear map, r the rank, n adapters that read the same input; H heads. A
+is [r, I] and B is [O, r], as in the package peft, whose files are read and written here. Queries, keys and values are
+one map in our layers and three in peft's: three adapters of rank r, not one.
 """
 
 import json
@@ -11,12 +11,9 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Lt
-from pydantic import NonNegativeInt, PositiveFloat
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,8 +21,7 @@ from transformers import PreTrainedModel
 from common.weights import LazyTensors, listed, open_weights, random_uniform, read
 
 
-# Each map of a layer that can be adapted, by its name here, and as plain `transformers` has it below a layer of BERT or
-# ESM; then the module that has it here, and its weight there.
+# Each map of a layer that can be adapted: its name here, and the one below a layer of BERT or ESM in `transformers`.
 MAPS = {
     "query": "attention.self.query",
     "key": "attention.self.key",
@@ -35,6 +31,7 @@ MAPS = {
     "fc2": "output.dense",
 }
 QKV = ("query", "key", "value")
+# The modules that have them here.
 MODULES = {
     "self_attention.qkv": QKV,
     "self_attention.layernorm_qkv": QKV,
@@ -46,17 +43,17 @@ OURS = re.compile(r"(.*)\.layer\.(\d+)\.(self_attention\.\w+|layernorm_mlp)\.mat
 THEIRS = re.compile(r"base_model\.model\.(.*)\.layer\.(\d+)\.(.+)\.lora_([AB])\.weight")
 
 
-def lora_settings(
-    *,
-    r: NonNegativeInt,
-    lora_alpha: PositiveFloat,
-    lora_dropout: Annotated[float, Ge(0), Lt(1)],
-    target_modules: list[str],
-) -> dict | None:
+def lora_settings(*, r: int, lora_alpha: float, lora_dropout: float, target_modules: list[str]) -> dict | None:
     """What a model's configuration keeps of the section `lora`; None where r is 0, and all weights train.
 
-    `target_modules` are names of maps as peft takes them: whole, or their ends. Raises ValueError for others.
+    `target_modules` are names of maps as peft takes them: whole, or their ends. Raises ValueError for others,
+    and for numbers out of range.
     """
+    if r < 0 or lora_alpha <= 0 or not 0 <= lora_dropout < 1:
+        raise ValueError(
+            f"lora.r={r} must be at least 0, lora.lora_alpha={lora_alpha} above 0, and "
+            f"lora.lora_dropout={lora_dropout} at least 0 and below 1."
+        )
     if not r:
         return None
     chosen = []
@@ -169,7 +166,8 @@ def add_adapters(model: PreTrainedModel, lora: Mapping, backend: str) -> None:
     if backend == "te" and (inner := {"fc1", "fc2"} & {*lora["target_modules"]}):
         names = ", ".join(MAPS[name] for name in sorted(inner))
         raise ValueError(
-            f"lora.target_modules: TransformerEngine computes {names} in one; leave them out or take layer_backend=torch."
+            f"lora.target_modules: TransformerEngine's layers cannot adapt {names}; leave that out, or take "
+            "layer_backend=torch."
         )
     fixed = (f"{model.base_model_prefix}.", "lm_head.")
     for name, parameter in model.named_parameters():

@@ -73,7 +73,8 @@ def start_weights(family: Family, init_from: str, shape, partial: bool, seed: in
 def open_step(family: Family, folder: Path, merge: bool = True) -> tuple:
     """Configuration and weights of a checkpoint `step_<n>`; what it leaves out as frozen is read from its `init_from`.
 
-    LoRA's adapters are added to the weights, unless `merge` is false. Raises ValueError for a checkpoint that is not whole, or whose `init_from` is not what it was.
+    LoRA's adapters are added to the weights, unless `merge` is false. Raises ValueError for a checkpoint that is not
+    whole, or whose `init_from` is not what it was.
     """
     if reason := damage(folder):
         raise ValueError(f"{folder} is no whole checkpoint: {reason}; give a step_<n> folder that is.")
