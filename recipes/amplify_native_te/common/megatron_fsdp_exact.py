@@ -20,7 +20,7 @@ def compute_in(dtype: torch.dtype | None, model: torch.nn.Module, checkpoint: Ma
     is_frozen = not all(p.requires_grad for p in model.parameters())
     if dtype is not None and is_frozen and checkpoint.get("ckpt_dir") and not checkpoint.get("trained_only"):
         stop_with(
-            "adamw_kwargs.groups: Megatron-FSDP rounds what is frozen to BF16, and would save it so; set "
+            "Megatron-FSDP rounds parameters that are frozen to BF16, and would save them so; set "
             "checkpoint.trained_only=true or precision=fp32, or use train_fsdp2.py."
         )
     if dtype is not None:  # else the masters would start from rounded values

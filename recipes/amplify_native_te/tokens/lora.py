@@ -135,7 +135,8 @@ class Adapted(nn.Module):
         y_NO = self.product(x_NI, weight_OI, bias_O)
         names = [*self._modules]
         if names[0].startswith("fc"):  # one module with two maps
-            names = [name for name in names if weight_OI is getattr(self.owner[0], f"{name}_weight")]
+            name = next(name for name in ("fc1", "fc2") if weight_OI is getattr(self.owner[0], f"{name}_weight"))
+            names = [name] if name in names else []
         return y_NO + self.added(x_NI, names) if names else y_NO
 
     def added(self, x_NI: Tensor, names: list[str]) -> Tensor:

@@ -108,7 +108,7 @@ def test_what_megatron_fsdp_would_round_is_refused_by_name(tmp_path, capsys):
     saved = [f"checkpoint.ckpt_dir={tmp_path / 'ckpt'}", "precision=bf16", "num_train_steps=1"]
     with pytest.raises(SystemExit):
         run_here("train_mfsdp", tmp_path, GROUPS, *saved)
-    assert "error: adamw_kwargs.groups: Megatron-FSDP rounds what is frozen to BF16" in capsys.readouterr().err
+    assert "error: Megatron-FSDP rounds parameters that are frozen to BF16" in capsys.readouterr().err
 
 
 def test_only_what_trains_is_saved_and_read_again_anywhere(finished, reference, tmp_path):
