@@ -34,7 +34,7 @@ WAYS = {
     "all weights": ["adamw_kwargs.lr=1e-3"],
     "the head alone": ["adamw_kwargs.lr=1e-2", "adamw_kwargs.groups=[{names: 'geneformer.*', frozen: true}]"],
     "LoRA, `r=8`": ["adamw_kwargs.lr=1e-2", "lora.r=8"],
-    "LoRA, `r=8`, beside all maps": ["adamw_kwargs.lr=1e-2", "lora.r=8", ALL],
+    "LoRA, `r=8`, all linear layers": ["adamw_kwargs.lr=1e-2", "lora.r=8", ALL],
 }
 CELLS = ["model_kwargs.task=cells", "dataset.label_column=cell_type", "num_train_steps=150",
          "lr_scheduler_kwargs.num_warmup_steps=10", "lr_scheduler_kwargs.num_training_steps=160"]  # fmt: skip
@@ -115,8 +115,8 @@ def table(result: dict) -> str:
         *(f"| {way} | {x['trained']:,} of {x['parameters']:,} | {x['accuracy']:.1%} | {x['macro_f1']:.3f} |"
           for way, x in result["classes"].items()),
         "",
-        f"A step of 8 such cells by a model of {some['parameters'] / 1e6:.0f} million parameters, {some['precision']}, "
-        f"on {machine['cores']} cores ({machine['cpu']}); of LoRA's runs checkpoints are `trained_only`:",
+        f"A step of 8 cells by a model of {some['parameters'] / 1e6:.0f} million parameters, {some['precision']}, "
+        f"on {machine['cores']} cores ({machine['cpu']}); checkpoints of LoRA are `trained_only`:",
         "", "| what trains | parameters | s a step | peak memory, GiB | a checkpoint, MiB |", "|---|---|---|---|---|",
         *(f"| {way} | {x['trained']:,} | {x['step_time_s']:.2f} | {x['peak_memory_gib']:.2f} "
           f"| {x['checkpoint_mib']:.1f} |" for way, x in result["costs"].items()),

@@ -190,7 +190,7 @@ def read_config(folder: Path) -> tuple[GeneformerConfig, str]:
 
 def base_of(folder: Path) -> Path:
     """The folder of the model that an adapter is for. Raises ValueError where there is none."""
-    name = read_settings(folder)["base_model_name_or_path"]
+    name = str(read_settings(folder)["base_model_name_or_path"])
     try:
         return local_folder(name)
     except ValueError as error:

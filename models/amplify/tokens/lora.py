@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.weights import LazyTensors, listed, open_weights, random_uniform, read
+from tokens.layers import Kernels
 
 
 # Each map of a layer that can be adapted: its name here, and the one below a layer of BERT or ESM in `transformers`.
@@ -61,13 +62,13 @@ def lora_settings(*, r: int, lora_alpha: float, lora_dropout: float, target_modu
         found = [name for name, theirs in MAPS.items() if f".{theirs}".endswith(f".{target}")]
         if not found:
             raise ValueError(
-                f"lora.target_modules: layers have no map {target}; there are query, key, value, "
+                f"lora.target_modules: no linear layer is named {target}; there are query, key, value, "
                 "attention.output.dense, intermediate.dense, output.dense (which is attention's too) and dense (all "
                 "three)."
             )
         chosen += found
     if not chosen:
-        raise ValueError("lora.target_modules is empty; name at least one map, as query, or set lora.r=0.")
+        raise ValueError("lora.target_modules is empty; name at least one, as query, or set lora.r=0.")
     return {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout,
             "target_modules": [name for name in MAPS if name in chosen]}  # fmt: skip
 
@@ -151,9 +152,8 @@ def add_after(module: nn.Module, args: tuple, output):
     """The same as a hook behind a module of TransformerEngine, which computes norm and product in one."""
     (x_NI, *_), (y_NO, *others) = args, output if isinstance(output, tuple) else (output,)
     if (weight := getattr(module, "layer_norm_weight", None)) is not None:
-        x_NI = F.layer_norm(
-            x_NI, weight.shape, weight.to(x_NI.dtype), module.layer_norm_bias.to(x_NI.dtype), module.eps
-        )
+        bias = None if module.layer_norm_bias is None else module.layer_norm_bias.to(x_NI.dtype)
+        x_NI = Kernels().layer_norm(x_NI, weight.to(x_NI.dtype), bias, module.eps)
     adapted = module.matmul
     y_NO = y_NO + adapted.added(x_NI, [*adapted._modules])
     return (y_NO, *others) if isinstance(output, tuple) else y_NO
@@ -281,6 +281,8 @@ def read_adapter(folder: Path, prefix: str, qkv: str) -> tuple[dict, dict[str, T
         else:
             heads[name.removeprefix("base_model.model.")] = weights[name]
     if unknown:
-        raise ValueError(f"{folder} adapts {listed(unknown)}; of a model, maps in layers alone can be adapted here.")
+        raise ValueError(
+            f"{folder} has {listed(unknown)}; only linear layers of transformer layers can be adapted here."
+        )
     return {"r": given["r"], "lora_alpha": scale * given["r"], "task_type": given["task_type"],
             "base": given["base_model_name_or_path"]}, ours, heads  # fmt: skip

@@ -105,7 +105,7 @@ def test_names_are_those_of_peft_and_ends_of_them():
     assert chosen("value", "query") == ["query", "value"]
     assert chosen("output.dense") == ["proj", "fc2"] and chosen("dense") == ["proj", "fc1", "fc2"]
     assert chosen("attention.output.dense", "intermediate.dense") == ["proj", "fc1"]
-    with pytest.raises(ValueError, match="layers have no map ense"):
+    with pytest.raises(ValueError, match="no linear layer is named ense"):
         chosen("ense")
 
 
