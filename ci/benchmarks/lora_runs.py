@@ -115,7 +115,7 @@ def table(result: dict) -> str:
         *(f"| {way} | {x['trained']:,} of {x['parameters']:,} | {x['accuracy']:.1%} | {x['macro_f1']:.3f} |"
           for way, x in result["classes"].items()),
         "",
-        f"A step of 8 cells by a model of {some['parameters'] / 1e6:.0f} million parameters, {some['precision']}, "
+        f"A step of 8 cells, {some['parameters'] / 1e6:.0f} million parameters, {some['precision']}, "
         f"on {machine['cores']} cores ({machine['cpu']}); checkpoints of LoRA are `trained_only`:",
         "", "| what trains | parameters | s a step | peak memory, GiB | a checkpoint, MiB |", "|---|---|---|---|---|",
         *(f"| {way} | {x['trained']:,} | {x['step_time_s']:.2f} | {x['peak_memory_gib']:.2f} "

@@ -225,7 +225,7 @@ def test_what_is_more_than_lora_is_refused(tmp_path, monkeypatch):
         (("init_from=null",), "lora.r=3 trains beside weights that are there: give init_from, or lora.r=0"),
         (("init_from_partial=true",), "lora.r=3 needs weights that fit as a whole"),
         (("lora.r=49",), "lora.r=49 must be at most 48, the width of attention.self.query"),
-        (("lora.target_modules=[queries]",), "no linear layer is named queries; there are query, key, value, attention"),
+        (("lora.target_modules=[queries]",), "no linear layer is named queries; there are query, key, value"),
         (("lora.target_modules=[]",), "lora.target_modules is empty"),
         (("lora.rank=3",), "Unknown key lora.rank"),
         (("lora.r=-1",), "lora.r=-1 must be"),
