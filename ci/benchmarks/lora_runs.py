@@ -32,12 +32,12 @@ from common.run_facts import cpu_name, versions  # noqa: E402
 ALL = "lora.target_modules=[query,key,value,dense]"
 WAYS = {
     "all weights": ["adamw_kwargs.lr=1e-3"],
-    "the head alone": ["adamw_kwargs.lr=1e-2", "adamw_kwargs.groups=[{names: 'geneformer.*', frozen: true}]"],
-    "LoRA, `r=8`": ["adamw_kwargs.lr=1e-2", "lora.r=8"],
-    "LoRA, `r=8`, all linear layers": ["adamw_kwargs.lr=1e-2", "lora.r=8", ALL],
+    "the head alone": ["adamw_kwargs.lr=2e-3", "adamw_kwargs.groups=[{names: 'geneformer.*', frozen: true}]"],
+    "LoRA, `r=8`": ["adamw_kwargs.lr=2e-3", "lora.r=8"],
+    "LoRA, `r=8`, all linear layers": ["adamw_kwargs.lr=2e-3", "lora.r=8", ALL],
 }
-CELLS = ["model_kwargs.task=cells", "dataset.label_column=cell_type", "num_train_steps=150",
-         "lr_scheduler_kwargs.num_warmup_steps=10", "lr_scheduler_kwargs.num_training_steps=160"]  # fmt: skip
+CELLS = ["model_kwargs.task=cells", "dataset.label_column=cell_type", "num_train_steps=100",
+         "lr_scheduler_kwargs.num_warmup_steps=10", "lr_scheduler_kwargs.num_training_steps=110"]  # fmt: skip
 # Of gf-12L-30M: 25 million weights in the layers.
 LARGE = ["model_kwargs.num_hidden_layers=12", "model_kwargs.hidden_size=512", "model_kwargs.num_attention_heads=8",
          "model_kwargs.intermediate_size=1024", "validation.load_dataset_kwargs=null", "logger.frequency=1",

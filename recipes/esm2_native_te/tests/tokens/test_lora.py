@@ -6,7 +6,7 @@ import torch
 
 from modeling_esm2 import Esm2Config, Esm2ForMaskedLM
 from tokens.layers import Form, PostNormLayer, attention_inputs
-from tokens.lora import Adapted, add_adapters, add_after, first_value, is_adapter, lora_settings, merged
+from tokens.lora import Adapted, add_adapters, add_after, first_value, is_adapter, joined, lora_settings, merged
 from tokens.low_precision import LowPrecision
 
 
@@ -89,6 +89,16 @@ def test_products_of_fewer_bits_are_those_of_the_weights_alone():
     torch.testing.assert_close(adapted(TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
     assert len(maps) == 2 * 3 and len(seen) == 2 * 4  # the two of a feed-forward part are one module's
     assert {id(weight) for weight in seen} <= {id(weight) for weight in adapted.parameters()}
+
+
+def test_queries_keys_and_values_have_the_rows_of_their_heads():
+    torch.manual_seed(0)
+    pairs = {name: (torch.randn(2, 8), torch.randn(8, 2)) for name in ("value", "query")}
+    a_RI, b_OR = joined(pairs, num_heads=2)
+    found = (b_OR @ a_RI).unflatten(0, (2, 3, 4))  # q, k and v of a head, then those of the next
+    for place, name in enumerate(("query", "key", "value")):
+        expected = pairs[name][1] @ pairs[name][0] if name in pairs else torch.zeros(8, 8)
+        torch.testing.assert_close(found[:, place].flatten(0, 1), expected)
 
 
 def test_the_first_values_are_pefts():
