@@ -140,6 +140,8 @@ def tables() -> Part:
     checks += [("ci/benchmarks", name, name, "docs/scaling.md")
                for name in ("scaling_model", "scaling_ranks", "largest_model", "context_memory")]  # fmt: skip
     checks += [("ci/benchmarks", "precision_curves", "precision_curves", "docs/exactness.md")]
+    checks += [("ci/benchmarks", "sanity", numbers.stem, f"recipes/{numbers.stem.removeprefix('sanity_')}/README.md")
+               for numbers in sorted((ROOT / "docs" / "results").glob("sanity_*.json"))]  # fmt: skip
     commands = [["python", f"{folder}/{script}.py", "--from", f"docs/results/{numbers}.json", "--check", page]
                 for folder, script, numbers, page in checks]  # fmt: skip
     commands.append(["python", "ci/benchmarks/hardware.py", "--check", "docs/hardware.md"])

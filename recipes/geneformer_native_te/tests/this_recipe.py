@@ -25,6 +25,7 @@ OPEN_CONFIGS = {
     "defaults": ["model_tag=geneformer_1M", "num_train_steps=2", "dataset.load_dataset_kwargs.path=parquet"],
     "pretraining": ["model_tag=geneformer_1M", "num_train_steps=2"],
     "continue": ["model_tag=geneformer_1M"],
+    "L0_cells": ["model_tag=geneformer_1M"],
     "finetune_cells": ["model_tag=geneformer_1M"],
     "finetune_genes": ["model_tag=geneformer_1M"],
     "finetune_length": ["model_tag=geneformer_1M"],
