@@ -139,6 +139,7 @@ def tables() -> Part:
     checks += [("ci/benchmarks", "structures_start", "structures_start", "docs/your_structures.md")]
     checks += [("ci/benchmarks", name, name, "docs/scaling.md")
                for name in ("scaling_model", "scaling_ranks", "largest_model", "context_memory")]  # fmt: skip
+    checks += [("ci/benchmarks", "cells_speed", "cells_speed", "docs/your_cells.md")]
     checks += [("ci/benchmarks", "precision_curves", "precision_curves", "docs/exactness.md")]
     checks += [("ci/benchmarks", "sanity", numbers.stem, f"recipes/{numbers.stem.removeprefix('sanity_')}/README.md")
                for numbers in sorted((ROOT / "docs" / "results").glob("sanity_*.json"))]  # fmt: skip

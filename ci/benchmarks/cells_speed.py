@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast cells of h5ad and SCDL are read and become tokens, in how much memory, beside anndata and bionemo-scdl.
 
-python ci/benchmarks/cells_speed.py --peers env/bin/python   # two minutes; writes docs: JSON, table of your_cells.md
+python ci/benchmarks/cells_speed.py --peers env/bin/python   # five minutes; writes docs: JSON, table of your_cells.md
 python ci/benchmarks/cells_speed.py --peers env/bin/python --quick --output quick.json
 python ci/benchmarks/cells_speed.py --from docs/results/cells_speed.json --check docs/your_cells.md
 
@@ -39,13 +39,16 @@ from cells.rank_values import Block  # noqa: E402
 from cells.scdl import Scdl  # noqa: E402
 from cells.token_cache import Options, open_cells  # noqa: E402
 from cells.written import write_frame, write_scdl  # noqa: E402
+from common.distributed import process_group  # noqa: E402
 from common.run_facts import cpu_name, versions  # noqa: E402
+from dataset import TrainLoader  # noqa: E402
 
 
 OUTPUT, NAME = ROOT / "docs" / "results" / "cells_speed.json", "cells_speed"
-FULL = {"cells": 6_000, "genes": 20_000, "expressed": 1_500, "seconds": 2.0, "rounds": 1}
+FULL = {"cells": 6_000, "genes": 20_000, "expressed": 1_500, "seconds": 2.0, "rounds": 3}
 QUICK = FULL | {"cells": 400, "genes": 2_000, "expressed": 200, "seconds": 0.5, "rounds": 1}
-BATCH = 32
+BATCH, BATCH_TOKENS = 32, 8192
+SPEED = ROOT / "docs" / "results" / "train_speed_geneformer_native_te.json"
 # What it is, by whom, and the way of ours that it is compared with.
 WAYS = {
     "h5ad_in_order": ("counts in order, h5ad", "ours", None),
@@ -55,6 +58,7 @@ WAYS = {
     "tokens_at_random": ("at random, batches of 32", "ours, tokens", None),
     "anndata_at_random": ("at random, batches of 32", "anndata, backed, counts", "tokens_at_random"),
     "scdl_at_random": ("at random, batches of 32", "bionemo-scdl, counts", "tokens_at_random"),
+    "batches": ("masked, packed batches", "ours", None),
     "convert_h5ad": ("to tokens in Arrow, once: h5ad by rows", "ours", None),
     "convert_csc": ("to tokens in Arrow, once: h5ad by columns", "ours", None),
     "convert_scdl": ("to tokens in Arrow, once: SCDL", "ours", None),
@@ -108,6 +112,31 @@ def copied(block: Block) -> int:
     return len(block.indptr) - 1
 
 
+def batches(folder: Path, settings: dict):
+    """What a trainer takes, made in its own process: how many cells and tokens are in each."""
+    converted(folder, "cells.h5ad", settings).save_to_disk(folder / "tokens")
+    kwargs = {"path": str(folder / "tokens"), "split": "train"}
+    options = {"vocabulary": "V2", "task": "masked_lm", "classes": None, "num_workers": 0}
+    with process_group(0) as distributed:
+        loader = TrainLoader(
+            distributed, 0, True, 1, load_dataset_kwargs=kwargs, token_micro_batch_size=BATCH_TOKENS, **options
+        )
+        yield 0, 0
+        for batch in loader:
+            yield len(batch.inputs["cu_seqlens"]) - 1, batch.counts["tokens"]
+
+
+def appetite() -> dict | None:
+    """How many tokens a second the published model of ten million parameters is trained on, by train_speed.py."""
+    if not SPEED.exists():
+        return None
+    entries = json.loads(SPEED.read_text())["entries"]
+    entry = max((one for one in entries if one["size"] == "10M"), key=lambda one: one["date"])
+    turns = entry["contestants"][0]["rounds"]
+    return {"machine": entry["machine"]["name"], "threads": entry["machine"]["threads"],
+            "tokens_per_s": median(turn["tokens"] / turn["seconds"] for turn in turns)}  # fmt: skip
+
+
 def own(name: str, folder: Path, settings: dict) -> dict:
     """One of our ways: cells a second."""
     cells, number = settings["cells"], 0
@@ -120,15 +149,23 @@ def own(name: str, folder: Path, settings: dict) -> dict:
             number = len(converted(folder, file, settings))
             return {"cells_per_s": number / (time.perf_counter() - started)}
     datasets.config.HF_DATASETS_CACHE = str(folder / "cache")
+    if name == "batches":
+        work, tokens = batches(folder, settings), 0
+        next(work)  # opened
+        started = time.perf_counter()
+        while (spent := time.perf_counter() - started) < settings["seconds"]:
+            more, more_tokens = next(work)
+            number, tokens = number + more, tokens + more_tokens
+        return {"cells_per_s": number / spent, "tokens_per_s": tokens / spent}
     if name == "tokens_at_random":
         table = converted(folder, "cells.h5ad", settings).with_format("arrow", columns=["input_ids"])
-        batches = (len(table[order[i : i + BATCH]]["input_ids"].combine_chunks().flatten().to_numpy()) and BATCH
+        parts = (len(table[order[i : i + BATCH]]["input_ids"].combine_chunks().flatten().to_numpy()) and BATCH
                    for i in range(0, cells, BATCH))  # fmt: skip
     else:
         source = H5ad(str(folder / "cells.h5ad"), "X") if name == "h5ad_in_order" else Scdl(str(folder / "scdl"))
-        batches = map(copied, source.blocks(0, source.shape[0]))
+        parts = map(copied, source.blocks(0, source.shape[0]))
     started = time.perf_counter()
-    for some in batches:
+    for some in parts:
         number += some
         if time.perf_counter() - started > settings["seconds"]:
             break
@@ -170,6 +207,7 @@ def measure(asked: argparse.Namespace) -> dict:
         "machine": {"name": cpu_name()},
         "versions": versions() | {"numpy": np.__version__, "h5py": h5py.__version__} | theirs,
         "settings": settings,
+        "appetite": appetite(),
         "ways": found,
     }
 
@@ -187,9 +225,15 @@ def table(numbers: dict) -> str:
         lines.append(f"| {what} | {whom} | {rate:,.0f} | {shown} | {memory:.2f} GiB |")
     note = (
         f"{settings['cells']:,} made-up cells of {settings['expressed']:,} among {settings['genes']:,} genes, "
-        f"{numbers['machine']['name']}, one round; h5ad gzipped. Memory is the largest "
-        "resident set of the process, its libraries and mapped files counted. "
+        f"{numbers['machine']['name']}, medians of {settings['rounds']}; batches of {BATCH_TOKENS:,} tokens; h5ad "
+        "gzipped. Memory is the largest resident set of the process, its libraries and mapped files counted. "
     )
+    if known := numbers["appetite"]:
+        rate = median(one["tokens_per_s"] for one in ways["batches"])
+        note += (
+            f"Batches come with {rate:,.0f} tokens/s from one process, {rate / known['tokens_per_s']:,.0f} times as "
+            f"fast as Geneformer-V1-10M trains on them, with {known['threads']} threads ([Speed](speed.md)). "
+        )
     note += ", ".join(f"{name} {version}" for name, version in numbers["versions"].items()) + "."
     return "\n".join([*lines, "", note])
 
