@@ -10,9 +10,9 @@ bash ci/test.sh --only-repository         all but the tests of folders
 bash ci/test.sh -k plan                   options of pytest come last; with some, only lint, tables and tests run
 
 Folders whose pins differ are tested in environments of their own (ci/environments.py). PYTHON=python3.12 chooses the
-interpreter. Two parts run side by side, and show what they said when they end; tests/common, tests/tokens and the like
-are parts of their own, and a single folder is tested by two processes. A part that fails stops no other; the end says
-which did, and what failed in them.
+interpreter. As many parts as there are cores, and one, run side by side, and show what they said when they end;
+tests/common, tests/tokens and the like are parts of their own, and a single folder is tested by two processes. A part
+that fails stops no other; the end says which did, and what failed in them.
 """
 
 import os
@@ -78,14 +78,14 @@ def run(part: Part, at_once: bool = True) -> Result:
 
 
 def run_side_by_side(parts: list[Part], results: list[Result]) -> None:
-    """Two at a time: most of a test's time is one core's, or waiting for ranks to start."""
-    two = ThreadPoolExecutor(2)
-    futures = [two.submit(run, part, at_once=False) for part in parts]
+    """As many at a time as there are cores, and one: most of a test's time is one core's, or waiting for ranks."""
+    pool = ThreadPoolExecutor((os.cpu_count() or 1) + 1)
+    futures = [pool.submit(run, part, at_once=False) for part in parts]
     try:
         for future in futures:
             results.append(future.result())
     finally:
-        two.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def show(text: bytes) -> None:
@@ -178,7 +178,7 @@ def chosen(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
 
 
 def summary(results: list[Result], seconds: float) -> str:
-    """The table at the end; `seconds` are those of all, of which two parts may share some."""
+    """The table at the end; `seconds` are those of all, of which several parts may share some."""
     rows = [(result.name, result.seconds, result.word) for result in results] + [("all", seconds, "")]
     return "\n".join(["| part | minutes | result |", "|---|---:|---|",
                       *(f"| {name} | {seconds / 60:.1f} | {word} |" for name, seconds, word in rows)])  # fmt: skip
@@ -204,11 +204,13 @@ def main(arguments: list[str]) -> int:
         return 2
     # Real proteins, if they are there.
     os.environ.setdefault("TEST_DATA", str(ROOT.parent / "shared" / "data"))
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.pop("VIRTUAL_ENV", None)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        beside, parts = [], []  # those that run two at a time, and those that take the whole machine
+        beside, parts = [], []  # those that run side by side, and those that take the whole machine
+        if whole and not options:
+            beside += commands_in_docs()  # the longest first
         if whole:
             beside += [Part("lint", ("--of", OWN), ROOT, [["bash", "ci/lint.sh"]])]
         if len(folders) == 1 and not whole:
@@ -224,7 +226,7 @@ def main(arguments: list[str]) -> int:
                 beside.append(tests(part, OWN, scratch / "repository" / part, options))
             beside.append(tables())
         if whole and not options:
-            parts += [*commands_in_docs(), Part("Slurm", (), ROOT, [["bash", "slurm/test.sh"]])]
+            parts.append(Part("Slurm", (), ROOT, [["bash", "slurm/test.sh"]]))
             beside += [
                 Part("site", DOCS, ROOT, [["mkdocs", "build", "--strict", "--quiet", "--site-dir", f"{name}/site"]]),
                 Part("zips", DOCS, ROOT, [["python", "ci/build_zips.py", "--out", f"{name}/zips"]]),
@@ -232,6 +234,8 @@ def main(arguments: list[str]) -> int:
         results, started = [], time.monotonic()
         try:
             results.append(run(environments_of([*beside, *parts])))
+            if len(beside) > 1:
+                os.environ.setdefault("OMP_NUM_THREADS", "1")
             run_side_by_side(beside, results)
             for part in parts:
                 results.append(run(part))
