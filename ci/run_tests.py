@@ -10,7 +10,7 @@ bash ci/test.sh --only-repository         all but the tests of folders
 bash ci/test.sh -k plan                   options of pytest come last; with some, only lint, tables and tests run
 
 Folders whose pins differ are tested in environments of their own (ci/environments.py). PYTHON=python3.12 chooses the
-interpreter. As many parts as there are cores, and one, run side by side, and show what they said when they end;
+interpreter. As many parts as there are cores, and two, run side by side, and show what they said when they end;
 tests/common, tests/tokens and the like are parts of their own, and a single folder is tested by two processes. A part
 that fails stops no other; the end says which did, and what failed in them.
 """
@@ -78,8 +78,8 @@ def run(part: Part, at_once: bool = True) -> Result:
 
 
 def run_side_by_side(parts: list[Part], results: list[Result]) -> None:
-    """As many at a time as there are cores, and one: most of a test's time is one core's, or waiting for ranks."""
-    pool = ThreadPoolExecutor((os.cpu_count() or 1) + 1)
+    """As many at a time as there are cores, and two: much of a test's time is one core's, or waiting for ranks."""
+    pool = ThreadPoolExecutor((os.cpu_count() or 1) + 2)
     futures = [pool.submit(run, part, at_once=False) for part in parts]
     try:
         for future in futures:

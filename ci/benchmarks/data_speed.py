@@ -36,7 +36,7 @@ from command_line import add_recipe
 from plan_memory import QUANTILES, TOKENS, WINDOW_ROWS, Lengths, planned
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from train_speed import BUNDLED, REAL, proteins
+from train_speed import BUNDLED, REAL, source
 
 from common.batch import Batch
 from common.contract.running import environment, with_table, write_table
@@ -462,7 +462,7 @@ def read_arguments(arguments: list[str]) -> argparse.Namespace:
         parser.error("--quick needs --output: its numbers are not for docs.")
     default = BUNDLED if found.quick or not REAL.is_file() else REAL
     try:
-        found.source = proteins(found.data or str(default))
+        found.source = source(found.data or str(default))
     except ValueError as error:
         parser.error(str(error))
     given = ["--quick"] * found.quick + (["--data", Path(found.data).name] if found.data else [])

@@ -131,9 +131,28 @@ def told_apart(result: dict) -> str:
     )
 
 
+def errors(result: dict) -> str:
+    """What a potential's first command gives."""
+    first, machine, found = result["commands"][0], result["machine"], result["errors"]
+    return (
+        f"It takes {first['seconds'] / 60:.1f} minutes on {machine['cores']} cores ({machine['cpu']}), and ends at mean "
+        f"absolute errors of {found['forces_mae']:.3f} eV/A,\n{found['energy_per_atom_mae']:.3f} eV/atom and "
+        f"{found['stress_mae']:.4f} eV/A^3"
+    )
+
+
+def whole(result: dict) -> str:
+    """How long all commands take."""
+    seconds = [sum(one[name] for one in result["commands"]) for name in ("seconds", "cpu_seconds")]
+    return f"Together they take {seconds[0]:.0f} s, and {seconds[1]:.0f} s of processor time"
+
+
+SENTENCES = {"sanity_loss": started, "sanity_classes": told_apart, "sanity_errors": errors, "sanity_whole": whole}
+
+
 def updated(readme: str, result: dict) -> str:
     """The README with its sentences made of these numbers, as far as it has marks for them."""
-    for name, sentences in (("sanity_loss", started), ("sanity_classes", told_apart)):
+    for name, sentences in SENTENCES.items():
         if marks(name)[0] in readme:
             numbers = f"([numbers](../../docs/results/sanity_{result['recipe']}.json))"
             readme = with_table(readme, name, f"{sentences(result)} {numbers}.")

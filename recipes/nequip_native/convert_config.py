@@ -15,13 +15,13 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf, errors
 from yaml import YAMLError
 
 import convert_allegro
 import convert_nequip
 from atoms.elements import SYMBOLS
+from atoms.final_model import refuse_existing
 from build_model import model_config
 from common.command import command, one_line, writing
 from modeling_allegro import AllegroConfig
@@ -54,7 +54,7 @@ def read(path: Path) -> dict:
         OmegaConf.register_new_resolver(name, function, replace=True)
     try:
         found = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (errors.OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
     finally:
         for name in resolvers:
@@ -152,8 +152,7 @@ class Conversion:
         elif embed := self.target(f"{at}.radial_chemical_embed"):
             self.ours["model_kwargs.radial"] = "spline" if "Spline" in embed else "bessel"
         for theirs, ours in names.items():
-            value = self.take(f"{at}.{theirs}")
-            if value is None:
+            if (value := self.take(f"{at}.{theirs}")) is None:
                 continue
             if ours in MODEL_KEYS:
                 self.ours[f"model_kwargs.{ours}"] = value
@@ -221,10 +220,9 @@ class Conversion:
             self.notes["data.split_dataset.train"] = "parts are taken in the file's order here, and not drawn"
         if module != "ASEDataModule" and not files["dataset"]:
             self.notes["data._target_"] = f"{module}: name its file by dataset.load_dataset_kwargs.data_files"
-        for section, file in files.items():
-            if section == "dataset" or file:
-                self.ours[f"{section}.load_dataset_kwargs.data_files"] = file or "???"
+        self.ours["dataset.load_dataset_kwargs.data_files"] = files["dataset"] or "???"
         if files["validation"]:
+            self.ours["validation.load_dataset_kwargs.data_files"] = files["validation"]
             self.ours["validation.load_dataset_kwargs.path"] = "structures"
             self.ours.setdefault("validation.load_dataset_kwargs.split", "train")
         for theirs, name in (self.take("data.key_mapping") or {}).items():
@@ -371,9 +369,8 @@ def term_of(name: str) -> str:
 
 def metric_of(monitored: str) -> str:
     """Ours that is nearest to one of theirs."""
-    if "energy" in monitored:
-        return "energy_per_atom_mae"
-    return "forces_rmse" if "forces_rmse" in monitored else "forces_mae"
+    forces = "forces_rmse" if "forces_rmse" in monitored else "forces_mae"
+    return "energy_per_atom_mae" if "energy" in monitored else forces
 
 
 def as_yaml(conversion: Conversion, source: Path, name: str) -> str:
@@ -394,8 +391,7 @@ if __name__ == "__main__":
     parser.add_argument("--num-structures", type=int, help="how many are trained on, to turn epochs into steps")
     a = parser.parse_args()
     with command():
-        if a.target.exists():
-            raise ValueError(f"{a.target} exists; move it away or give another name.")
+        refuse_existing(a.target)
         found = Conversion(read(a.source), a.num_structures)
         with writing(a.target):
             a.target.write_text(as_yaml(found, a.source, a.target.stem))

@@ -86,7 +86,7 @@ def check_config(config: DictConfig, trainer: str = "") -> None:
 def check_pairs(config: DictConfig, trainer: str) -> None:
     """Raise ValueError for values that cannot be together, on any hardware."""
     if config.precision == "fp64" and trainer == "train_mfsdp":
-        raise ValueError("precision=fp64: Megatron-FSDP has FP32 at most; use train_ddp.py or train_fsdp2.py.")
+        raise ValueError("precision=fp64: train_mfsdp.py has FP32 at most; use train_ddp.py or train_fsdp2.py.")
     model_config(config.model_tag, config.precision, config.init_from, **config.model_kwargs)
     if config.checkpoint.trained_only:
         raise ValueError("checkpoint.trained_only=true has no use here: potentials are small, and saved whole.")

@@ -46,8 +46,9 @@ def trained_model(folder, step):
 
 def test_cells(tmp_path, base, capfd):
     options = ("model_kwargs.task=cells", "dataset.label_column=cell_type", "adamw_kwargs.lr=4e-3",
-               "validation.max_rows=40", "validation.every_n_steps=80", "use_sequence_packing=true")  # fmt: skip
-    finetuned(tmp_path, base, *options, trainer="train_fsdp2", steps=80)
+               "validation.max_rows=40", "validation.every_n_steps=160", "use_sequence_packing=true",
+               "lr_scheduler_kwargs.num_training_steps=160")  # fmt: skip
+    finetuned(tmp_path, base, *options, trainer="train_fsdp2", steps=160)
     assert metrics(tmp_path, "validation", "accuracy")[-1] > 0.7
     kinds = pq.read_table(RECIPE / "data" / "train.parquet")["cell_type"].unique().to_pylist()
     opened, info = AutoModelForSequenceClassification.from_pretrained(
@@ -56,7 +57,7 @@ def test_cells(tmp_path, base, capfd):
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     assert [*opened.config.id2label.values()] == sorted(kinds)
     tokens = torch.tensor([CELL])
-    ours = trained_model(tmp_path, 80)(tokens).logits[:, 0]
+    ours = trained_model(tmp_path, 160)(tokens).logits[:, 0]
     torch.testing.assert_close(opened.eval()(tokens).logits, ours, rtol=0, atol=1e-5)
     capfd.readouterr()
     evaluate([str(tmp_path / "final_model"), f"--out={tmp_path / 'out'}", "--config-name=L0_sanity",

@@ -125,4 +125,4 @@ def test_averaged_weights_and_the_best_of_them_on_two_ranks(trainer, averaged, t
 def test_float64_is_more_than_megatron_has(tmp_path, capfd):
     with pytest.raises(SystemExit):
         run_here("train_mfsdp", tmp_path, "precision=fp64", "dataset.load_dataset_kwargs.data_files=not_read.xyz")
-    assert "precision=fp64: Megatron-FSDP has FP32 at most" in capfd.readouterr().err
+    assert "precision=fp64: train_mfsdp.py has FP32 at most" in capfd.readouterr().err
