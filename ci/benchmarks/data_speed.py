@@ -232,12 +232,12 @@ def measure_start(sources: dict[str, dict], folder: Path, settings: dict, bar: t
     """Seconds to the first step, with nothing in the cache of `datasets` (cold) and with the file in it (warm)."""
     found = [{"file": kind, "num_rows": settings["file_rows"], COLD: [], WARM: []} for kind in sources]
     for repeat in range(settings["repeats"]):
-        for line, (kind, source) in zip(found, sources.items(), strict=True):
+        for line, (kind, one) in zip(found, sources.items(), strict=True):
             cache = folder / f"cache_{kind}_{repeat}"
             for state in settings["states"]:
                 bar.set_postfix_str(f"start-up from {kind}, {state[:4]}")
                 line[state].append(
-                    start(source, cache, f"model_tag={settings['model_tag']}", "num_train_steps=1",
+                    start(one, cache, f"model_tag={settings['model_tag']}", "num_train_steps=1",
                           "micro_batches_per_step=1", "logger.log_dir=null")
                 )  # fmt: skip
                 bar.update()

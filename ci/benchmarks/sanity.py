@@ -135,8 +135,8 @@ def errors(result: dict) -> str:
     """What a potential's first command gives."""
     first, machine, found = result["commands"][0], result["machine"], result["errors"]
     return (
-        f"It takes {first['seconds'] / 60:.1f} minutes on {machine['cores']} cores ({machine['cpu']}), and ends at mean "
-        f"absolute errors of {found['forces_mae']:.3f} eV/A,\n{found['energy_per_atom_mae']:.3f} eV/atom and "
+        f"It takes {first['seconds'] / 60:.1f} minutes on {machine['cores']} cores ({machine['cpu']}), and ends at "
+        f"mean absolute errors of {found['forces_mae']:.3f} eV/A,\n{found['energy_per_atom_mae']:.3f} eV/atom and "
         f"{found['stress_mae']:.4f} eV/A^3"
     )
 

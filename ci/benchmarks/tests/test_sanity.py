@@ -60,7 +60,9 @@ def test_sentences_of_a_potential():
     commands = [{"seconds": 90.0, "cpu_seconds": 80.0}, {"seconds": 10.0, "cpu_seconds": 8.0}]
     found = {"forces_mae": 0.0576, "energy_per_atom_mae": 0.0107, "stress_mae": 0.0029}
     numbers = {"recipe": "small", "machine": {"cores": 2, "cpu": "C"}, "errors": found, "commands": commands}
-    marks = "".join(f"<!-- {name}: {end} -->\n" for name in ("sanity_errors", "sanity_whole") for end in ("begin", "end"))
+    marks = "".join(
+        f"<!-- {name}: {end} -->\n" for name in ("sanity_errors", "sanity_whole") for end in ("begin", "end")
+    )
     said = " ".join(sanity.updated(marks, numbers).split())
     assert "1.5 minutes on 2 cores (C), and ends at mean absolute errors of 0.058 eV/A, 0.011 eV/atom" in said
     assert "Together they take 100 s, and 88 s of processor time" in said
