@@ -217,13 +217,15 @@ def main(arguments: list[str]) -> int:
             alone = ["-n", "2", "--dist", "loadfile"]
             parts = [tests(folders[0], folders[0], copied(folders[0], scratch), [*alone, *options])]
         else:
-            of_folders = [part for folder in folders for part in parts_of(folder, copied(folder, scratch), options)]
-            beside += sorted(of_folders, key=num_bytes, reverse=True)  # so that the last ones are short
+            some = [part for folder in folders for part in parts_of(folder, copied(folder, scratch), options)]
+            if whole:
+                # These belong to the repository, and need all of it around them.
+                repository.copy(ROOT, scratch / "repository")
+                some += [
+                    tests(part, OWN, scratch / "repository" / part, options) for part in ("ci/benchmarks", "ci/tests")
+                ]
+            beside += sorted(some, key=num_bytes, reverse=True)  # so that the last ones are short
         if whole:
-            # These belong to the repository, and need all of it around them.
-            repository.copy(ROOT, scratch / "repository")
-            for part in ("ci/benchmarks", "ci/tests"):
-                beside.append(tests(part, OWN, scratch / "repository" / part, options))
             beside.append(tables())
         if whole and not options:
             parts.append(Part("Slurm", (), ROOT, [["bash", "slurm/test.sh"]]))
