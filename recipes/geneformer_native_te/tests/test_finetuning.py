@@ -20,16 +20,6 @@ from modeling_geneformer import GeneformerConfig, GeneformerForLength, model_for
 
 
 CELL = [2, 17, 300, 41, 399, 8, 130, 77, 3]
-GENES = {name: [f"ENSG{99 * 10**9 + i}" for i in numbers]
-         for name, numbers in (("early", range(1, 150)), ("late", range(200, 350)))}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    options = ("num_train_steps=1", "checkpoint.save_final_model=true", "validation.load_dataset_kwargs=null")
-    run_here("train_ddp", folder, *options, f"checkpoint.ckpt_dir={folder}")
-    return folder / "final_model"
 
 
 def finetuned(folder, base, *options, trainer="train_ddp", steps=2):
@@ -67,10 +57,9 @@ def test_cells(tmp_path, base, capfd):
     assert np.sum(found["confusion"]) == 40 and (tmp_path / "out" / "confusion.png").exists()
 
 
-def test_genes_and_frozen_layers(tmp_path, base):
-    (tmp_path / "genes.json").write_text(json.dumps(GENES))
+def test_genes_and_frozen_layers(tmp_path, base, gene_classes):
     frozen = "adamw_kwargs.groups=[{names: [geneformer.embeddings.*, geneformer.layer.0.*], frozen: true}]"
-    options = ("model_kwargs.task=genes", f"dataset.gene_classes={tmp_path / 'genes.json'}", frozen)
+    options = ("model_kwargs.task=genes", f"dataset.gene_classes={gene_classes}", frozen)
     finetuned(tmp_path, base, *options)
     assert metrics(tmp_path, "validation", "num_labels")[-1] > 100
     opened, info = AutoModelForTokenClassification.from_pretrained(tmp_path / "final_model", output_loading_info=True)
@@ -81,7 +70,7 @@ def test_genes_and_frozen_layers(tmp_path, base):
     first, last = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "final_model"))
     moved = {name for name in last if name in first and not torch.equal(first[name], last[name])}
     assert moved and all("encoder.layer.1." in name for name in moved)
-    again = finetuned(tmp_path / "again", tmp_path / "final_model", f"dataset.gene_classes={tmp_path / 'genes.json'}")
+    again = finetuned(tmp_path / "again", tmp_path / "final_model", f"dataset.gene_classes={gene_classes}")
     assert (again / "final_model" / "config.json").read_text().count("early") == 2
 
 

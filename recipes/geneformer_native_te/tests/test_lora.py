@@ -27,16 +27,6 @@ CELL = torch.tensor([[2, 17, 300, 41, 399, 8, 130, 77, 3]])
 LORA = ("lora.r=3", "lora.target_modules=[query,value,dense]", "lora.lora_dropout=0.1", "adamw_kwargs.lr=1e-2")
 KINDS = ("B cell", "T cell", "cardiomyocyte", "endothelial cell", "fibroblast", "monocyte")
 CELLS = ("model_kwargs.task=cells", "dataset.label_column=cell_type")
-GENES = {name: [f"ENSG{99 * 10**9 + i}" for i in numbers]
-         for name, numbers in (("early", range(1, 150)), ("late", range(200, 350)))}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    options = ("num_train_steps=1", "checkpoint.save_final_model=true", "validation.load_dataset_kwargs=null")
-    run_here("train_ddp", folder, *options, f"checkpoint.ckpt_dir={folder}")
-    return folder / "final_model"
 
 
 def saved_to(folder, base, *options):
@@ -156,11 +146,10 @@ def test_the_final_model_and_its_adapter_are_the_model_that_trained(base, refere
         ("masked_lm", "MaskedLM", None),
     ],
 )
-def test_other_tasks(task, kind, head, base, tmp_path):
-    (tmp_path / "genes.json").write_text(json.dumps(GENES))
+def test_other_tasks(task, kind, head, base, gene_classes, tmp_path):
     options = [
         f"model_kwargs.task={task}",
-        f"dataset.gene_classes={tmp_path / 'genes.json' if head == 'classifier' else 'null'}",
+        f"dataset.gene_classes={gene_classes if head == 'classifier' else 'null'}",
     ]
     more = ("num_train_steps=2", "dataset.label_column=null", "checkpoint.save_final_model=true")
     run_here("train_fsdp2", tmp_path, *saved_to(tmp_path, base, *options, *more))
