@@ -3,8 +3,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import NamedTuple
@@ -91,8 +90,8 @@ def open_source(distributed: Distributed, options: argparse.Namespace, data: Seq
 
     Raises ValueError for a user's mistake.
     """
-    kind, wanted = one_kind(data), [column for column in columns.values() if column]
-    with distributed.main_first(), named_by(columns):
+    kind, asked_by = one_kind(data), {column: option for option, column in columns.items() if column}
+    with distributed.main_first(), in_words_of_a_command():
         if kind in PATHS:
             tokens = None if encoder.name in PUBLISHED else read_tokens("--vocabulary", encoder.name)
             if tokens is None:
@@ -101,13 +100,13 @@ def open_source(distributed: Distributed, options: argparse.Namespace, data: Seq
                     "names of genes; give its file, gene to token."
                 )
             keys = {"medians": options.medians, "gene_mapping": options.gene_mapping, "layer": options.layer,
-                    "gene_column": options.gene_column, "bad_cells": "leave_out", "obs_columns": wanted}  # fmt: skip
+                    "gene_column": options.gene_column, "bad_cells": "leave_out", "asked_by": asked_by}  # fmt: skip
             asked = options_of("", tokens, encoder.longest, **keys)
             processes = max(1, (os.cpu_count() or 1) // distributed.num_local_ranks)
             rows, notes = open_cells("", {"path": kind, "data_files": [*data]}, asked, processes,
                                      not distributed.is_main)  # fmt: skip
         else:
-            rows, notes = open_table(data, options.input_ids_column, wanted), []
+            rows, notes = open_table(data, options.input_ids_column, asked_by), []
     for note in notes:
         distributed.say(note)
     source = TokenRows("", rows, options.input_ids_column if kind is None else "input_ids", encoder.vocabulary,
@@ -116,8 +115,11 @@ def open_source(distributed: Distributed, options: argparse.Namespace, data: Seq
     return rows, source
 
 
-def open_table(data: Sequence[str], column: str, wanted: list[str]) -> datasets.Dataset:
-    """Rows of tokens that exist already. Raises ValueError for a file that is none, and a column that is not there."""
+def open_table(data: Sequence[str], column: str, asked_by: Mapping[str, str]) -> datasets.Dataset:
+    """Rows of tokens that exist already, with columns that options ask for.
+
+    Raises ValueError for a file that is none, and a column that is not there.
+    """
     folder = Path(data[0]).expanduser()
     if folder.is_dir() and saved_to_disk(folder):
         if len(data) > 1:
@@ -133,11 +135,11 @@ def open_table(data: Sequence[str], column: str, wanted: list[str]) -> datasets.
                 f"{', '.join(FORMATS)}, or a folder of save_to_disk."
             )
         kwargs = {"path": next(iter(formats)), "data_files": files}
-    labels = tuple(dict.fromkeys([*PLACES, *LABELS, *wanted]))
+    labels = tuple(dict.fromkeys([*PLACES, *LABELS, *asked_by]))
     rows = open_rows("", kwargs | {"split": "train"}, {"input_ids_column": column}, labels)
-    if missing := [name for name in wanted if name not in rows.column_names]:
+    if missing := [name for name in asked_by if name not in rows.column_names]:
         raise ValueError(
-            f"--obs-columns: {data[0]} has no column {missing[0]}; it has {', '.join(rows.column_names)}."
+            f"{asked_by[missing[0]]}: {data[0]} has no column {missing[0]}; it has {', '.join(rows.column_names)}."
         )
     return rows
 
@@ -151,17 +153,6 @@ def tables(name: str) -> list[str]:
         return [name]
     found = [sorted(map(str, folder.rglob(f"*{ending}"))) for ending in FORMATS]
     return next((files for files in found if files), [name])
-
-
-@contextmanager
-def named_by(columns: dict[str, str | None]):
-    """ValueErrors of the block name options as this command has them: `columns` by the option."""
-    option = next((option for option, column in columns.items() if column), "")
-    try:
-        with in_words_of_a_command():
-            yield
-    except ValueError as error:
-        raise ValueError(str(error).replace("--obs-columns", option)) from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

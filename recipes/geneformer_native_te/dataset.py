@@ -118,16 +118,11 @@ def open_tokens(section: str, load_dataset_kwargs: dict, vocabulary: str, input_
         return open_rows(section, load_dataset_kwargs, columns, tuple(dict.fromkeys([*LABELS, *labels]))), []
     tokens = None if vocabulary in PUBLISHED else read_tokens("model_kwargs.vocabulary", vocabulary)
     counts = dict(counts or {})
-    counts["obs_columns"] = [*dict.fromkeys([*(counts.get("obs_columns") or []), *labels])]
-    options = options_of(f"{section}.counts", tokens, max_seq_length, **counts)
+    counts["obs_columns"] = counts.get("obs_columns") or []
+    asked_by = dict.fromkeys(labels, f"{section}.label_column")
+    options = options_of(f"{section}.counts", tokens, max_seq_length, asked_by=asked_by, **counts)
     processes = max(1, (os.cpu_count() or 1) // distributed.num_local_ranks)
-    try:
-        return open_cells(section, load_dataset_kwargs, options, processes, not distributed.is_main)
-    except ValueError as error:
-        text = str(error)
-        if label_column and f"has no column {label_column} in obs" in text:
-            text = text.replace("counts.obs_columns", "label_column", 1)
-        raise ValueError(text) from error
+    return open_cells(section, load_dataset_kwargs, options, processes, not distributed.is_main)
 
 
 def check_kind(section: str, load_dataset_kwargs: dict) -> None:

@@ -9,13 +9,14 @@ import json
 import re
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from glob import glob
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, TypedDict
 
 import datasets
@@ -63,6 +64,7 @@ class Options:
     bad_cells: Policy = "refuse"
     obs_columns: tuple[str, ...] = ()
     longest: int | None = None  # tokens that are kept of a cell
+    asked_by: tuple[tuple[str, str], ...] = ()  # columns of obs, and the key of each that is not one of `obs_columns`
 
     @property
     def key(self) -> tuple:
@@ -90,11 +92,16 @@ class Part:
 
 def options_of(section: str, tokens: dict[str, int] | None, max_seq_length: int, *, medians: str | None = None,
                gene_mapping: str | None = None, gene_column: str | None = None, layer: str | None = None,
-               bad_cells: Policy = "refuse", obs_columns: Sequence[str] = ()) -> Options:  # fmt: skip
-    """What keys ask for; of a cell as many tokens are kept as any published rule keeps, for other lengths to come."""
+               bad_cells: Policy = "refuse", obs_columns: Sequence[str] = (),
+               asked_by: Mapping[str, str] = MappingProxyType({})) -> Options:  # fmt: skip
+    """What keys ask for; of a cell as many tokens are kept as any published rule keeps, for other lengths to come.
+
+    `asked_by` are columns of obs that another key or option asks for, with its name.
+    """
     dictionary = read_all(section, tokens, medians, gene_mapping)
     longest = max(LONGEST, max_seq_length)
-    return Options(section, dictionary, gene_column, layer, bad_cells, tuple(obs_columns), longest)
+    columns = tuple(dict.fromkeys([*obs_columns, *asked_by]))
+    return Options(section, dictionary, gene_column, layer, bad_cells, columns, longest, tuple(asked_by.items()))
 
 
 def h5ad_files(path: Path) -> list[Path]:
@@ -160,7 +167,8 @@ def parts_of(path: str, kind: str, options: Options, folder: Path, quiet: bool =
             parts.append(Part(path, kind, a, min(a + PART, end), number, layer, by_rows))
         first = end
     if missing := [column for column in options.obs_columns if one.obs(column, 0, 1) is None]:
-        raise ValueError(f"{setting(options.section, 'obs_columns')}: {path} has no column {missing[0]} in obs.")
+        key = dict(options.asked_by).get(missing[0], setting(options.section, "obs_columns"))
+        raise ValueError(f"{key}: {path} has no column {missing[0]} in obs.")
     return parts, f"{said}{', ' if layer else ''}{'; '.join(dict.fromkeys(notes))}"
 
 
