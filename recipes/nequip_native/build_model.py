@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
@@ -53,7 +53,11 @@ class Wanted:
         }  # fmt: skip
         if self.begun is not None:
             measured = continued(self.begun, elements, statistics)
-        values = {name: by_element(name, self.given[name], elements, measured[name]) for name in MEASURED}
+        given = dict(self.given)
+        for name in MEASURED[1:] if self.begun else ():  # of elements that are not named the pretrained numbers stay
+            if isinstance(given[name], Mapping):
+                given[name] = dict(zip(elements, measured[name], strict=True)) | given[name]
+        values = {name: by_element(name, given[name], elements, measured[name]) for name in MEASURED}
         pairs = self.cutoffs.matrix(elements).tolist() if self.cutoffs.pairs else None
         return KINDS[self.kind][0](
             elements=elements, cutoff=self.cutoffs.largest, pair_cutoffs=pairs, **values, **self.options
@@ -100,7 +104,15 @@ def model_config(
     radial: Literal["bessel", "spline"] | None = None,
     num_bessels: PositiveInt | None = None,
     train_bessels: bool | None = None,
-    cutoff_power: PositiveInt | None = None,
+    cutoff_power: Annotated[float, Ge(2)] | None = None,
+    readout_depth: NonNegativeInt | None = None,
+    readout_width: PositiveInt | None = None,
+    embedding_depth: NonNegativeInt | None = None,
+    embedding_width: PositiveInt | None = None,
+    radial_features: PositiveInt | None = None,
+    num_splines: PositiveInt | None = None,
+    spline_span: PositiveInt | None = None,
+    coupled_paths: bool | None = None,
 ) -> Wanted:
     """The section `model_kwargs`: a published size, or a model's, with what is overridden; null is what that has.
 
@@ -112,7 +124,9 @@ def model_config(
         "num_element_features": num_element_features, "radial_depth": radial_depth, "radial_width": radial_width,
         "l_max": l_max, "num_scalars": num_scalars, "num_tensors": num_tensors, "mlp_depth": mlp_depth,
         "mlp_width": mlp_width, "radial": radial, "num_bessels": num_bessels, "train_bessels": train_bessels,
-        "cutoff_power": cutoff_power,
+        "cutoff_power": cutoff_power, "readout_depth": readout_depth, "readout_width": readout_width,
+        "embedding_depth": embedding_depth, "embedding_width": embedding_width, "radial_features": radial_features,
+        "num_splines": num_splines, "spline_span": spline_span, "coupled_paths": coupled_paths,
     }  # fmt: skip
     if model_tag not in SIZES and not Path(model_tag).exists():
         raise ValueError(f"model_tag={model_tag} must be one of {', '.join(SIZES)}, or the folder of a model.")
@@ -144,6 +158,10 @@ def model_config(
     overrides = {name: list(value) if name == "num_features" else value for name, value in overrides.items()}
     options = (SIZES[model_tag] if like is None else form(like)) | overrides
     options.pop("cutoff", None)
+    embedded = options.get("radial_features") or options.get("num_scalars", 0)
+    if options.get("radial", "bessel") == "bessel" and embedded % 2:
+        name = "radial_features" if options.get("radial_features") else "num_scalars"
+        raise ValueError(f"model_kwargs.{name}={embedded} must be even (half are of the centre), or radial be spline.")
     options |= {"train_scales": train_scales, "train_shifts": train_shifts, "zbl": zbl, "dtype": DTYPES[precision]}
     given = {"num_neighbors": num_neighbors, "energy_scales": energy_scales, "energy_shifts": energy_shifts}
     return Wanted(kind, options, cutoffs, list(elements) if elements else None, given, begun)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of the package `nequip-allegro` (0.8) to ours and back.
 
-    python convert_allegro.py --to-native best.ckpt my_folder        # of nequip-train
+    python convert_allegro.py --to-native best.ckpt my_folder        # of nequip-train, or a *.nequip.zip
     python convert_allegro.py --to-allegro my_folder my_file.pt
 
 `my_folder` has config.json, model.safetensors and calculator.py, as a final model; `my_file.pt` their section `model`
@@ -21,6 +21,7 @@ from atoms.packages import (
     common_weights,
     fit_or_refuse,
     mlp_names,
+    only_silu,
     stripped,
     zeros_added,
 )
@@ -40,7 +41,7 @@ RADIAL = {
     "num_bessels": "num_bessels", "bessel_trainable": "train_bessels", "polynomial_cutoff_p": "cutoff_power",
     "num_splines": "num_splines", "spline_span": "spline_span",
 }  # fmt: skip
-NONLINEARITIES = ("scalar_embed_mlp_nonlinearity", "allegro_mlp_nonlinearity", "readout_mlp_nonlinearity")
+DEPTHS = {"scalar_embed": 1, "allegro": 1, "readout": 1}  # of their networks, unless they are given
 
 
 def names(config: AllegroConfig) -> dict[str, str]:
@@ -82,10 +83,7 @@ def rearranged(name: str, value: Tensor, config: AllegroConfig, back: bool = Fal
 
 def config_from_allegro(arguments: Mapping, state: Mapping[str, Tensor]) -> AllegroConfig:
     """Our configuration for their model. Raises ValueError for one that is not as ours can be."""
-    arguments = dict(arguments)
-    for key in NONLINEARITIES:
-        if arguments.pop(key, "silu") != "silu":
-            raise ValueError(f"{key} must be silu.")
+    arguments = only_silu(arguments, DEPTHS)
     embed = dict(arguments.pop("radial_chemical_embed"))
     radial = "spline" if embed.pop("_target_").endswith("TwoBodySplineScalarEmbed") else "bessel"
     found = common_config(arguments, stripped(state), ARGUMENTS)

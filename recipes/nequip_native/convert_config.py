@@ -11,7 +11,6 @@ from common import quiet  # noqa: F401  # isort: skip
 import argparse
 import math
 from collections.abc import Mapping
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,12 @@ import convert_allegro
 import convert_nequip
 from atoms.elements import SYMBOLS
 from atoms.final_model import refuse_existing
-from build_model import model_config
 from common.command import command, one_line, writing
 from modeling_allegro import AllegroConfig
-from modeling_nequip import SIZES, NequIPConfig
+from modeling_nequip import SIZES
 
 
 MEASURED = "measured: "  # what stands for ${training_data_stats:...}
-MODEL_KEYS = signature(model_config).parameters
 LOSSES = {"MeanSquaredError": "mse", "MeanAbsoluteError": "mae", "HuberLoss": "huber"}
 FIELDS = {"total_energy": "energy", "forces": "forces", "stress": "stress", "virial": "virial"}
 NEEDLESS = ("ChemicalSpeciesToAtomTypeMapper", "NeighborListTransform", "LearningRateMonitor")
@@ -122,17 +119,23 @@ class Conversion:
 
     def model(self) -> None:
         """`training_module.model`, to `model_tag` and `model_kwargs`."""
-        at = "training_module.model"
-        kind, source = self.target(at), self.take(f"{at}.checkpoint_path") or self.take(f"{at}.package_path")
-        if source:
-            if kind == "ModelFromPackage":
-                self.notes[at] = f"packages hold code: write the weights of {source} to a file (README), for init_from"
+        at, modifiers = "training_module.model", []
+        if (kind := self.target(at)) == "modify":
+            modifiers, at = self.take(f"{at}.modifiers", []), f"{at}.model"
+            kind = self.target(at)
+        for one in modifiers:
+            if one["modifier"] != "modify_PerTypeScaleShift":
+                self.notes[f"{at}: {one['modifier']}"] = "kernels are chosen by layer_backend"
+            for name in ("scales", "shifts"):
+                self.set(f"model_kwargs.energy_{name}", one.get(name))
+                self.set(f"model_kwargs.train_{name}", one.get(f"{name}_trainable"))
+        if source := self.take(f"{at}.checkpoint_path") or self.take(f"{at}.package_path"):
             self.ours |= {"init_from": source, "model_tag": source, "model_kwargs.cutoff": None}
             return
         allegro = "llegro" in kind
-        shape, names = (NequIPConfig, convert_nequip.ARGUMENTS)
+        names = convert_nequip.ARGUMENTS
         if allegro:
-            shape, radial = AllegroConfig, convert_allegro.RADIAL.items()
+            radial = convert_allegro.RADIAL.items()
             names = convert_allegro.ARGUMENTS | {f"radial_chemical_embed.{theirs}": ours for theirs, ours in radial}
         preset = str(self.take(f"{at}.preset", "")).upper()
         self.ours["model_tag"] = f"{'allegro' if allegro else 'nequip'}_{preset or 'S'}"
@@ -148,19 +151,15 @@ class Conversion:
                 "parity": not preset,
                 "num_element_features": width,
             }
-            self.ours |= {f"model_kwargs.{name}": value for name, value in given.items()}
-        elif embed := self.target(f"{at}.radial_chemical_embed"):
-            self.ours["model_kwargs.radial"] = "spline" if "Spline" in embed else "bessel"
+        else:
+            spline = "Spline" in self.target(f"{at}.radial_chemical_embed")
+            given = {"radial": "spline" if spline else "bessel", "num_tensors": AllegroConfig.num_tensors}
+        self.ours |= {f"model_kwargs.{name}": value for name, value in given.items()}
         for theirs, ours in names.items():
-            if (value := self.take(f"{at}.{theirs}")) is None:
-                continue
-            if ours in MODEL_KEYS:
-                self.ours[f"model_kwargs.{ours}"] = value
-            elif value != (default := getattr(shape, ours, None)):
-                self.notes[f"{at}.{theirs}"] = f"{value} cannot be chosen; it is {default} here"
-        for name in convert_allegro.NONLINEARITIES:
-            if self.take(f"{at}.{name}", "silu") != "silu":
-                self.notes[f"{at}.{name}"] = "it is silu here"
+            self.set(f"model_kwargs.{ours}", self.take(f"{at}.{theirs}"))
+        for name in convert_allegro.DEPTHS:
+            if self.take(key := f"{at}.{name}_mlp_nonlinearity", "silu") != "silu":
+                self.notes[key] = "it is silu here"
         self.set("use_torch_compile", self.take(f"{at}.compile_mode") == "compile")
         self.elements(at)
         for theirs, ours in (("per_type_energy_scales", "scales"), ("per_type_energy_shifts", "shifts")):
@@ -170,6 +169,8 @@ class Conversion:
         if (pair := self.take(f"{at}.pair_potential")) is not None:
             if str(pair.get("_target_", "")).endswith("ZBL"):
                 self.ours["model_kwargs.zbl"] = pair.get("units")
+                if float(power := pair.get("polynomial_cutoff_p", 6)) != 6:
+                    self.notes[f"{at}.pair_potential.polynomial_cutoff_p"] = f"{power} cannot be chosen; it is 6 here"
             else:
                 self.notes[f"{at}.pair_potential"] = f"{pair.get('_target_')} is not ZBL, the only one here"
         single = "tf32" if self.take("global_options.allow_tf32") else "fp32"
@@ -201,6 +202,8 @@ class Conversion:
             self.notes[theirs] = "the mean energy an atom there; here energies of elements by least squares"
         elif value.endswith("per_type_forces_rms"):
             self.notes[theirs] = "RMS forces by type there; here the RMS force of all"
+        elif value.endswith("per_type_num_neighbors_mean"):
+            self.notes[theirs] = "means by type there; here the mean of all"
         elif not value.startswith(MEASURED):
             self.notes[theirs] = f"{value} is no number"
 

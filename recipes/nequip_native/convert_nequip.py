@@ -4,7 +4,7 @@
 Theirs are flat, one block after the other for each irrep; ours have a name for each. What they keep although it can
 reach no energy is left out here and comes back as zeros.
 
-    python convert_nequip.py --to-native best.ckpt my_folder        # of nequip-train
+    python convert_nequip.py --to-native best.ckpt my_folder        # of nequip-train, or a *.nequip.zip
     python convert_nequip.py --to-nequip my_folder my_file.pt
 
 `my_folder` has config.json, model.safetensors and calculator.py, as a final model; `my_file.pt` their section `model`
@@ -26,6 +26,7 @@ from atoms.packages import (
     common_weights,
     fit_or_refuse,
     mlp_names,
+    only_silu,
     stripped,
     zeros_added,
 )
@@ -100,7 +101,7 @@ def plain_names(config: NequIPConfig) -> dict[str, str]:
 
 def config_from_nequip(arguments: Mapping, state: Mapping[str, Tensor]) -> NequIPConfig:
     """Our configuration for their model. Raises ValueError for one that is not as ours can be."""
-    arguments = dict(arguments)
+    arguments = only_silu(arguments, {"readout": 0})
     preset = SIZES.get(f"nequip_{str(arguments.get('preset')).upper()}", {})
     if preset:
         arguments = {"parity": False, "type_embed_num_features": 32, **arguments}
@@ -109,9 +110,6 @@ def config_from_nequip(arguments: Mapping, state: Mapping[str, Tensor]) -> NequI
     features = [features] * (l_max + 1) if isinstance(features, int) else list(features)
     if len(features) != l_max + 1:
         raise ValueError(f"num_features={features} must be {l_max + 1} numbers, for l = 0 .. l_max={l_max}.")
-    if arguments.get("readout_mlp_nonlinearity", "silu") != "silu":
-        raise ValueError(f"readout_mlp_nonlinearity={arguments['readout_mlp_nonlinearity']} must be silu.")
-    arguments.pop("readout_mlp_nonlinearity", None)
     found = common_config(arguments, stripped(state), ARGUMENTS)
     defaults = {"num_layers": 4, "parity": True, "num_element_features": features[0]}
     if preset:

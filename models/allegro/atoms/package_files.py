@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint files of the packages `nequip` and `nequip-allegro`, read without running what may be hidden in them."""
+"""Checkpoints and packages of `nequip` and `nequip-allegro`, read without running what may be hidden in them."""
 
 import argparse
 import json
@@ -11,37 +11,70 @@ import torch
 from torch import Tensor
 
 from atoms.calculator_file import write_potential
+from atoms.package_zip import package_folder, read_package
 from atoms.potential import read_config
 from common.command import command, new_folder, writing
 from common.weights import open_weights
 
 
 TABLES = re.compile(r"output_mask|w3j|_empty|atomic_numbers|_qqr2exesquare|spline\.(lower|upper)|_extra_state")
+# Changes of a finished model that the weights of it say, or that only choose how it is computed.
+HARMLESS = re.compile(r"(en|dis)able_(Triton|CuEquivariance|OpenEquivariance|ForceStressOutput)")
 
 
 def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """The section `model` of their YAML, resolved, and the weights, averaged (`EMALightningModule`) if it has such.
 
-    Takes a checkpoint of `nequip-train`, or what `torch.save({"model": section, "state_dict": weights}, path)` wrote.
-    Raises ValueError for anything else.
+    Takes a checkpoint of `nequip-train`, a package (`*.nequip.zip`), or what `torch.save({"model": section,
+    "state_dict": weights}, path)` wrote. Raises ValueError for anything else.
     """
+    if folder := package_folder(path):
+        section, weights = read_package(path, folder)
+        return first_section(section, path), weights
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # bytes that are no pickle raise whatever they happen to mean
         what = (str(error) or type(error).__name__).splitlines()[0][:100]
+        compiled = path.suffix in (".pt2", ".pth")
+        reason = "a compiled model keeps no weights that can be read" if compiled else what
         raise ValueError(
-            f"{path} is no checkpoint of tensors and plain values ({what}); of a packaged "
-            'model write torch.save({"model": its section of the YAML, "state_dict": model.state_dict()}, path).'
+            f"{path} is no checkpoint of tensors and plain values ({reason}); give the .ckpt of nequip-train, a "
+            '.nequip.zip, or what torch.save({"model": its section of the YAML, "state_dict": ...}, path) wrote.'
         ) from error
     found = found if isinstance(found, Mapping) else {}
     arguments = found.get("model", found.get("hyper_parameters", {}).get("model"))
     if not isinstance(arguments, Mapping) or not isinstance(found.get("state_dict"), Mapping):
         raise ValueError(f"{path} has no section model (or hyper_parameters.model) and state_dict of nequip.")
-    if "type_names" not in arguments:
-        raise ValueError(f"{path}: its section model names no type_names; give the checkpoint of the first training.")
-    return dict(arguments), averaged(found["state_dict"], arguments)
+    arguments = first_section(arguments, path)
+    return arguments, averaged(found["state_dict"], arguments)
+
+
+def first_section(section: Mapping, path: Path) -> dict:
+    """The section that says the architecture: what modifies or loads a model goes back to that model's.
+
+    Raises ValueError for a change that we have nothing for, and where the model that was loaded is not there.
+    """
+    if "type_names" in section:
+        return dict(section)
+    if "modifiers" in section:
+        found = first_section(section["model"], path)
+        for modifier in section["modifiers"]:
+            if modifier["modifier"] == "modify_PerTypeScaleShift":
+                for name in ("scales", "shifts"):
+                    found[f"per_type_energy_{name}_trainable"] = modifier.get(f"{name}_trainable", False)
+            elif not HARMLESS.match(modifier["modifier"]):
+                raise ValueError(f"{path}: it was changed by {modifier['modifier']}, which we have nothing for.")
+        return found
+    source = section.get("checkpoint_path") or section.get("package_path")
+    if source is None:
+        raise ValueError(f"{path}: its section model names no type_names, so it is no model of nequip or allegro.")
+    if not Path(source).exists():
+        raise ValueError(
+            f"{path} began from {source}, which says the architecture and is not there; put that file there."
+        )
+    return read_checkpoint(Path(source))[0]
 
 
 def averaged(state: Mapping, arguments: Mapping) -> dict[str, Tensor]:

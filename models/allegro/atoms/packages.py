@@ -35,6 +35,19 @@ def stripped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(starts[0]): value for name, value in state.items() if name.startswith(starts[0])}
 
 
+def only_silu(arguments: Mapping, depths: Mapping[str, int]) -> dict:
+    """Their arguments without networks' nonlinearities, which are SiLU here; `depths` are what is not given.
+
+    Raises ValueError for another one of a network that has hidden layers.
+    """
+    left = dict(arguments)
+    for name, depth in depths.items():
+        found = left.pop(f"{name}_mlp_nonlinearity", "silu")
+        if found != "silu" and left.get(f"{name}_mlp_hidden_layers_depth", depth):
+            raise ValueError(f"{name}_mlp_nonlinearity={found} must be silu.")
+    return left
+
+
 def common_config(arguments: Mapping, state: Mapping[str, Tensor], known: Mapping[str, str]) -> dict:
     """What `PotentialConfig` takes, and by `known` (theirs to ours) a subclass, of what they were given.
 
@@ -60,6 +73,8 @@ def common_config(arguments: Mapping, state: Mapping[str, Tensor], known: Mappin
     if pair is not None:
         if not str(pair.get("_target_", "")).endswith("ZBL"):
             raise ValueError(f"pair_potential={pair} is not ZBL, the only one that we have.")
+        if float(power := pair.get("polynomial_cutoff_p", 6)) != 6:
+            raise ValueError(f"pair_potential.polynomial_cutoff_p={power} must be 6, which ZBL always has here.")
         found["zbl"] = pair["units"]
         if list(pair["chemical_species"]) != elements:
             raise ValueError(f"type_names={elements} must be the elements themselves, {pair['chemical_species']}.")

@@ -43,6 +43,10 @@ def test_what_does_not_fit_is_refused():
         ({"avg_num_neighbors": "${training_data_stats:num_neighbors_mean}"}, "is no number yet"),
         ({"readout_mlp_nonlinearity": "gelu"}, "must be silu"),
         ({"pair_potential": {"_target_": "nequip.nn.pair_potential.LennardJones"}}, "is not ZBL"),
+        (
+            {"pair_potential": {"_target_": "nequip.nn.ZBL", "polynomial_cutoff_p": 8.0}},
+            "polynomial_cutoff_p=8.0 must be 6",
+        ),
     ):
         with pytest.raises(ValueError, match=words.replace("$", r"\$").replace("{", r"\{")):
             config_from_allegro(arguments | change, theirs)

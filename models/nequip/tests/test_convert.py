@@ -46,8 +46,12 @@ def test_what_does_not_fit_is_refused():
         ({"convnet_resnet": True}, "convnet_resnet=True, which we have nothing for"),
         ({"avg_num_neighbors": "${training_data_stats:num_neighbors_mean}"}, "is no number yet"),
         ({"num_features": [6, 4]}, "must be 3 numbers"),
-        ({"readout_mlp_nonlinearity": "gelu"}, "must be silu"),
+        ({"readout_mlp_nonlinearity": "gelu", "readout_mlp_hidden_layers_depth": 1}, "must be silu"),
         ({"pair_potential": {"_target_": "nequip.nn.pair_potential.LennardJones"}}, "is not ZBL"),
+        (
+            {"pair_potential": {"_target_": "nequip.nn.ZBL", "polynomial_cutoff_p": 8.0}},
+            "polynomial_cutoff_p=8.0 must be 6",
+        ),
     ):
         with pytest.raises(ValueError, match=words.replace("$", r"\$").replace("{", r"\{")):
             config_from_nequip(arguments | change, theirs)

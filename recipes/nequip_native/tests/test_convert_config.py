@@ -111,6 +111,7 @@ training_module:
     num_tensor_features: 8
     radial_chemical_embed: {_target_: allegro.nn.TwoBodyBesselScalarEmbed, num_bessels: 6}
     allegro_mlp_hidden_layers_width: 48
+    scalar_embed_mlp_hidden_layers_depth: 2
     tp_path_channel_coupling: false
     avg_num_neighbors: 12.5
 """
@@ -149,6 +150,7 @@ def test_nequip(tmp_path):
         4.5,
     )
     assert (model["radial_depth"], model["radial_width"], model["zbl"]) == (2, 32, "metal")
+    assert model["readout_depth"] == 2
     assert model["pair_cutoffs"] == {"Al-Ni": 3.0, "Al-Al": 4.5, "Ni-Al": 4.5, "Ni-Ni": 4.5}
     assert (
         model["energy_shifts"] == {"Al": -1.0, "Ni": -2.0} and model["num_neighbors"] is model["energy_scales"] is None
@@ -175,7 +177,7 @@ def test_nequip(tmp_path):
     named = found.notes
     for key in (
         "run", "data.seed", "trainer.max_time", "training_module.optimizer.amsgrad",
-        "training_module.model.something_new", "training_module.model.readout_mlp_hidden_layers_depth",
+        "training_module.model.something_new",
         "training_module.lr_scheduler.scheduler.threshold", "trainer.callbacks.0",
         "trainer.callbacks.3", "data.split_dataset.train", "reach", "species",
     ):  # fmt: skip
@@ -190,10 +192,30 @@ def test_allegro(tmp_path):
     model, loss = config["model_kwargs"], config["loss_kwargs"]
     assert (model["num_scalars"], model["num_tensors"], model["mlp_width"], model["num_bessels"]) == (32, 8, 48, 6)
     assert (model["l_max"], model["num_neighbors"], config["num_train_steps"]) == (2, 12.5, 500)
+    assert (model["num_layers"], model["coupled_paths"], model["embedding_depth"]) == (2, False, 2)
     assert (loss["forces_loss"], loss["forces_delta"], loss["energy_loss"]) == ("huber", 0.05, "mae")
     assert (loss["forces_weight"], loss["energy_weight"], config["ema_decay"]) == (2.0, 1.0, None)
     assert config["adamw_kwargs"]["weight_decay"] == 0.01 and config["lr_scheduler_kwargs"]["min_lr_fraction"] == 1.0
-    assert {"data._target_", "data.dataset", "training_module.model.tp_path_channel_coupling"} <= {*found.notes}
+    assert {"data._target_", "data.dataset"} <= {*found.notes}
+    found = conversion(ALLEGRO.replace("    num_tensor_features: 8\n", ""), tmp_path)
+    assert found.ours["model_kwargs.num_tensors"] == 16  # as theirs, and not as allegro_S
+
+
+def test_what_begins_from_a_model(tmp_path):
+    theirs = yaml.safe_load(NEQUIP)
+    theirs["training_module"]["model"] = {
+        "_target_": "nequip.model.modify",
+        "modifiers": [
+            {"modifier": "modify_PerTypeScaleShift", "shifts": {"Al": -3.5}, "shifts_trainable": True},
+            {"modifier": "enable_OpenEquivariance"},
+        ],
+        "model": {"_target_": "nequip.model.ModelFromPackage", "package_path": "old.nequip.zip"},
+    }  # fmt: skip
+    found = conversion(yaml.safe_dump(theirs), tmp_path)
+    model = {key.partition(".")[2]: value for key, value in found.ours.items() if key.startswith("model_kwargs.")}
+    assert found.ours["init_from"] == found.ours["model_tag"] == "old.nequip.zip"
+    assert model == {"cutoff": None, "energy_shifts": {"Al": -3.5}, "train_shifts": True}
+    assert "training_module.model.model: enable_OpenEquivariance" in found.notes
 
 
 def test_muon(tmp_path):

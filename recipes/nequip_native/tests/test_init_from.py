@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from ase.io import read
 from omegaconf import OmegaConf
 
@@ -107,6 +108,68 @@ def test_a_file_of_the_package_is_the_same_model(kind, tmp_path):
         open_pretrained(str(tmp_path / "theirs.pt"))
 
 
+def nested(state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A module with these parameters, by their dotted names."""
+    root = torch.nn.Module()
+    for name, value in state.items():
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if part not in dict(module.named_children()):
+                module.add_module(part, torch.nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(last, torch.nn.Parameter(value))
+    return root
+
+
+def package(path: Path, section: dict, model) -> None:
+    """As `nequip-package` writes it."""
+    with torch.package.PackageExporter(path) as exported:
+        exported.extern("**")
+        exported.save_text("model", "config.yaml", yaml.safe_dump({"training_module": {"model": section}}))
+        exported.save_pickle("model", "eager_model.pkl", model)
+
+
+class Harmful:
+    """Writes a file as it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch.package's own
+@pytest.mark.parametrize("kind", ["nequip", "allegro"])
+def test_a_package_is_read_and_nothing_in_it_runs(kind, tmp_path):
+    config, model = potential(tmp_path / "old", ["Ni", "Cu", "Al"], kind, train_shifts=True)
+    section, state = THEIRS[kind][0](config), THEIRS[kind][1](model.state_dict(), config)
+    root = nested({f"sole_model.{name}": value for name, value in state.items()})
+    package(tmp_path / "first.nequip.zip", section, root)
+    found, weights = open_pretrained(str(tmp_path / "first.nequip.zip"))
+    want, same = open_pretrained(str(tmp_path / "old"))
+    assert found == want and weights.keys() == same.keys()
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    # What began from it goes back to it for the architecture.
+    later = {"_target_": "nequip.model.ModelFromPackage", "package_path": str(tmp_path / "first.nequip.zip")}
+    rescaled = {"modifier": "modify_PerTypeScaleShift", "scales": 2.0, "scales_trainable": True}
+    later = {"_target_": "nequip.model.modify", "model": later, "modifiers": [rescaled]}
+    state["model.func.per_type_energy_scale_shift.scales"] += 1
+    root = nested({f"sole_model.{name}": value for name, value in state.items()})
+    root.harmful = Harmful(tmp_path / "ran")
+    package(tmp_path / "second.nequip.zip", later, root)
+    found, weights = open_pretrained(str(tmp_path / "second.nequip.zip"))
+    assert found.energy_scales == pytest.approx([scale + 1 for scale in want.energy_scales], abs=1e-12)
+    assert torch.equal(weights["readout.weights.0"], same["readout.weights.0"]) and not (tmp_path / "ran").exists()
+    (tmp_path / "first.nequip.zip").rename(tmp_path / "gone.zip")
+    with pytest.raises(ValueError, match=r"second.nequip.zip began from .*first.nequip.zip, which says the archit"):
+        open_pretrained(str(tmp_path / "second.nequip.zip"))
+    package(tmp_path / "other.zip", later["model"] | {"package_path": None}, root)
+    with pytest.raises(ValueError, match="names no type_names"):
+        open_pretrained(str(tmp_path / "other.zip"))
+
+
 def test_averaged_weights_of_the_package_are_taken(tmp_path):
     config, model = potential(tmp_path / "old", ["Ni", "Cu", "Al"], train_bessels=True)
     state = {f"model.sole_model.{k}": v for k, v in native_to_nequip(model.state_dict(), config).items()}
@@ -134,6 +197,8 @@ def test_new_elements_by_the_stated_rule(kind, more, tmp_path):
     shape = wanted.on(elements, statistics)
     assert shape.num_neighbors == 17.0 and shape.energy_scales == pytest.approx([0.3, 0.2, 0.1])
     assert shape.energy_shifts == pytest.approx([2.0, 3.0, -1.0])
+    some = model_config(source, "fp64", source, cutoff=None, elements=elements, energy_shifts={"Ni": 7.0})
+    assert some.on(elements, statistics).energy_shifts == pytest.approx([2.0, 3.0, 7.0])
     notes = []
     config = {"init_from": source, "seed": 3, "adamw_kwargs": {"lr": 0.005}}
     config["dataset"] = {"load_dataset_kwargs": {"data_files": str(RECIPE / "data" / "train.extxyz")}}
