@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw loss, throughput, learning rate and gradient norm of one or more runs as a PNG.
+"""Draw loss, errors, throughput, learning rate and gradient norm of one or more runs as a PNG.
 
 Of a single run with quant_stats_config also what rounding to FP8 or FP4 does to each layer: quantization.png.
 
@@ -19,11 +19,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from common.command import command
+from common.files import short
 
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "D", "^", "v", "P")
+WIDTH = 6  # columns of the figure: rows of one, two and three panels
 INK, FAINT = "#1F2937", "#6B7280"
 STYLE = {
     "font.size": 10,
@@ -86,7 +88,8 @@ def read_facts(path: Path) -> list[str]:
     run = read_run(path)
     facts = [run.get("model_tag")]
     if run.get("num_parameters"):
-        facts.append(f"{EngFormatter(places=1, sep='')(run['num_parameters']).replace('G', 'B')} parameters")
+        places = 0 if run["num_parameters"] < 1000 else 1
+        facts.append(f"{EngFormatter(places=places, sep='')(run['num_parameters']).replace('G', 'B')} parameters")
     facts.append(run.get("strategy"))
     if run.get("num_ranks"):
         facts.append(f"{run['num_ranks']} rank{'s' if run['num_ranks'] > 1 else ''}")
@@ -123,12 +126,24 @@ def smoothed(values: list[float], window: int) -> list[float]:
 
 def last_value(values: list[float]) -> str:
     """Format the last recorded value."""
-    return next((f"{value:.3f}" for value in reversed(values) if not math.isnan(value)), "none")
+    return next((short(value, 3) for value in reversed(values) if not math.isnan(value)), "none")
+
+
+def by_decades(ax: Axes, columns: list[list[float]], at_least: float) -> None:
+    """Draw on a logarithmic axis what is above 0 and reaches over a factor of `at_least`."""
+    values = [value for values in columns for value in values if math.isfinite(value)]
+    if values and 0 < min(values) <= max(values) / at_least:
+        ax.set_yscale("log")
 
 
 def style_of(entries: list[dict]) -> dict:
     """A line, or a marker where there is a single entry and so no line to see."""
     return {"marker": "o"} if len(entries) == 1 else {}
+
+
+def share(i: int, number: int) -> slice:
+    """Return the columns of panel `i` of so many in a row of the figure."""
+    return slice(i * WIDTH // number, (i + 1) * WIDTH // number)
 
 
 def line_width(i: int, num_runs: int) -> float:
@@ -138,20 +153,24 @@ def line_width(i: int, num_runs: int) -> float:
 
 def draw_loss(ax: Axes, runs: dict[str, Metrics], loss_name: str, smooth: int | None) -> None:
     """Draw each run's training loss, raw and smoothed, and its validation loss."""
+    any_validation = any("loss" in entry for metrics in runs.values() for entry in metrics["validation"])
+    drawn: list[list[float]] = []
     for i, (name, metrics) in enumerate(runs.items()):
         steps, losses = column(metrics["train"], "step"), column(metrics["train"], "loss")
         means = smoothed(losses, smooth or max(1, len(losses) // 20))
         validation_losses = column(metrics["validation"], "loss")
-        train_label, validation_label = f"train {last_value(means)}", f"validation {last_value(validation_losses)}"
+        has_validation = any(map(math.isfinite, validation_losses))
+        train_label = f"train {last_value(means)}"
+        validation_label = f"validation {last_value(validation_losses)}" if has_validation else None
         train_colour = validation_colour = COLOURS[i % len(COLOURS)]
         if len(runs) > 1:
-            train_label, validation_label = f"{name}: {train_label}, {validation_label}", None
+            train_label, validation_label = ", ".join(filter(None, (f"{name}: {train_label}", validation_label))), None
         else:
             validation_colour = COLOURS[1]
         width = line_width(i, len(runs))
         ax.plot(steps, losses, color=train_colour, linewidth=0.8, alpha=0.35)
         ax.plot(steps, means, color=train_colour, linewidth=width, label=train_label, **style_of(steps))
-        if validation_losses:
+        if has_validation:
             ax.plot(
                 column(metrics["validation"], "step"),
                 validation_losses,
@@ -165,8 +184,26 @@ def draw_loss(ax: Axes, runs: dict[str, Metrics], loss_name: str, smooth: int | 
                 zorder=3,
                 label=validation_label,
             )
-    title = loss_name + (" (lines: train, markers: validation)" if len(runs) > 1 else "")
+        drawn += [means, validation_losses]
+    by_decades(ax, drawn, at_least=20)
+    title = loss_name + (" (lines: train, markers: validation)" if len(runs) > 1 and any_validation else "")
     ax.set(title=title, xlabel="Step")
+
+
+def draw_errors(ax: Axes, runs: dict[str, Metrics], title: str, keys: dict[str, str]) -> None:
+    """Draw columns of the validations, of several runs only the first; `keys` are those by the columns' names."""
+    single, drawn = len(runs) == 1, []
+    for i, metrics in enumerate(runs.values()):
+        for k, (name, key) in enumerate(keys.items() if single else [*keys.items()][:1]):
+            steps, values = column(metrics["validation"], "step"), column(metrics["validation"], key)
+            colour = COLOURS[(k if single else i) % len(COLOURS)]
+            width, label = 0.7 * line_width(i, len(runs)), f"{name} {last_value(values)}" if single else None
+            ax.plot(steps, values, color=colour, linewidth=width, marker=MARKERS[i % len(MARKERS)], ms=4, label=label)
+            drawn.append(values)
+    by_decades(ax, drawn, at_least=3)
+    if single:
+        ax.legend(fontsize=8.5)
+    ax.set(title=title if single else f"{title} ({next(iter(keys))})", xlabel="Step of the validation")
 
 
 def draw_column(ax: Axes, runs: dict[str, Metrics], keys: list[str], title: str) -> None:
@@ -208,24 +245,29 @@ def plot_metrics(
         (["learning_rate"] * len(paths), "Learning rate"),
         (["grad_norm"] * len(paths), "Gradient norm"),
     )
+    curves = {title: keys for path in paths for title, keys in read_run(path).get("curves", {}).items()}
+    found = {key for run in metrics.values() for entry in run["validation"] for key in entry}
+    curves = {title: keys for title, keys in curves.items() if found & {*keys.values()}}
     shared_facts = [fact for fact in facts[0] if all(fact in others for others in facts)]
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 6.8), dpi=150, layout="constrained")
+        figure = Figure(figsize=(10, 9.4 if curves else 6.8), dpi=150, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         figure.suptitle("  ·  ".join(shared_facts) or ", ".join(names), x=0.015, ha="left", fontsize=12.5)
-        grid = figure.add_gridspec(2, len(panels), height_ratios=(2, 1))
+        grid = figure.add_gridspec(3 if curves else 2, WIDTH, height_ratios=(2, 1.2, 1) if curves else (2, 1))
         loss_ax = figure.add_subplot(grid[0, :])
         draw_loss(loss_ax, metrics, loss_names.pop() if len(loss_names) == 1 else "Loss", smooth)
         if reference_loss is not None:
             label = f"{reference_label} {reference_loss:.3f}"
             loss_ax.axhline(reference_loss, color=INK, linewidth=1.2, linestyle="--", label=label)
         loss_ax.legend()
+        for i, (title, keys) in enumerate(curves.items()):
+            draw_errors(figure.add_subplot(grid[1, share(i, len(curves))]), metrics, title, keys)
         for i, (keys, title) in enumerate(panels):
-            draw_column(figure.add_subplot(grid[1, i]), metrics, keys, title)
+            draw_column(figure.add_subplot(grid[-1, share(i, len(panels))]), metrics, keys, title)
         for ax in figure.axes:  # a step is a whole number
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        figure.axes[1].yaxis.set_major_formatter(EngFormatter(sep=""))
+        figure.axes[1 + len(curves)].yaxis.set_major_formatter(EngFormatter(sep=""))
         figure.savefig(out)
 
 

@@ -28,6 +28,7 @@ from common.command import command
 from common.command_line import typed_text
 from common.config import FOLDER, one_sentence, register_resolvers
 from common.distributed import Distributed, end_of_process, process_group
+from common.files import finite
 from common.own_data import read_whole
 from common.redaction import without_hidden
 from common.step_folder import complete_steps
@@ -125,7 +126,7 @@ def main(words: list[str]) -> None:
     with process_group(config.seed, config.deterministic) as distributed:
         result = evaluate(distributed, config, source, options.out)
         if distributed.is_main:
-            print(json.dumps({"model": source, **result}))
+            print(json.dumps({"model": source, **finite(result)}))
 
 
 if __name__ == "__main__":

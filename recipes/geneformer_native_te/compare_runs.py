@@ -14,7 +14,7 @@ from statistics import fmean
 import yaml
 
 from common.command import command
-from common.files import flat
+from common.files import flat, short
 from plot_metrics import metrics_path, read_metrics, throughput_key, throughput_unit
 
 
@@ -41,11 +41,9 @@ def shown(row: list[object]) -> list[str]:
     """A row as in a table: keys as they are written, losses to four digits, rates to whole units or three digits."""
     run, *keys, steps, validation, train, rate = row
 
-    def loss(value: float | None) -> str:
-        return "" if value is None else f"{value:.4f}" if abs(value) >= 0.1 else f"{value:.4g}"
-
+    losses = ["" if value is None else short(value) for value in (validation, train)]
     given = [f"{key:g}" if isinstance(key, float) else "null" if key is None else str(key) for key in keys]
-    return [run, *given, f"{steps:,}", loss(validation), loss(train), f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"]
+    return [run, *given, f"{steps:,}", *losses, f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"]
 
 
 def compare(runs: list[Path]) -> list[list[object]]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Gt, Lt
 from omegaconf import DictConfig
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 import common.config
 from build_model import model_config
@@ -14,7 +14,7 @@ from checkpoint import Checkpointer
 from common.anomalies import Anomalies
 from common.perf_logger import PerfLogger
 from common.run_facts import start_wandb
-from common.scheduler import Schedule, adamw, cosine_schedule, linear_schedule
+from common.scheduler import Fraction, Schedule, adamw, cosine_schedule, linear_schedule
 from dataset import TrainLoader, open_validation
 from tokens.formats import FP4, FP8
 from tokens.lora import lora_settings
@@ -55,7 +55,7 @@ def lr_schedule(
     num_warmup_steps: NonNegativeInt,
     num_training_steps: PositiveInt,
     decay_fraction: PositiveFloat,
-    min_lr_fraction: NonNegativeFloat,
+    min_lr_fraction: Fraction,
 ) -> Schedule:
     """Linear up to the peak, then down by a line or half a cosine wave, then flat."""
     return {"linear": linear_schedule, "cosine": cosine_schedule}[kind](

@@ -84,8 +84,8 @@ def model_config(
     cutoff: PositiveFloat | None = 5.0,
     pair_cutoffs: dict[str, float] | None = None,
     elements: list[str] | None = None,
-    num_neighbors: PositiveFloat | dict[str, float] | None = None,
-    energy_scales: PositiveFloat | dict[str, float] | None = None,
+    num_neighbors: PositiveFloat | dict[str, PositiveFloat] | None = None,
+    energy_scales: PositiveFloat | dict[str, PositiveFloat] | None = None,
     energy_shifts: float | dict[str, float] | None = None,
     train_scales: bool = False,
     train_shifts: bool = False,
@@ -151,6 +151,8 @@ def model_config(
         raise ValueError(f"model_kwargs.num_features={num_features} must be channels for l = 0, 1, ..., each above 0.")
     if unknown := [symbol for symbol in elements or [] if symbol not in SYMBOLS[1:]]:
         raise ValueError(f"model_kwargs.elements: {unknown[0]} is no symbol of an element.")
+    if twice := [symbol for i, symbol in enumerate(elements or []) if symbol in elements[:i]]:
+        raise ValueError(f"model_kwargs.elements lists {twice[0]} twice; list each element once.")
     try:
         cutoffs = Cutoffs(cutoff, pair_cutoffs)
     except ValueError as error:

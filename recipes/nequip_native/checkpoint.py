@@ -27,7 +27,7 @@ from common import safe_reading
 from common.changes import check_start, comparable, may_change
 from common.distributed import TIMEOUT, Distributed, SharedError, unwrapped
 from common.ema import EMA
-from common.files import make_folder, moved_aside
+from common.files import make_folder, moved_aside, short
 from common.kept_steps import (
     best_step,
     check_metric,
@@ -364,8 +364,8 @@ class Checkpointer:
         """The run ends with its last step, which is exported to `final_model/` by rank 0 if that is asked for."""
         self.finish()
         if self.best:
-            value, best = self.best
-            self.distributed.say(f"The best by {self.keep_best} in the validation is {self._path(best)}: {value:.4f}.")
+            value, best = short(self.best[0]), self.best[1]
+            self.distributed.say(f"The best by {self.keep_best} in the validation is {self._path(best)}: {value}.")
         if not self.save_final_model or self.failed_step is not None:
             return self._failure()
         target = self.folder / "final_model"

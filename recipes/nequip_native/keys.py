@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Gt, Lt
 from omegaconf import DictConfig
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 import common.config
 from atoms.losses import loss_terms
@@ -18,7 +18,7 @@ from common.anomalies import Anomalies
 from common.loss_schedules import LossSchedules
 from common.perf_logger import PerfLogger
 from common.run_facts import start_wandb
-from common.scheduler import Plateau, Schedule, adamw, cosine_schedule, linear_schedule
+from common.scheduler import Fraction, Plateau, Schedule, adamw, cosine_schedule, linear_schedule
 from dataset import TrainLoader, open_validation
 from metrics import BETTER
 
@@ -48,7 +48,7 @@ def lr_schedule(
     num_warmup_steps: NonNegativeInt,
     num_training_steps: PositiveInt,
     decay_fraction: PositiveFloat,
-    min_lr_fraction: NonNegativeFloat,
+    min_lr_fraction: Fraction,
     metric: str = "forces_mae",
     factor: Annotated[float, Gt(0), Lt(1)] = 0.5,
     patience: PositiveInt = 5,
@@ -93,6 +93,7 @@ def check_pairs(config: DictConfig, trainer: str) -> None:
     schedules = LossSchedules(config.loss_schedules)
     if unknown := [name for name in schedules.schedules if name not in WEIGHTS]:
         raise ValueError(f"loss_schedules.{unknown[0]} is no weight of the loss; those are {', '.join(WEIGHTS)}.")
+    schedules.check_some_left({name: config.loss_kwargs[name] for name in WEIGHTS}, config.num_train_steps)
     shape, validation = config.lr_scheduler_kwargs, config.validation
     if shape.kind == "plateau" and not (validation.load_dataset_kwargs and validation.every_n_steps):
         raise ValueError(

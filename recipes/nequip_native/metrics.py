@@ -16,13 +16,19 @@ from atoms.parity import parity_plot
 from common.batch import Batch
 from common.command import writing
 from common.distributed import Distributed
+from common.files import finite
 
 
 UNIT = "atoms"  # of `Batch.counts`, by which throughput and progress go
 LOSS_NAME = "Energy, force and stress loss"
 BETTER = {"energy_per_atom_mae": min, "forces_mae": min, "forces_rmse": min}  # by which a best checkpoint can be kept
 LEAST_FORCE = 1e-3  # eV/A: a smaller force has no direction to speak of
-UNITS = {"energy": "eV", "energy_per_atom": "eV", "forces": "eV/A", "stress": "eV/A^3"}
+UNITS = {"energy": "eV", "energy_per_atom": "eV/atom", "forces": "eV/Å", "stress": "eV/Å³"}
+# What plots and the terminal show of a validation: by title the curves, and their names in metrics.jsonl.
+CURVES = {
+    f"{what} error, {UNITS[label]}": {"MAE": f"{label}_mae", "RMSE": f"{label}_rmse"}
+    for what, label in (("Energy", "energy_per_atom"), ("Force", "forces"), ("Stress", "stress"))
+}
 
 
 class Errors:
@@ -38,22 +44,21 @@ class Errors:
         output = model(**inputs, counts=dict.fromkeys(batch.counts, 1))
         structure = inputs["structure"]
         num_atoms = torch.bincount(structure, minlength=len(inputs["energy"]))
-        energy = output.energies.detach().double() - inputs["energy"]
-        forces = output.forces.detach().double()
-        force_errors = forces - inputs["forces"]
-        of_atom = data_set[structure]
-        number, types = len(self.data_sets), len(self.elements)
+        energy, label = output.energies.detach().double()[:, None], inputs["energy"][:, None]
+        forces, of_atom = output.forces.detach().double(), data_set[structure]
+        each, number = num_atoms[:, None], len(self.data_sets)
         found = {
-            **_sums("energy", energy[:, None], data_set, number),
-            **_sums("energy_per_atom", (energy / num_atoms)[:, None], data_set, number),
-            **_sums("forces", force_errors, of_atom, number),
-            **_sums("of_element", force_errors, inputs["types"], types),
+            **_sums("energy", energy, label, data_set, number),
+            **_sums("energy_per_atom", energy / each, label / each, data_set, number),
+            **_sums("forces", forces, inputs["forces"], of_atom, number),
+            **_sums("of_element", forces, inputs["forces"], inputs["types"], len(self.elements)),
         }
         if getattr(output, "stress", None) is not None:
-            errors = output.stress.detach().double() - inputs["stress"]
-            found |= _sums("stress", errors.reshape(-1, 9), data_set, number)
-        both = forces.norm(dim=-1) * inputs["forces"].norm(dim=-1)
-        clear = (inputs["forces"].norm(dim=-1) > LEAST_FORCE) & (both > 0)  # false for NaN
+            both = (one.detach().double().reshape(-1, 9) for one in (output.stress, inputs["stress"]))
+            found |= _sums("stress", *both, data_set, number)
+        size = inputs["forces"].norm(dim=-1)
+        both = forces.norm(dim=-1) * size
+        clear = (size > LEAST_FORCE) & (both != 0)  # false for NaN, where there is no label
         cosine = torch.where(clear, (forces * inputs["forces"]).sum(-1) / both, 0.0)
         return found | {
             "cosine": cosine.sum(),
@@ -75,6 +80,7 @@ class Errors:
                 for k, v in _errors("forces", *(sums[f"{n}"][i] for n in _names("of_element"))).items()
             }
         for i, name in enumerate(self.data_sets if len(self.data_sets) > 1 else []):
+            name = f"data set {name}" if name in self.elements else name
             for label in labels:
                 found |= {f"{k}/{name}": v for k, v in _errors(label, *(sums[n][i] for n in _names(label))).items()}
         return found | {"num_structures": int(sums["structures"])}
@@ -122,7 +128,7 @@ class Recorded(Errors):
         title = f"{Path(source).resolve().name} on {errors['num_structures']:,} structures"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "errors.json").write_text(json.dumps(errors, indent=1) + "\n")
+            (folder / "errors.json").write_text(json.dumps(finite(errors), indent=1) + "\n")
             parity_plot(folder / "parity.png", both, UNITS, {"forces": symbols}, title)
         for name, value in errors.items():
             distributed.say(f"{name:30} {value:,}" if isinstance(value, int) else f"{name:30} {value:.6f}")
@@ -136,15 +142,15 @@ def _names(label: str) -> list[str]:
     return [f"max_{label}" if part == "max" else f"{label}_{part}" for part in PARTS]
 
 
-def _sums(label: str, errors: Tensor, group: Tensor, number: int) -> dict[str, Tensor]:
-    """Of errors [N, components] by group [N]; rows without a label are NaN and left out."""
-    labelled = torch.isfinite(errors).all(-1)
-    errors = torch.where(labelled[:, None], errors, 0.0)
+def _sums(name: str, found: Tensor, label: Tensor, group: Tensor, number: int) -> dict[str, Tensor]:
+    """Of errors [N, components] by group [N]; rows without a label, NaN, are left out, predictions of NaN are not."""
+    labelled = torch.isfinite(label).all(-1)
+    errors = torch.where(labelled[:, None], found - label, 0.0)
     zeros = errors.new_zeros(number)
     largest = zeros.scatter_reduce(0, group, errors.abs().amax(-1), "amax")
     values = (labelled * float(errors.shape[1]), errors.abs().sum(-1), errors.square().sum(-1))
     return dict(
-        zip(_names(label), [*(zeros.index_add(0, group, v.to(zeros.dtype)) for v in values), largest], strict=True)
+        zip(_names(name), [*(zeros.index_add(0, group, v.to(zeros.dtype)) for v in values), largest], strict=True)
     )
 
 

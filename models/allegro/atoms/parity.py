@@ -20,29 +20,33 @@ def parity_plot(path: Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], uni
     labels = [label for label, (true, _) in pairs.items() if np.isfinite(true).any()]
     if not labels:
         raise ValueError("there is no label to compare with; the structures have none.")
-    figure, axes = plt.subplots(2, len(labels), figsize=(4.2 * len(labels), 5.6), squeeze=False,
+    figure, axes = plt.subplots(2, len(labels), figsize=(4.2 * len(labels), 6), squeeze=False, layout="constrained",
                                 gridspec_kw={"height_ratios": (3, 1)})  # fmt: skip
     for (top, bottom), label in zip(axes.T, labels, strict=True):
         true, found = (np.asarray(values, dtype=np.float64).ravel() for values in pairs[label])
         fine = np.isfinite(true) & np.isfinite(found)
         group = np.asarray((groups or {}).get(label, np.full(len(true), "")))[fine]
         true, found = true[fine], found[fine]
-        unit, errors = units[label], found - true
+        unit, errors, noun = units[label], found - true, label.replace("_", " ")
+        points = 2 if len(true) > 500 else 5
         for name in np.unique(group):
             here = group == name
             some = np.flatnonzero(here)[:: max(1, here.sum() // 20_000)]
-            top.plot(true[some], found[some], ".", ms=2, alpha=0.5, label=str(name), rasterized=True)
-        ends = [min(true.min(), found.min()), max(true.max(), found.max())]
+            top.plot(true[some], found[some], ".", ms=points, alpha=0.5, label=str(name), rasterized=True)
+        least, most = min(true.min(), found.min()), max(true.max(), found.max())
+        margin = 0.04 * (most - least) or 1e-3 * max(abs(most), 1)  # all may be the same
+        ends = [least - margin, most + margin]
         top.plot(ends, ends, color="0.3", lw=0.8)
-        top.set(xlabel=f"true {label}, {unit}", ylabel=f"predicted {label}, {unit}")
+        top.set(xlabel=f"true {noun}, {unit}", ylabel=f"predicted {noun}, {unit}")
+        top.set(xlim=ends, ylim=ends, aspect="equal")
+        top.locator_params(nbins=5)
         top.set_title(f"MAE {np.abs(errors).mean():.3g}  RMSE {np.sqrt((errors**2).mean()):.3g} {unit}", fontsize=9)
         if len(np.unique(group)) > 1:
             top.legend(markerscale=5, fontsize=8)
         widest = max(float(np.abs(errors).max()), 1e-12)  # all errors may be the same
-        bottom.hist(errors, bins=80, range=(-widest, widest), color="0.5")
-        bottom.set(xlabel=f"error of {label}, {unit}", yscale="log")
+        bottom.hist(errors, bins=int(np.clip(2 * len(errors) ** 0.5, 10, 80)), range=(-widest, widest), color="0.5")
+        bottom.set(xlabel=f"predicted - true, {unit}", ylabel="number", yscale="log")
     if title:
         figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -41,6 +41,10 @@ class Constant:
         """The coefficient at this step, or in this epoch."""
         return float(self.value)
 
+    def turns(self) -> list[int]:
+        """Where it may become 0, which it then is for a while."""
+        return []
+
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
@@ -61,6 +65,9 @@ class Linear:
             return float(self.end)
         value = self.start + self.share(passed) * (self.end - self.start)
         return float(min(value, self.end) if self.start < self.end else max(value, self.end))  # rounding may overshoot
+
+    def turns(self) -> list[int]:
+        return [self.last]
 
     def share(self, passed: float) -> float:
         """How much of the way from `start` to `end` is done when `passed` of the time is."""
@@ -96,6 +103,9 @@ class Step:
     def at_count(self, count: int) -> float:
         return float(self.values[bisect_right(self.at, count)])
 
+    def turns(self) -> list[int]:
+        return self.at
+
 
 KINDS = {"constant": Constant, "linear": Linear, "sigmoid": Sigmoid, "step": Step}
 
@@ -120,6 +130,18 @@ class LossSchedules:
             name: schedule.at_count(step if schedule.by == "step" else epoch)
             for name, schedule in self.schedules.items()
         }
+
+    def check_some_left(self, fixed: Mapping[str, float], last_step: int) -> None:
+        """Raise ValueError if at some step all are 0; `fixed` are those that no schedule names.
+
+        Not checked where some go by steps and others by epochs.
+        """
+        units = {schedule.by for schedule in self.schedules.values()}
+        turns = [0, 1, *(n for schedule in self.schedules.values() for n in schedule.turns())]
+        first, last = (0, max(turns)) if units == {"epoch"} else (1, last_step)
+        for count in sorted(n for n in turns if first <= n <= last) if len(units) == 1 else ():
+            if not any((dict(fixed) | self.coefficients(count, count)).values()):
+                raise ValueError(f"{self.key}: all weights of the loss are 0 at {units.pop()} {count}.")
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps: the schedules, with every value that was not given."""

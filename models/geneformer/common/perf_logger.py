@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.batch import Batch
 from common.distributed import Distributed
-from common.files import append_line, finite, make_folder
+from common.files import append_line, finite, make_folder, short
 from common.own_data import data_names, no_validation
 from common.precision import Precision
 from common.redaction import redacted, redacted_command
@@ -63,6 +63,7 @@ class PerfLogger:
             raise ValueError(f"logger.frequency={frequency} must be at least 1.")
         self.distributed, self.flops, self.frequency, self.unit = distributed, flops, frequency, metrics.UNIT
         self.folder = Path(log_dir) if log_dir else None
+        self.curves = getattr(metrics, "CURVES", {})  # what is shown of a validation, by title; else all of it
         self.num_steps, self.num_units, self.validation = config.num_train_steps, 0, {}
         # What figures of a validation are of, for whoever reads them elsewhere.
         kwargs = OmegaConf.to_container(config, resolve=True).get("validation", {}).get("load_dataset_kwargs")
@@ -80,7 +81,8 @@ class PerfLogger:
         self.run = {
             "run_id": uuid.uuid4().hex[:12],  # kept when the run goes on: whose lines metrics.jsonl has
             "model_tag": config.model_tag, "num_parameters": num_parameters, "num_trained": num_trained,
-            "unit": metrics.UNIT, "loss_name": metrics.LOSS_NAME, "strategy": Path(script).stem.removeprefix("train_"),
+            "unit": metrics.UNIT, "loss_name": metrics.LOSS_NAME, "curves": self.curves,
+            "strategy": Path(script).stem.removeprefix("train_"),
             "num_ranks": distributed.num_ranks, "ranks_per_micro_batch": distributed.group_size,
             "device": device_name(distributed.device), "threads_per_rank": torch.get_num_threads(),
             "layer_backend": precision.backend, "precision": precision.name,
@@ -209,11 +211,13 @@ class PerfLogger:
         )  # fmt: skip
         if self.bar is not None:
             left = (self.num_steps - step) * seconds / window["steps"]
-            self.bar.set_postfix_str(f"epoch {self.epoch}, loss {losses['loss']:.4f}, {speed:,.0f} {self.unit}/s")
+            self.bar.set_postfix_str(f"epoch {self.epoch}, loss {short(losses['loss'])}, {speed:,.0f} {self.unit}/s")
+            parts = ", ".join(f"{k.removesuffix('_loss')} {short(v)}" for k, v in losses.items() if k != "loss")
+            parts = f" ({parts})" if parts else ""
             if self.bar.disable:
                 self.distributed.say(
-                    f"step {step}/{self.num_steps}  epoch {self.epoch}  loss {losses['loss']:.4f}  "
-                    f"grad norm {grad_norm:.3f}  lr {learning_rate:.2e}  {speed:,.0f} {self.unit}/s  "
+                    f"step {step}/{self.num_steps}  epoch {self.epoch}  loss {short(losses['loss'])}{parts}  "
+                    f"grad norm {short(grad_norm, 3)}  lr {learning_rate:.2e}  {speed:,.0f} {self.unit}/s  "
                     f"{left / 60:.1f} min left"
                 )
         self._reset_window()
@@ -232,7 +236,9 @@ class PerfLogger:
         whose = {"weights": self.weights} if self.weights else {}
         self._write({"kind": "validation", "step": step, **whose, **result})
         shown = {name: value for name, value in result.items() if isinstance(value, float) and "/" not in name}
-        numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())  # parts are in metrics.jsonl
+        if wanted := [name for keys in self.curves.values() for name in keys.values()]:  # the rest: metrics.jsonl
+            shown = {name: shown[name] for name in wanted if name in shown}
+        numbers = "  ".join(f"{name} {short(value)}" for name, value in shown.items())
         self.distributed.say(f"step {step}  validation{' of the averaged weights' if whose else ''} {numbers}")
         total, number = self.losses
         if "loss" in result and number:
@@ -246,9 +252,9 @@ class PerfLogger:
         elif loss > 1.01 * best["loss"] and train_loss < best["train_loss"] and not best["is_said"]:
             best["is_said"] = True
             self.distributed.say(
-                f"The validation loss has risen since step {best['step']} ({best['loss']:.4f} -> {loss:.4f}), while "
-                f"the training loss has fallen ({best['train_loss']:.4f} -> {train_loss:.4f}): the model is "
-                "overfitting. Give fewer steps, more data or a smaller model."
+                f"The validation loss has risen since step {best['step']} ({short(best['loss'])} -> {short(loss)}), "
+                f"while the training loss has fallen ({short(best['train_loss'])} -> {short(train_loss)}): the model "
+                "is overfitting. Give fewer steps, more data or a smaller model."
             )
 
     def _write(self, line: dict) -> None:

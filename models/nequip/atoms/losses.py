@@ -54,7 +54,7 @@ class Losses:
         `weights` (`energy_weight`, ...) take the place of those of the configuration; all are normalised to sum 1.
         """
         current = {name: weights.get(f"{name}_weight", weight) for name, weight in self.weights.items()}
-        total, parts = sum(current.values()), {}
+        total, parts = sum(current.values()) or 1.0, {}
         for name, weight in current.items():
             label = labels[name]
             if label is None:
@@ -84,8 +84,8 @@ def loss_terms(
     forces_delta: PositiveFloat = 0.01,
     stress_delta: PositiveFloat = 0.01,
     per_atom_energy: bool = True,
-    forces_strata: dict[float, float] | None = None,
-    element_forces_weights: dict[str, float] | None = None,
+    forces_strata: dict[NonNegativeFloat, PositiveFloat] | None = None,
+    element_forces_weights: dict[str, NonNegativeFloat] | None = None,
 ) -> Losses:
     """The section `loss_kwargs`. Deltas are in eV (per atom), eV/A and eV/A^3.
 
@@ -103,12 +103,10 @@ def loss_terms(
     strata = {float(bound): float(delta) for bound, delta in (forces_strata or {}).items()}
     of_elements = None
     if element_forces_weights:
-        for element, weight in element_forces_weights.items():
-            if element not in elements or weight < 0:
-                raise ValueError(
-                    f"loss_kwargs.element_forces_weights.{element}={weight} must be one of {', '.join(elements)} and "
-                    "at least 0."
-                )
+        if unknown := [element for element in element_forces_weights if element not in elements]:
+            raise ValueError(
+                f"loss_kwargs.element_forces_weights.{unknown[0]}: the model's elements are {', '.join(elements)}."
+            )
         of_elements = torch.tensor([float(element_forces_weights.get(e, 1.0)) for e in elements], dtype=torch.float64)
     return Losses(
         weights, {"energy": energy_loss, "forces": forces_loss, "stress": stress_loss},

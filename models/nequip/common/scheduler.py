@@ -4,8 +4,9 @@
 import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Required, TypedDict
+from typing import Annotated, Required, TypedDict
 
+from annotated_types import Ge, Le
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.nn import Module, Parameter
 from torch.optim import AdamW, Optimizer
@@ -13,6 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from common.distributed import unwrapped
 from common.muon import muon_first
+
+
+Fraction = Annotated[float, Ge(0), Le(1)]
 
 
 class ParameterGroup(TypedDict, total=False):
@@ -181,7 +185,7 @@ def linear_schedule(
     num_warmup_steps: NonNegativeInt,
     num_training_steps: PositiveInt,
     decay_fraction: PositiveFloat,
-    min_lr_fraction: NonNegativeFloat,
+    min_lr_fraction: Fraction,
 ) -> Schedule:
     """Linear warm-up to the peak, linear decay to `min_lr_fraction` of it at `decay_fraction` of the run, then flat.
 
@@ -204,7 +208,7 @@ def cosine_schedule(
     num_warmup_steps: NonNegativeInt,
     num_training_steps: PositiveInt,
     decay_fraction: PositiveFloat,
-    min_lr_fraction: NonNegativeFloat,
+    min_lr_fraction: Fraction,
 ) -> Schedule:
     """As `linear_schedule`, but the decay is half a cosine wave. Raises ValueError as there."""
     decay_end = end_of_decay(num_warmup_steps, num_training_steps, decay_fraction)
@@ -224,7 +228,7 @@ def damped_cosine_schedule(
     num_warmup_steps: NonNegativeInt,
     num_training_steps: PositiveInt,
     decay_fraction: PositiveFloat,
-    min_lr_fraction: NonNegativeFloat,
+    min_lr_fraction: Fraction,
 ) -> Schedule:
     """As `linear_schedule`, but the warm-up begins at 0, and the decay is the line times half a cosine wave.
 

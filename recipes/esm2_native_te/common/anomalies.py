@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from common.batch import Batch
 from common.distributed import Distributed, own_part, unwrapped
-from common.files import append_line, finite
+from common.files import append_line, finite, short
 
 
 class Step(NamedTuple):
@@ -86,7 +86,7 @@ class Anomalies:
             usual = median(self.recent)
             self._report("spike", median_loss=usual)
             self.distributed.say(
-                f"step {step}  the loss jumped to {loss:.4f} from about {usual:.4f}.{self._look_up(step)}"
+                f"step {step}  the loss jumped to {short(loss)} from about {short(usual)}.{self._look_up(step)}"
             )
         self.recent = [*self.recent, loss][-self.spike_window :]
 

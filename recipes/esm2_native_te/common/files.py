@@ -46,6 +46,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def short(value: float, places: int = 4) -> str:
+    """A number with so many places, as 2.3456, or with as many digits where it would lose them, as 0.0001234."""
+    return f"{value:.{places}f}" if value == 0 or abs(value) >= 0.1 else f"{value:.{places}g}"
+
+
 def append_line(path: Path, line: str) -> str | None:
     """Add a line, all of it or nothing; what went wrong, if anything. A full disk is no reason to stop."""
     try:

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from common import RECIPE
+from common.files import short
 
 
 SAMPLE = RECIPE / "data"
@@ -35,7 +36,9 @@ def take_own(config: DictConfig, typed: Collection[str] = ()) -> None:
 
 def read_whole(config: DictConfig, typed: Collection[str]) -> None:
     """Of other data for validation, named by the keys `typed`, take all: a part as train[95%:] is of training's."""
-    section, trained = (OmegaConf.select(config, f"{name}.{KWARGS}") or {} for name in ("validation", "dataset"))
+    section, trained = (
+        OmegaConf.select(config, f"{name}.{KWARGS}") or OmegaConf.create() for name in ("validation", "dataset")
+    )
     named = [key for key in ("path", "data_files", "data_dir") if f"validation.{KWARGS}.{key}" in typed]
     differ = any(OmegaConf.select(section, key) != OmegaConf.select(trained, key) for key in named)
     if differ and f"validation.{KWARGS}.split" not in typed and "split" in section:
@@ -84,7 +87,7 @@ def weights_of(run: dict) -> str:
         text += f", the best by {best['metric']} in the validation"
     elif best:
         text += f"; those after {best['step']:,} steps were better by {best['metric']} in the validation, "
-        text += f"{best['value']:.4f}"
+        text += short(best["value"])
     return text
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from common import RECIPE
-from common.files import append_line, finite, flat, make_folder
+from common.files import append_line, finite, flat, make_folder, short
 
 
 def test_flat():
@@ -24,6 +24,12 @@ def test_finite():
     line = {"a": math.nan, "b": {"c": -math.inf, "d": 1.5}, "e": [math.inf, 2, ("x", math.nan)]}
     as_json = json.dumps(finite(line), allow_nan=False)
     assert json.loads(as_json) == {"a": None, "b": {"c": None, "d": 1.5}, "e": [None, 2, ["x", None]]}
+
+
+def test_small_numbers_keep_their_digits():
+    numbers = (2.34567, 0.1, 0.012345, -0.000123456, 0.0, 12345.6, math.nan)
+    assert [short(x) for x in numbers] == ["2.3457", "0.1000", "0.01235", "-0.0001235", "0.0000", "12345.6000", "nan"]
+    assert short(0.0123456, 3) == "0.0123"
 
 
 def test_lines_are_added_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -71,6 +71,29 @@ def test_the_sigmoid_is_slower_than_the_line_at_its_ends():
     assert curve[10] < line[10] / 2 and curve[90] > 1 - line[10] / 2
 
 
+@pytest.mark.parametrize(
+    ("forces", "energy", "where"),
+    [
+        ({"kind": "constant", "value": 0}, 0, "step 1"),
+        ({"kind": "linear", "start": 0, "end": 1, "first": 2, "last": 9}, 0, "step 1"),
+        ({"kind": "linear", "start": 1, "end": 0, "last": 9}, 0, "step 9"),
+        ({"kind": "step", "values": [1, 0, 1], "at": [4, 6]}, 0, "step 4"),
+        ({"kind": "step", "values": [1, 0], "at": [4], "by": "epoch"}, 0, "epoch 4"),
+        ({"kind": "step", "values": [1, 0, 1], "at": [4, 6]}, 1, None),
+        ({"kind": "linear", "start": 0, "end": 1, "last": 9}, 0, None),
+        ({"kind": "linear", "start": 1, "end": 0, "last": 11}, 0, None),  # after the end
+        ({"kind": "constant", "value": 0}, {"kind": "linear", "start": 0, "end": 1, "last": 3, "by": "epoch"}, None),
+    ],
+)
+def test_one_weight_at_least_is_left(forces, energy, where):
+    both = LossSchedules({"forces": forces} | ({"energy": energy} if energy and energy != 1 else {}))
+    if where is None:
+        both.check_some_left({"forces": 1.0, "energy": energy}, 10)
+    else:
+        with pytest.raises(ValueError, match=f"loss_schedules: all weights of the loss are 0 at {where}"):
+            both.check_some_left({"forces": 1.0, "energy": energy}, 10)
+
+
 def test_steps_hold_from_where_they_are_named():
     schedule = {"kind": "step", "values": [5, 3, 4], "at": [2, 10]}
     assert along(schedule, (0, 1, 2, 3, 9, 10, 11, 10**9)) == [5, 5, 3, 3, 3, 4, 4, 4]

@@ -67,6 +67,13 @@ def test_another_file_for_validation_is_read_whole():
     assert split(["data_files", "split"], data_files="y.fasta") == "train[95%:]"
 
 
+def test_data_that_was_named_and_then_taken_out():
+    data = {"dataset": {"load_dataset_kwargs": {"data_files": "x"}}, "validation": {"load_dataset_kwargs": None}}
+    config = OmegaConf.create(data)
+    take_own(config, ["validation.load_dataset_kwargs.data_files", "validation.load_dataset_kwargs"])
+    assert config.validation.load_dataset_kwargs is None
+
+
 def test_mixtures():
     mix = {"a": {"load_dataset_kwargs": {"data_files": SAMPLE}}}
     assert taken({}, mix=mix) == (SAMPLE, SAMPLE_TOO)

@@ -120,8 +120,20 @@ def test_without_a_terminal_there_are_lines(distributed, tmp_path, capsys):
     drive(distributed, tmp_path)
     message = capsys.readouterr().err
     assert "tiny (0.0M parameters), ddp, 1 x " in message and "a note\n" in message
-    assert "step 4/5  epoch 2  loss 4.0000  grad norm 8.000  lr 4.00e-02  15 atoms/s  0.0 min left\n" in message
+    line = "step 4/5  epoch 2  loss 4.0000 (forces 2.0000)  grad norm 8.000  lr 4.00e-02  15 atoms/s  0.0 min left\n"
+    assert line in message
     assert "step 4  validation loss 2.5000  error 12.0000  accuracy 0.2500\n" in message
+
+
+def test_a_recipe_says_what_is_shown_of_a_validation(distributed, tmp_path, capsys, monkeypatch):
+    curves = {"Error, eV": {"MAE": "error_mae", "RMSE": "error_rmse"}, "Other, eV": {"MAE": "other_mae"}}
+    monkeypatch.setattr(METRICS, "CURVES", curves, raising=False)
+    logger = make_logger(distributed, tmp_path)
+    logger.start(0, [])
+    logger.log_validation(3, {"error_max": 7.0, "error_rmse": 0.00012345, "error_mae": 0.1})
+    assert "step 3  validation error_mae 0.1000  error_rmse 0.0001234\n" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run.json").read_text())["curves"] == curves
+    assert read_lines(tmp_path)[0]["error_max"] == 7.0
 
 
 def test_on_a_terminal_there_is_a_bar(distributed, tmp_path, monkeypatch):

@@ -86,6 +86,27 @@ def test_the_unit_and_the_loss_are_the_runs(run: Path, tmp_path: Path, monkeypat
     assert drawn[1] == [both, "Throughput, real tokens/s or atoms/s", "Learning rate", "Gradient norm"]
 
 
+def test_errors_of_validations_are_drawn(tmp_path: Path, monkeypatch):
+    curves = {"Energy error, eV": {"MAE": "e_mae", "RMSE": "e_rmse"}, "Stress error, GPa": {"MAE": "s_mae"}}
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        lines = [train_line(step, 10.0**-step, "atoms") for step in (1, 2, 3)]
+        lines += [json.dumps({"kind": "validation", "step": n, "e_mae": 1 / n, "e_rmse": 2 / n}) for n in (1, 2, 9)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+        (tmp_path / name / "run.json").write_text(json.dumps({"curves": curves}))
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _: drawn.append(figure))
+    plot_metrics.plot_metrics([tmp_path / "a"], tmp_path / "one.png")
+    plot_metrics.plot_metrics([tmp_path / "a", tmp_path / "b"], tmp_path / "two.png")
+    (loss, errors, *_), (_, several, *_) = (figure.axes for figure in drawn)
+    assert [ax.get_title("left") for ax in drawn[0].axes[1:3]] == ["Energy error, eV", "Throughput, real atoms/s"]
+    assert loss.get_yscale() == errors.get_yscale() == "log"
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["train 0.001"]  # no validation
+    assert [text.get_text() for text in errors.get_legend().get_texts()] == ["MAE 0.111", "RMSE 0.222"]
+    assert [list(line.get_ydata()) for line in several.lines] == [[1, 1 / 2, 1 / 9]] * 2
+    assert several.get_title("left") == "Energy error, eV (MAE)"
+
+
 def test_a_single_logged_step_shows(tmp_path: Path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text(train_line(10))
     drawn = []
