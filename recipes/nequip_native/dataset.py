@@ -74,11 +74,17 @@ class StructureRows:
     def identity(self) -> dict:
         """What tells this data from other data, wherever it lies: sizes of all rows, and what some of them hold."""
         some = structures_of(self.table[np.unique(np.linspace(0, len(self) - 1, 64).astype(np.int64))])
-        content = sha256(
-            b"".join(array.tobytes() for array in (some.numbers, some.positions, some.energy, some.forces))
-        )
-        kept = sha256(b"" if self.kept is None else self.kept.tobytes()).hexdigest()[:16]
-        return {"num_rows": len(self), "sizes": self.atoms, "content": content.hexdigest()[:16], "kept": kept}
+        return {
+            "num_rows": len(self), "sizes": self.atoms,
+            "content": digest(some.numbers, some.positions, some.energy, some.forces),
+            "kept": digest(*([] if self.kept is None else [self.kept])),
+            "cells": digest(some.cell, some.pbc, some.stress, some.charge, some.spin),
+        }  # fmt: skip
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """What tells these arrays from others."""
+    return sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
 
 class StructureMixture(Mixture):

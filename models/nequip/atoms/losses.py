@@ -17,9 +17,10 @@ COUNTS = {"energy": "energies", "forces": "force_components", "stress": "stress_
 
 
 def huber(error: Tensor, delta: float | Tensor) -> Tensor:
-    """Half the square up to `delta`, and straight on from there."""
+    """Half the square up to `delta`, which may be infinite, and straight on from there."""
     size = error.abs()
-    return torch.where(size < delta, 0.5 * error.square(), delta * (size - 0.5 * delta))
+    near = size.clamp(max=delta)
+    return near * (size - 0.5 * near)
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,11 @@ class Losses:
             return error.abs()
         if kind == "huber":
             return huber(error, self.deltas[name])
-        norm, delta = label.norm(dim=-1, keepdim=True), torch.full_like(label[:, :1], math.inf)
+        norm = label.norm(dim=-1, keepdim=True)
+        delta = torch.full_like(norm, math.inf)
         for bound, value in sorted(self.strata.items()):
             delta = torch.where(norm >= bound, value, delta)
-        return torch.where(torch.isinf(delta), 0.5 * error.square(), huber(error, delta.nan_to_num(posinf=1.0)))
+        return huber(error, delta)
 
     def __call__(self, found: dict[str, Tensor], labels: Mapping[str, Tensor | None], types: Tensor, sizes: Tensor,
                  counts: Mapping[str, int], weights: Mapping[str, Tensor | float]) -> dict[str, Tensor]:  # fmt: skip

@@ -234,7 +234,7 @@ class Loader:
                 )
             if wrong := [key for key in saved if saved[key] != found.get(key)]:
                 raise ValueError(
-                    f"{kwargs}: the data is not what the checkpoint was made with ({', '.join(wrong)} differ), though "
+                    f"{kwargs}: the data is not what the checkpoint was made with (other {', '.join(wrong)}), though "
                     "it has as many rows; give the old data, or start again in another folder."
                 )
             rules = state.get("rules", self.plan.rules)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read
 from ase.neighborlist import neighbor_list
 from ranks_in_threads import on_ranks
@@ -165,6 +166,30 @@ def test_bad_frames(frames, tmp_path, distributed):
 def test_a_mistake_is_one_sentence(keys, words, loader):
     with pytest.raises(ValueError, match=words):
         loader(**keys)
+
+
+@pytest.mark.parametrize("change", ["energy", "forces", "stress", "cell", "pbc", "positions"])
+def test_data_that_has_changed_is_not_resumed_on(change, frames, tmp_path, distributed):
+    def build(some):
+        data = {"path": "structures", "data_files": write(some, tmp_path / "a.extxyz")}
+        return TrainLoader(distributed, 7, 4.0, None, load_dataset_kwargs=data, num_workers=0, micro_batch_size=3)
+
+    saved, others = build(frames).state_dict(), [atoms.copy() for atoms in frames]
+    for atoms, frame in zip(others, frames, strict=True):
+        atoms.calc = SinglePointCalculator(atoms, **frame.calc.results)
+    build(others).load_state_dict(saved)
+    build(others).load_state_dict(saved | {"data": {k: v for k, v in saved["data"].items() if k != "cells"}})
+    wrong = others[9]
+    if change == "cell":
+        wrong.cell[2, 2] += 0.01
+    elif change == "pbc":
+        wrong.pbc = [True, True, False]
+    elif change == "positions":
+        wrong.positions[0, 0] += 1e-3
+    else:
+        wrong.calc.results[change] = wrong.calc.results[change] + 1e-4
+    with pytest.raises(ValueError, match="the data is not what the checkpoint was made with"):
+        build(others).load_state_dict(saved)
 
 
 class Off(torch.nn.Module):
