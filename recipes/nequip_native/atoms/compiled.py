@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Energies, forces and stress of a potential as one compiled program, through which the loss's gradients go."""
 
+from functools import reduce
+from operator import mul
+
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as tracing
@@ -56,10 +59,18 @@ class CompiledDerivatives:
         program(values, *some)  # tables are made outside of the trace
         with apart():
             traced = make_fx(program, tracing_mode="symbolic", _allow_non_fake_inputs=True)(values, *some)
-        # What autograd keeps for its first derivative is cut off from the second.
         for node in list(traced.graph.nodes):
             if node.target is torch.ops.aten.detach.default:
+                # What autograd keeps for its first derivative is cut off from the second.
                 node.replace_all_uses_with(node.args[0])
+                traced.graph.erase_node(node)
+            elif node.target is torch.ops.aten.sym_numel.default:
+                # Dynamo does not take it where it is a plain number, as of a batch with one pair.
+                with traced.graph.inserting_before(node):
+                    sizes = [traced.graph.call_function(torch.ops.aten.sym_size.int, (node.args[0], d))
+                             for d in range(node.args[0].meta["val"].dim())]  # fmt: skip
+                    found = reduce(lambda a, b: traced.graph.call_function(mul, (a, b)), sizes)
+                node.replace_all_uses_with(found)
                 traced.graph.erase_node(node)
         traced.recompile()
         return traced

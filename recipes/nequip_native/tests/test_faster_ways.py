@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from ase import Atoms
 from this_recipe import structures
 
 from atoms.ase_calculator import graph
@@ -24,6 +25,7 @@ COMMON = {"elements": ELEMENTS, "cutoff": CUTOFF, "num_neighbors": 20.0, "energy
           "energy_shifts": 3 * [0.5], "dtype": "float64"}  # fmt: skip
 # Channels that are whole vectors, and some that are not; pseudovectors; l up to 3.
 MODELS = {
+    "smallest": lambda: NequIP(NequIPConfig(**COMMON, num_layers=1, num_features=[3, 2], radial_width=4)),
     "small": lambda: NequIP(NequIPConfig(**COMMON, num_layers=2, num_features=[4, 3], radial_width=4)),
     "nequip": lambda: NequIP(NequIPConfig(**COMMON, num_layers=2, num_features=[19, 8, 5, 3], radial_width=8)),
     "with parity": lambda: NequIP(NequIPConfig(**COMMON, num_layers=3, num_features=[17, 9], parity=True)),
@@ -32,10 +34,10 @@ MODELS = {
 }  # fmt: skip
 
 
-def batch(*numbers: int) -> dict[str, torch.Tensor]:
-    """Some structures laid end to end, with labels that are waves."""
-    some = structures()
-    found = [graph(some[i], ELEMENTS, CUTOFF, None) for i in numbers]
+def batch(*some: int | Atoms) -> dict[str, torch.Tensor]:
+    """Some structures laid end to end, of these or by their numbers, with labels that are waves."""
+    known = structures()
+    found = [graph(known[one] if isinstance(one, int) else one, ELEMENTS, CUTOFF, None) for one in some]
     sizes = torch.tensor([len(one["types"]) for one in found])
     starts = sizes.cumsum(0) - sizes
     inputs = {name: torch.cat([one[name] for one in found]) for name in ("positions", "types", "cell", "shifts")}
@@ -112,6 +114,19 @@ def test_one_compiled_program_for_all_sizes(name, kernels, backend):
         compiled, model.compiled = model.compiled, None
         torch.testing.assert_close(found, answers(model, inputs), rtol=1e-9, atol=1e-12)
         model.compiled = compiled
+
+
+def test_a_compiled_program_of_one_pair_and_of_no_edge():
+    model = built("smallest")
+    model.kernels, compiled = CPP, CompiledDerivatives(model, "aot_eager")
+    pair = Atoms("AlNi", [[0, 0, 0], [0, 0, 2.0]])
+    for structure, num_edges in ((pair, 2), (Atoms("Cu"), 0)):
+        inputs = batch(structure)
+        assert inputs["edges"].shape[1] == num_edges
+        inputs |= once_and_row(inputs)
+        model.compiled = compiled
+        found, model.compiled = answers(model, inputs), None
+        torch.testing.assert_close(found, answers(model, inputs), rtol=1e-9, atol=1e-12)
 
 
 def test_an_edge_whose_reverse_is_not_there():
