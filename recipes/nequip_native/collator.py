@@ -30,7 +30,7 @@ class GraphCollator:
         structures, atoms, edges, energies, force_components, stress_components.
         """
         structures: Structures = sample["items"]
-        edges, shifts, _ = all_neighbours(structures, self.cutoffs, self.max_neighbors)
+        edges, shifts, reverse = all_neighbours(structures, self.cutoffs, self.max_neighbors)
         types = self.type_of[structures.numbers]
         if (types < 0).any():
             number = int(structures.numbers[types < 0][0])
@@ -43,8 +43,8 @@ class GraphCollator:
             "shifts": shifts.astype(np.float64), "structure": structures.structure, "energy": structures.energy,
             "forces": structures.forces, "stress": structures.stress,
         }  # fmt: skip
-        if not (self.cutoffs.by_number != self.cutoffs.by_number.T).any():  # else x differs by direction
-            inputs["once"], inputs["row"] = lengths_once(edges, shifts)
+        if self.cutoffs.symmetric:  # else x differs by direction
+            inputs["once"], inputs["row"] = lengths_once(edges, shifts, reverse)
         if self.with_data_sets:
             inputs["data_set"] = structures.data_set
         counts = {

@@ -7,7 +7,8 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.neighborlist import primitive_neighbor_list
 
-from atoms.neighbours import TIE, Cutoffs, neighbours
+from atoms.neighbours import TIE, Cutoffs, all_neighbours, lengths_once
+from atoms.structures import row, structures_of, table_of
 
 
 def random_atoms(cell, num_atoms, pbc, seed, symbols="LiSP"):
@@ -25,6 +26,11 @@ CELLS = {
     "turned": ([[2, 3, 4], [-4, 1, 2], [1, -5, 3]], 6),
 }  # fmt: skip
 PERIODIC = [(True, True, True), (True, True, False), (False, True, False), (True, False, True), (False, False, False)]
+
+
+def neighbours(numbers, positions, cell, pbc, cutoffs, max_neighbors=None):
+    structures = structures_of(table_of([row(numbers, positions, cell, pbc)]))
+    return all_neighbours(structures, cutoffs, max_neighbors)[:2]
 
 
 def as_set(edges, shifts):
@@ -66,6 +72,27 @@ def test_a_surface_without_a_vector_across():
     edges, shifts = neighbours(atoms.numbers, atoms.positions, cell, [True, True, False], Cutoffs(3.0))
     i, j, found = primitive_neighbor_list("ijS", [True, True, False], atoms.cell.array, atoms.positions, 3.0)
     assert as_set(edges, shifts) == as_set(np.stack([i, j]), found)
+
+
+@pytest.mark.parametrize("pairs", [{}, {"Li-S": 3.0}])
+def test_reverses(pairs):
+    """One search for both directions gives the edges of two, and knows which is whose reverse."""
+    rows = []
+    for seed, (cell, num_atoms) in enumerate(CELLS.values()):
+        atoms, _ = random_atoms(np.array(cell, dtype=float), num_atoms, PERIODIC[seed % 5], seed)
+        rows.append(row(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc))
+    structures, cutoffs = structures_of(table_of(rows)), Cutoffs(4.0, pairs)
+    edges, shifts, reverse = all_neighbours(structures, cutoffs)
+    np.testing.assert_array_equal(edges[:, reverse], edges[::-1])
+    np.testing.assert_array_equal(shifts[reverse], -shifts)
+    every, all_shifts, none = all_neighbours(structures, cutoffs, 10_000)
+    assert none is None
+    np.testing.assert_array_equal(edges, every)
+    np.testing.assert_array_equal(shifts, all_shifts)
+    for found, expected in zip(lengths_once(edges, shifts, reverse), lengths_once(edges, shifts), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    once, places = lengths_once(edges, shifts, reverse)
+    assert len(once) * 2 == len(places) == len(reverse) > 300
 
 
 def test_cutoffs_of_pairs():
