@@ -35,6 +35,7 @@ class Cutoffs:
                     )
                 a, b = NUMBERS[centre], NUMBERS[neighbour]
                 self.by_number[(b, a) if turned else (a, b)] = distance
+        self.symmetric = bool((self.by_number == self.by_number.T).all())
 
     def matrix(self, elements: list[str]) -> np.ndarray:
         """[T, T]: of each centre (row) and neighbour (column) of these elements."""
@@ -52,36 +53,14 @@ def as_cutoffs(cutoffs: "Cutoffs | float") -> Cutoffs:
     return cutoffs if isinstance(cutoffs, Cutoffs) else Cutoffs(cutoffs)
 
 
-def neighbours(
-    numbers: np.ndarray,
-    positions: np.ndarray,
-    cell: np.ndarray,
-    pbc: np.ndarray,
-    cutoffs: Cutoffs,
-    max_neighbors: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """`edges` [2, E] (centre, neighbour), sorted by centre, neighbour and shift, and `shifts` [E, 3].
-
-    An edge's vector is positions[neighbour] - positions[centre] + shift @ cell. Of more than `max_neighbors` an atom
-    keeps the nearest, and with the last of them all that are within 0.01 A as near: a choice among equals would
-    depend on the order of atoms and on rotations. A pair can lose one of its directions so.
-    """
-    quantities = "ijSd" if cutoffs.pairs or max_neighbors else "ijS"
-    centres, others, shifts, *_ = find(numbers, positions, cell, pbc, cutoffs, max_neighbors, quantities)
-    # One number for each edge sorts faster than four.
-    reach = int(np.abs(shifts).max(initial=0))
-    key = centres * len(numbers) + others
-    for axis in range(3):
-        key = key * (2 * reach + 1) + shifts[:, axis] + reach
-    order = np.argsort(key)
-    return np.stack([centres[order], others[order]]), shifts[order]
-
-
 def find(numbers: np.ndarray, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoffs: Cutoffs,
-         max_neighbors: int | None, quantities: str) -> list[np.ndarray]:  # fmt: skip
-    """Edges in no order: centre, neighbour, and what else `quantities` names as vesin does, d to leave some out."""
+         max_neighbors: int | None, quantities: str, half: bool = False) -> list[np.ndarray]:  # fmt: skip
+    """Edges in no order: centre, neighbour, and what else `quantities` names as vesin does, d to leave some out.
+
+    With `half`, one of the two directions of each pair.
+    """
     pbc = np.asarray(pbc, dtype=bool)
-    finder = NeighborList(cutoff=cutoffs.largest, full_list=True, n_threads=1)
+    finder = NeighborList(cutoff=cutoffs.largest, full_list=not half, n_threads=1)
     periodic = pbc if pbc.any() and not pbc.all() else bool(pbc.all())
     points, box = (np.ascontiguousarray(array, dtype=np.float64) for array in (positions, cell))
     found = list(finder.compute(points=points, box=box, periodic=periodic, quantities=quantities))
@@ -108,38 +87,58 @@ def nearest(centres: np.ndarray, distances: np.ndarray, max_neighbors: int, num_
 
 def all_neighbours(
     structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of many structures laid end to end: `edges` [2, E], `shifts` [E, 3], and how many edges each structure has."""
-    found = []
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Of structures laid end to end: `edges` [2, E] (centre, neighbour), sorted by centre, neighbour and shift,
+    `shifts` [E, 3], and `reverse` [E], the place of each edge's other direction.
+
+    An edge's vector is positions[neighbour] - positions[centre] + shift @ cell. Of more than `max_neighbors` an atom
+    keeps the nearest, and with the last of them all that are within 0.01 A as near: a choice among equals would
+    depend on the order of atoms and on rotations. A pair can lose one of its directions so, or where cutoffs differ
+    by direction; `reverse` is None then.
+    """
+    half = max_neighbors is None and cutoffs.symmetric
+    quantities = "ijSd" if cutoffs.pairs or max_neighbors else "ijS"
+    parts = []
     for i in range(len(structures)):
         atoms = structures.atoms_of(i)
-        edges, shifts = neighbours(structures.numbers[atoms], structures.positions[atoms], structures.cell[i],
-                                   structures.pbc[i], cutoffs, max_neighbors)  # fmt: skip
-        found.append((edges + atoms.start, shifts))
-    edges = np.concatenate([edges for edges, _ in found], axis=1)
-    return edges, np.concatenate([shifts for _, shifts in found]), np.array([edges.shape[1] for edges, _ in found])
+        centres, others, shifts, *_ = find(structures.numbers[atoms], structures.positions[atoms], structures.cell[i],
+                                           structures.pbc[i], cutoffs, max_neighbors, quantities, half)  # fmt: skip
+        parts.append((centres + atoms.start, others + atoms.start, shifts))
+    centres, others, shifts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if not half:
+        order = np.argsort(edge_keys(centres, others, shifts))
+        return np.stack([centres[order], others[order]]), shifts[order], None
+    edges = np.concatenate([[centres, others], [others, centres]], axis=1)
+    shifts, number = np.concatenate([shifts, -shifts]), len(shifts)
+    order = np.argsort(edge_keys(*edges, shifts))
+    place = np.empty_like(order)
+    place[order] = np.arange(2 * number)
+    reverse = np.concatenate([place[number:], place[:number]])[order]
+    return edges.take(order, 1), shifts.take(order, 0), reverse  # indexing takes four times as long
 
 
-def lengths_once(edges: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def edge_keys(centres: np.ndarray, others: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    """A number for each edge, which sorts by centre, neighbour and shift: faster than four keys."""
+    number, reach = max(int(ends.max(initial=0)) for ends in (centres, others)) + 1, int(np.abs(shifts).max(initial=0))
+    keys = centres * number + others
+    for axis in range(3):
+        keys = keys * (2 * reach + 1) + shifts[:, axis] + reach
+    return keys
+
+
+def lengths_once(
+    edges: np.ndarray, shifts: np.ndarray, reverse: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Edges of which none is another's reverse, and for each of all edges the place of itself or its reverse therein.
 
     One whose reverse is not there stands for itself.
     """
-    number, reach = int(edges.max(initial=0)) + 1, int(np.abs(shifts).max(initial=0))
-
-    def key(centres: np.ndarray, others: np.ndarray, away: np.ndarray) -> np.ndarray:
-        found = centres * number + others
-        for axis in range(3):
-            found = found * (2 * reach + 1) + away[:, axis] + reach
-        return found
-
-    forth, back = key(edges[0], edges[1], shifts), key(edges[1], edges[0], -shifts)
-    place, order, turned = np.arange(len(forth)), np.argsort(forth, kind="stable"), np.argsort(back)
-    if np.array_equal(forth[order], back[turned]):
-        reverse = np.empty_like(place)
-        reverse[turned] = order
-    else:  # some reverses are missing
-        reverse = order[np.minimum(np.searchsorted(forth, back, sorter=order), len(forth) - 1)]
-    own = np.minimum(place, np.where(forth[reverse] == back, reverse, place))
+    place = np.arange(edges.shape[1])
+    if reverse is None:
+        forth, back = edge_keys(*edges, shifts), edge_keys(*edges[::-1], -shifts)
+        order = np.argsort(forth)
+        near = order[np.minimum(np.searchsorted(forth, back, sorter=order), max(len(forth) - 1, 0))]
+        reverse = np.where(forth[near] == back, near, place)
+    own = np.minimum(place, reverse)
     is_first = own == place
     return np.flatnonzero(is_first), (np.cumsum(is_first) - 1)[own]
