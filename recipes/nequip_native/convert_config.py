@@ -46,13 +46,17 @@ def read(path: Path) -> dict:
     resolvers = {
         "training_data_stats": lambda name: f"{MEASURED}{name}", "hydra": lambda name: "outputs",
         "int_mul": lambda a, b: int(a) * int(b), "int_div": lambda a, b: int(a) // int(b),
+        "concat_lists": lambda a, b: [*a, *b], "list_to_identity_dict": lambda names: {name: name for name in names},
+        "list_to_constant_dict": lambda names, value: dict.fromkeys(names, value),
+        "type_names_from_package": lambda path: [], "cutoff_radius_from_package": lambda path, key=None: None,
     }  # fmt: skip
     for name, function in resolvers.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
     try:
         found = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (errors.OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
+        advice = "; write the value in its place" * isinstance(error, errors.UnsupportedInterpolationType)
+        raise ValueError(f"{path} cannot be read: {one_line(error)}{advice}") from error
     finally:
         for name in resolvers:
             OmegaConf.clear_resolver(name)
@@ -77,12 +81,10 @@ class Conversion:
         self.theirs, self.num_structures = theirs, num_structures
         self.ours: dict[str, Any] = {}
         self.notes: dict[str, str] = {}
-        self.left = leaves(theirs)
-        self.model()
-        self.data()
-        self.loss()
-        self.optimizer()
-        self.trainer()
+        needless = ("data.include_keys", "data.stats_manager", "trainer.enable_checkpointing")
+        self.left = {k: v for k, v in leaves(theirs).items() if not k.startswith(needless)}
+        for part in (self.model, self.data, self.loss, self.optimizer, self.trainer):
+            part()
         for key in [*self.left]:
             if known := next((k for k in NOT_HERE if key == k or key.startswith(f"{k}.")), None):
                 self.notes[known] = NOT_HERE[known]
@@ -119,24 +121,22 @@ class Conversion:
 
     def model(self) -> None:
         """`training_module.model`, to `model_tag` and `model_kwargs`."""
-        at, modifiers = "training_module.model", []
+        at = "training_module.model"
+        modifiers = self.take(f"{at}.modifiers", [])
         if (kind := self.target(at)) == "modify":
-            modifiers, at = self.take(f"{at}.modifiers", []), f"{at}.model"
-            kind = self.target(at)
+            kind = self.target(at := f"{at}.model")
         for one in modifiers:
-            if one["modifier"] != "modify_PerTypeScaleShift":
-                self.notes[f"{at}: {one['modifier']}"] = "kernels are chosen by layer_backend"
+            if (name := one["modifier"]) != "modify_PerTypeScaleShift":
+                self.notes[f"{at}: {name}"] = "kernels are chosen by layer_backend"
             for name in ("scales", "shifts"):
-                self.set(f"model_kwargs.energy_{name}", one.get(name))
+                self.numbers(f"{at}.{name}", one.get(name), f"model_kwargs.energy_{name}")
                 self.set(f"model_kwargs.train_{name}", one.get(f"{name}_trainable"))
         if source := self.take(f"{at}.checkpoint_path") or self.take(f"{at}.package_path"):
             self.ours |= {"init_from": source, "model_tag": source, "model_kwargs.cutoff": None}
             return
         allegro = "llegro" in kind
-        names = convert_nequip.ARGUMENTS
-        if allegro:
-            radial = convert_allegro.RADIAL.items()
-            names = convert_allegro.ARGUMENTS | {f"radial_chemical_embed.{theirs}": ours for theirs, ours in radial}
+        radial = {f"radial_chemical_embed.{theirs}": ours for theirs, ours in convert_allegro.RADIAL.items()}
+        names = convert_allegro.ARGUMENTS | radial if allegro else convert_nequip.ARGUMENTS
         preset = str(self.take(f"{at}.preset", "")).upper()
         self.ours["model_tag"] = f"{'allegro' if allegro else 'nequip'}_{preset or 'S'}"
         if not allegro:
@@ -164,8 +164,8 @@ class Conversion:
         self.elements(at)
         for theirs, ours in (("per_type_energy_scales", "scales"), ("per_type_energy_shifts", "shifts")):
             self.set(f"model_kwargs.train_{ours}", self.take(f"{at}.{theirs}_trainable"))
-            self.numbers(f"{at}.{theirs}", f"model_kwargs.energy_{ours}")
-        self.numbers(f"{at}.avg_num_neighbors", "model_kwargs.num_neighbors")
+            self.numbers(key := f"{at}.{theirs}", self.take(key), f"model_kwargs.energy_{ours}")
+        self.numbers(key := f"{at}.avg_num_neighbors", self.take(key), "model_kwargs.num_neighbors")
         if (pair := self.take(f"{at}.pair_potential")) is not None:
             if str(pair.get("_target_", "")).endswith("ZBL"):
                 self.ours["model_kwargs.zbl"] = pair.get("units")
@@ -193,9 +193,8 @@ class Conversion:
                 found |= {f"{a}-{b}": reach.get(b, cutoff) if isinstance(reach, dict) else reach for b in types}
             self.ours["model_kwargs.pair_cutoffs"] = found
 
-    def numbers(self, theirs: str, ours: str) -> None:
+    def numbers(self, theirs: str, value: Any, ours: str) -> None:
         """A number, or one by element; what was measured is measured here too."""
-        value = self.take(theirs)
         if not isinstance(value, str):
             self.set(ours, value)
         elif value.endswith("per_atom_energy_mean"):
@@ -225,9 +224,9 @@ class Conversion:
             self.notes["data._target_"] = f"{module}: name its file by dataset.load_dataset_kwargs.data_files"
         self.ours["dataset.load_dataset_kwargs.data_files"] = files["dataset"] or "???"
         if files["validation"]:
-            self.ours["validation.load_dataset_kwargs.data_files"] = files["validation"]
-            self.ours["validation.load_dataset_kwargs.path"] = "structures"
-            self.ours.setdefault("validation.load_dataset_kwargs.split", "train")
+            at = "validation.load_dataset_kwargs"
+            self.ours |= {f"{at}.data_files": files["validation"], f"{at}.path": "structures"}
+            self.ours.setdefault(f"{at}.split", "train")
         for theirs, name in (self.take("data.key_mapping") or {}).items():
             if name in FIELDS:
                 self.ours[f"dataset.label_keys.{FIELDS[name]}"] = theirs
@@ -247,17 +246,15 @@ class Conversion:
                 self.set(f"{ours}.micro_batch_size", loader.get("batch_size") if ours else None)
                 self.set("dataset.num_workers", loader.get("num_workers") if theirs == "train" else None)
         self.ours.setdefault("dataset.micro_batch_size", 1)
-        for needless in ("data.include_keys", "data.stats_manager", "trainer.enable_checkpointing"):
-            self.take(needless)
 
     def loss(self) -> None:
         """`training_module.loss`, its coefficients and what changes them."""
         at = "training_module.loss"
-        name, weights = self.target(at), dict.fromkeys(("energy", "forces", "stress"), 0.0)
+        weights = dict.fromkeys(("energy", "forces", "stress"), 0.0)
+        self.target(at)
         for term, weight in (self.take(f"{at}.coeffs") or {}).items():
             weights[term_of(term)] += float(weight)
-        if name.startswith("EnergyForce") or name == "EnergyOnlyLoss":
-            self.set("loss_kwargs.per_atom_energy", self.take(f"{at}.per_atom_energy"))
+        self.set("loss_kwargs.per_atom_energy", self.take(f"{at}.per_atom_energy"))
         for i, metric in enumerate(self.take(f"{at}.metrics") or []):
             field = metric.get("field")
             if isinstance(field, Mapping):

@@ -24,7 +24,8 @@ data:
   split_dataset: {file_path: mine.xyz, train: 0.8, val: 0.1, test: 0.1}
   key_mapping: {REF_energy: total_energy, REF_forces: forces}
   transforms:
-    - {_target_: nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper, chemical_symbols: "${species}"}
+    - _target_: nequip.data.transforms.ChemicalSpeciesToAtomTypeMapper
+      chemical_species_to_atom_type_map: "${list_to_identity_dict:${species}}"
     - {_target_: nequip.data.transforms.NeighborListTransform, r_max: "${reach}"}
     - {_target_: nequip.data.transforms.StressSignFlipTransform}
   train_dataloader: {_target_: torch.utils.data.DataLoader, batch_size: 5, num_workers: 2, shuffle: true}
@@ -206,7 +207,8 @@ def test_what_begins_from_a_model(tmp_path):
     theirs["training_module"]["model"] = {
         "_target_": "nequip.model.modify",
         "modifiers": [
-            {"modifier": "modify_PerTypeScaleShift", "shifts": {"Al": -3.5}, "shifts_trainable": True},
+            {"modifier": "modify_PerTypeScaleShift", "shifts": {"Al": -3.5}, "shifts_trainable": True,
+             "scales": "${training_data_stats:per_type_forces_rms}"},
             {"modifier": "enable_OpenEquivariance"},
         ],
         "model": {"_target_": "nequip.model.ModelFromPackage", "package_path": "old.nequip.zip"},
@@ -215,7 +217,7 @@ def test_what_begins_from_a_model(tmp_path):
     model = {key.partition(".")[2]: value for key, value in found.ours.items() if key.startswith("model_kwargs.")}
     assert found.ours["init_from"] == found.ours["model_tag"] == "old.nequip.zip"
     assert model == {"cutoff": None, "energy_shifts": {"Al": -3.5}, "train_shifts": True}
-    assert "training_module.model.model: enable_OpenEquivariance" in found.notes
+    assert {f"training_module.model.model{key}" for key in (": enable_OpenEquivariance", ".scales")} <= {*found.notes}
 
 
 def test_muon(tmp_path):
@@ -242,7 +244,10 @@ def test_every_key_is_taken_or_named(tmp_path):
     assert found.ours["num_train_steps"] == "???" and "set num_train_steps" in found.notes["trainer.max_epochs"]
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "cannot be read"), ("a: 1", "has no section training_module")])
+@pytest.mark.parametrize(("text", "message"), [
+    ("a: [", "cannot be read"), ("a: 1", "has no section training_module"),
+    ("a: ${unheard:1}", "unheard.*; write the value in its place"),
+])  # fmt: skip
 def test_other_files_are_refused(text, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         conversion(text, tmp_path)
