@@ -224,7 +224,7 @@ def on_own_data(tmp_path_factory):
         (lambda rows: rows.slice(0, 50), "3,600 rows and the data now has 50"),
         (
             lambda rows: rows.take([*range(3599, -1, -1)]),
-            "not what the checkpoint was made with (sizes, content differ)",
+            "not what the checkpoint was made with (other sizes, content)",
         ),
     ],
     ids=["fewer rows", "as many rows"],
