@@ -3,6 +3,7 @@
 
 python compare_runs.py outputs/sweep_12/run_*
 python compare_runs.py outputs/a outputs/b --out table.csv
+python compare_runs.py outputs/a outputs/b --by forces_mae    # a column of the validation; without, the first
 """
 
 import argparse
@@ -16,6 +17,7 @@ import yaml
 from common.command import command
 from common.files import flat, short
 from plot_metrics import metrics_path, read_metrics, throughput_key, throughput_unit
+from plot_metrics import read_run as read_facts
 
 
 PLACES = ("logger.log_dir", "checkpoint.ckpt_dir", "wandb_init_args.name")  # differ by themselves
@@ -27,27 +29,29 @@ def read_run(run: Path) -> tuple[dict[str, object], dict[str, float | int | None
     config = metrics_path(run).with_name("config.yaml")
     train, validation = metrics["train"], metrics["validation"]
     throughput = throughput_key(metrics)
-    first = next((k for k, v in validation[-1].items() if isinstance(v, float)), "loss") if validation else "loss"
+    # Of potentials one column for each kind of error; of others the first number.
+    wanted = [next(iter(keys.values())) for keys in read_facts(metrics_path(run)).get("curves", {}).values()]
+    last = validation[-1] if validation else {}
+    wanted = wanted or [next((k for k, v in last.items() if isinstance(v, float)), "loss")]
     losses = [line["loss"] for line in train[-max(1, len(train) // 10) :] if line["loss"] is not None]
     return flat(yaml.safe_load(config.read_text()) if config.exists() else {}, keep_empty=False), {
         "steps": train[-1]["step"],
-        f"validation {first}": validation[-1][first] if validation else None,
+        **{f"validation {name}": last.get(name) for name in wanted},
         "train loss (last tenth)": fmean(losses) if losses else None,
         throughput_unit(throughput): fmean(line[throughput] for line in train),
     }
 
 
-def shown(row: list[object]) -> list[str]:
+def shown(row: list[object], num_keys: int) -> list[str]:
     """A row as in a table: keys as they are written, losses to four digits, rates to whole units or three digits."""
-    run, *keys, steps, validation, train, rate = row
-
-    losses = ["" if value is None else short(value) for value in (validation, train)]
+    run, keys, (steps, *losses, rate) = row[0], row[1 : 1 + num_keys], row[1 + num_keys :]
+    losses = ["" if value is None else short(value) for value in losses]
     given = [f"{key:g}" if isinstance(key, float) else "null" if key is None else str(key) for key in keys]
     return [run, *given, f"{steps:,}", *losses, f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"]
 
 
-def compare(runs: list[Path]) -> list[list[object]]:
-    """Rows of the table, the first with names. Raises ValueError."""
+def compare(runs: list[Path], by: str | None = None) -> list[list[object]]:
+    """Rows of the table, the first with names, then by the validation's `by` (first column). Raises ValueError."""
     found = {}
     for run in runs:
         try:
@@ -60,11 +64,16 @@ def compare(runs: list[Path]) -> list[list[object]]:
     differ = [k for k in keys if k not in PLACES and len({repr(config.get(k)) for config, _ in found.values()}) > 1]
     rows = [[run, *(config.get(k) for k in differ), *results.values()] for run, (config, results) in found.items()]
 
+    *names, _ = next(iter(found.values()))[1]
+    columns = [name.removeprefix("validation ") for name in names[1:-1]]
+    if by is not None and by not in columns:
+        raise ValueError(f"--by {by}: it must be one of {', '.join(columns)}.")
+    at = -2 - len(columns) + (columns.index(by) if by else 0)
+
     def rank(row: list[object]) -> tuple:
-        validation, train = row[-3], row[-2]
+        validation, train = row[at], row[-2]
         return validation is None, validation or 0.0, train is None, train or 0.0
 
-    *names, _ = next(iter(found.values()))[1]
     units = dict.fromkeys(list(results)[-1] for _, results in found.values())
     return [["run", *differ, *names, " or ".join(units)], *sorted(rows, key=rank)]
 
@@ -73,14 +82,15 @@ def main() -> None:
     """Read the command line and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--by", metavar="METRIC", help="sort by this column of the validation, e.g. forces_mae")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write the table for a spreadsheet too")
     args = parser.parse_args()
     with command():
-        first, *rows = compare(args.runs)
+        first, *rows = compare(args.runs, args.by)
         if args.out:
             with args.out.open("w", newline="") as file:
                 csv.writer(file).writerows([first, *rows])
-        table = [first, ["---"] * len(first), *map(shown, rows)]
+        table = [first, ["---"] * len(first), *(shown(row, first.index("steps") - 1) for row in rows)]
         print("\n".join("| " + " | ".join(row) + " |" for row in table))
 
 

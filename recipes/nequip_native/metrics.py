@@ -125,7 +125,7 @@ class Recorded(Errors):
             for label in ("energy_per_atom", "forces", "stress")
         }
         symbols = np.repeat(np.array(self.elements)[np.concatenate([types[name] for name in sorted(types)])], 3)
-        title = f"{Path(source).resolve().name} on {errors['num_structures']:,} structures"
+        title = f"{'/'.join(Path(source).resolve().parts[-2:])} on {errors['num_structures']:,} structures"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "errors.json").write_text(json.dumps(finite(errors), indent=1) + "\n")

@@ -29,7 +29,8 @@ def parity_plot(path: Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], uni
         true, found = true[fine], found[fine]
         unit, errors, noun = units[label], found - true, label.replace("_", " ")
         points = 2 if len(true) > 500 else 5
-        for name in np.unique(group):
+        names, numbers = np.unique(group, return_counts=True)
+        for name in names[np.argsort(-numbers, kind="stable")]:  # the fewest on top
             here = group == name
             some = np.flatnonzero(here)[:: max(1, here.sum() // 20_000)]
             top.plot(true[some], found[some], ".", ms=points, alpha=0.5, label=str(name), rasterized=True)
@@ -41,11 +42,11 @@ def parity_plot(path: Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], uni
         top.set(xlim=ends, ylim=ends, aspect="equal")
         top.locator_params(nbins=5)
         top.set_title(f"MAE {np.abs(errors).mean():.3g}  RMSE {np.sqrt((errors**2).mean()):.3g} {unit}", fontsize=9)
-        if len(np.unique(group)) > 1:
+        if len(names) > 1:
             top.legend(markerscale=5, fontsize=8)
         widest = max(float(np.abs(errors).max()), 1e-12)  # all errors may be the same
         bottom.hist(errors, bins=int(np.clip(2 * len(errors) ** 0.5, 10, 80)), range=(-widest, widest), color="0.5")
-        bottom.set(xlabel=f"predicted - true, {unit}", ylabel="number", yscale="log")
+        bottom.set(xlabel=f"predicted - true, {unit}", ylabel="number", yscale="log" if len(true) > 500 else "linear")
     if title:
         figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)

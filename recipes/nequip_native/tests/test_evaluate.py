@@ -47,7 +47,7 @@ def test_errors_and_parity(tmp_path, monkeypatch):
         assert found["num_structures"] == 7
     assert json.loads((tmp_path / "report" / "errors.json").read_text()) == found
     _, both, _, groups, title = drawn[0]
-    assert title == "model on 7 structures"
+    assert title == "where/model on 7 structures"
     assert (
         both["forces"][0].shape == groups["forces"].shape == (3 * len(numbers),)
         and len(both["energy_per_atom"][0]) == 7

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import yaml
 
 from common.contract.running import RECIPE, run_here
@@ -43,10 +44,26 @@ def test_the_unit_is_the_runs(tmp_path):
     assert [row[0][-1] for row in rows] == ["b", "a"]
 
 
+def test_errors_of_potentials_each_have_a_column(tmp_path):
+    curves = {"Energy": {"MAE": "e_mae", "RMSE": "e_rmse"}, "Force": {"MAE": "f_mae"}, "Stress": {"MAE": "s_mae"}}
+    runs = [make_run(tmp_path / name, None, {"seed": 1}) for name in "ab"]
+    for run, energy, forces in zip(runs, (0.1, 0.2), (0.4, 0.3), strict=True):
+        with (run / "metrics.jsonl").open("a") as file:
+            line = {"kind": "validation", "step": 2, "energy_mae": 9.0, "e_mae": energy, "f_mae": forces}
+            file.write("\n" + json.dumps(line))
+        (run / "run.json").write_text(json.dumps({"curves": curves}))
+    first, *rows = compare(runs)
+    assert first[1:5] == ["steps", "validation e_mae", "validation f_mae", "validation s_mae"]
+    assert [row[2:5] for row in rows] == [[0.1, 0.4, None], [0.2, 0.3, None]]
+    assert [row[3] for row in compare(runs, "f_mae")[1:]] == [0.3, 0.4]
+    with pytest.raises(ValueError, match="--by energy: it must be one of e_mae, f_mae, s_mae"):
+        compare(runs, "energy")
+
+
 def test_numbers_as_they_are_read():
     row = ["a", 0.1, 3e-4, None, "bf16", 500000, 2.5, 1.25e-5, 12345.6]
-    assert shown(row) == ["a", "0.1", "0.0003", "null", "bf16", "500,000", "2.5000", "1.25e-05", "12,346"]
-    assert shown(["a", 7, None, -1234.5, 0.5123]) == ["a", "7", "", "-1234.5000", "0.512"]
+    assert shown(row, 4) == ["a", "0.1", "0.0003", "null", "bf16", "500,000", "2.5000", "1.25e-05", "12,346"]
+    assert shown(["a", 7, None, -1234.5, 0.5123], 0) == ["a", "7", "", "-1234.5000", "0.512"]
 
 
 def test_from_the_command_line(tmp_path):
