@@ -56,9 +56,8 @@ def picture(path: Path, found: Survey, elements: list[str]) -> None:
         return
     structures = structures_of(found.rows.with_format("arrow")[rows])
     checked = check(structures, found.cutoffs, found.max_neighbors)
-    nearest = np.full(len(structures.numbers), np.inf)
-    np.minimum.at(nearest, checked.edges[0], checked.distances)
-    neighbours = np.bincount(checked.edges[0], minlength=len(structures.numbers))
+    nearest = checked.nearest(checked.distances, len(structures.numbers))
+    neighbours = checked.neighbours(len(structures.numbers))
     forces = np.linalg.norm(structures.forces, axis=1)
     figure, axes = plt.subplots(2, 3, figsize=(13, 7))
     with np.errstate(invalid="ignore", divide="ignore"):

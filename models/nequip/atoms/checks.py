@@ -4,7 +4,6 @@
 In shapes, S is structures, A atoms, E edges.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -12,15 +11,16 @@ import numpy as np
 from ase.data import covalent_radii
 
 from atoms.neighbours import Cutoffs, find
-from atoms.structures import NUM_ELEMENTS, SYMBOLS, Structures
+from atoms.structures import SYMBOLS, Structures
 
 
 CLOSE = 0.5  # A
 DENSE = 1.0  # A^3 an atom; a proton and its share of a metal under pressure take more
-OVERLAP = 0.6  # of the sum of two covalent radii
-FEWEST_BONDS = 6  # of a frame, to judge its forces by
+OVERLAP, FAR = 0.6, 1.75  # of the sum of two covalent radii
 NET_FORCE, NET_SHARE = 0.005, 0.1  # eV/A an atom, and of the length of all forces: what DFT leaves over is below
+TORQUE, TORQUE_SHARE = 0.02, 0.3  # the same of the moments of forces, eV
 RADII = np.nan_to_num(covalent_radii, nan=1.5)
+RADII[[2, 10, 18, 36, 54, 86]] *= 1.6  # noble gases have no bonds
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,41 @@ KINDS = {
                         "use a larger cutoff, unless they are meant to be alone"),
     "cell_without_pbc": Kind(False, "pbc", "has a cell full of atoms ({value:.0f} A^3 each), and is not periodic",
                              "set pbc to T T T where it is a crystal or liquid"),
+    "far_apart": Kind(False, "positions", "has atoms at {value:.1f} times the sum of their covalent radii",
+                      "set +dataset.units.length=bohr if lengths are in bohr"),
+    "half_empty": Kind(False, "cell", "fills {value:.0%} of each side of its periodic cell",
+                       "give the cell in A if it is in bohr; vacuum on all sides is for molecules"),
     "left_handed": Kind(False, "cell", "has a left-handed cell (determinant {value:.1f} A^3)",
                         "swap two lattice vectors; some codes then give stress with the wrong sign"),
     "net_force": Kind(False, "forces", "has forces that do not sum to zero: {value:.2f} eV/A an atom are left",
                       "look for forces set to zero by constraints, a mixed-up order of atoms, or an outer field"),
+    "net_torque": Kind(False, "forces", "has forces that turn it as a whole: {value:.0%} of their moments are left",
+                       "look for a mixed-up order of atoms, or positions in another orientation than forces"),
     "overlap": Kind(False, "positions", "has two atoms at {value:.2f} of the sum of their covalent radii",
                     "look at it; this is a bond no material has"),
     "duplicate": Kind(False, "positions", "has the same atoms, cell and positions as a frame before it",
                       "take one of them out"),
+    "wrong_energy": Kind(True, "energy", "has an energy {value:+.0f} eV an atom from what its elements have",
+                         "look for another unit (kcal/mol, hartree), or an energy of another kind"),
     "energy_outlier": Kind(False, "energy", "has an energy {value:+.2f} eV an atom from what its elements have",
                            "look for another functional, an unfinished calculation, or another unit"),
+    "unlike_energy": Kind(False, "energy", "has an energy {value:+.3f} eV an atom from others with such forces",
+                          "look for the energy of another frame, or an unfinished calculation"),
     "force_outlier": Kind(False, "forces", "has a force of {value:.1f} eV/A",
                           "take it out, unless such forces are wanted"),
-    "turned_forces": Kind(False, "forces", "has forces whose sign is that of no other frame: the correlation with "
-                          "what its bonds should do is {value:.2f}",
-                          "look where the frame is from; it has gradients perhaps"),
+    "turned_forces": Kind(True, "forces", "has forces against those of other frames for the same distances "
+                          "(correlation {value:.2f})", "it has gradients perhaps: take it out, or turn their sign"),
+    "other_strength": Kind(True, "forces", "has forces {value:.3g} times those of other frames for the same distances",
+                           "look for another unit: kcal/mol/A is 23.06 and hartree/bohr 0.0194 of eV/A"),
+    "turned_stress": Kind(True, "stress", "has stress against that of other frames (correlation of shear {value:.2f})",
+                          "its sign is the other one perhaps: take it out, or turn it"),
+    "other_stress": Kind(True, "stress", "has stress {value:.3g} times that of other frames in like strain",
+                         "look for another unit: GPa is 160.2, kbar 1602 in eV/A^3"),
+    "zero_forces": Kind(True, "forces", "has forces that are all exactly zero, and no symmetry that makes them so",
+                        "take the frame out, or its forces"),
+    "mixed_up_forces": Kind(False, "forces", "has forces that do not follow the distances of its atoms as in other "
+                            "frames (correlation {value:.2f})",
+                            "look for a mixed-up order of atoms, wrong elements, or forces of another frame"),
 }  # fmt: skip
 BITS = {name: np.uint32(1 << i) for i, name in enumerate(KINDS)}
 NEVER = BITS["no_geometry"] | BITS["pbc_without_cell"]  # have no neighbours that could be found
@@ -79,15 +99,42 @@ BAD = np.uint32(sum(int(BITS[name]) for name, kind in KINDS.items() if kind.bad)
 
 @dataclass
 class Checked:
-    """Of some structures: neighbours, and what is odd. `values` has an entry for each kind that was found."""
+    """Of some structures: neighbours, and what is odd. `values` has an entry for each kind that was found.
 
-    edges: np.ndarray  # [2, E]
+    Of a pair both directions are edges, or, where `num_ends` is 2, one that stands for both.
+    """
+
+    edges: np.ndarray  # [2, E], the structures' own end to end
     vectors: np.ndarray  # [E, 3]
     distances: np.ndarray  # [E]
     num_edges: np.ndarray  # [S]
     flags: np.ndarray  # [S]
     values: dict[str, np.ndarray]  # [S]
     volume: np.ndarray  # [S]
+    num_ends: int
+
+    @property
+    def share(self) -> float:
+        """Of a pair's energy, what an edge has."""
+        return self.num_ends / 2
+
+    def at_centres(self, centre: np.ndarray, other: np.ndarray, vectors: np.ndarray, num_atoms: int) -> np.ndarray:
+        """[A, 3]: sums at each atom of vectors that point from it, of its edges."""
+        found = [np.bincount(centre, vectors[:, k], num_atoms) for k in range(3)]
+        if self.num_ends == 2:
+            found = [one - np.bincount(other, vectors[:, k], num_atoms) for k, one in enumerate(found)]
+        return np.stack(found, 1)
+
+    def neighbours(self, num_atoms: int) -> np.ndarray:
+        """[A]: how many an atom has."""
+        return sum(np.bincount(ends, minlength=num_atoms) for ends in self.edges[: self.num_ends])
+
+    def nearest(self, of_edges: np.ndarray, num_atoms: int) -> np.ndarray:
+        """[A]: the smallest of an atom's edges, infinite without one."""
+        found = np.full(num_atoms, np.inf)
+        for ends in self.edges[: self.num_ends]:
+            np.minimum.at(found, ends, of_edges)
+        return found
 
 
 def check(structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = None) -> Checked:
@@ -133,50 +180,85 @@ def check(structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = 
     found("cell_without_pbc", filled & (num_atoms > 1), per_atom)
 
     findable = sound & ~without & ~dense & (num_atoms > 0)
-    edges, vectors, distances, num_edges = _edges(structures, findable, cutoffs, max_neighbors)
-    nearest, closest = np.full(size, np.inf), np.full(size, np.inf)
-    if len(distances):
-        of_edge = owner[edges[0]]
-        np.minimum.at(nearest, of_edge, distances)
-        bond = RADII[structures.numbers[edges[0]]] + RADII[structures.numbers[edges[1]]]
-        np.minimum.at(closest, of_edge, distances / bond)
+    near = _edges(structures, findable, cutoffs, max_neighbors, flags, values, volume)
+    bond = RADII[structures.numbers[near.edges[0]]] + RADII[structures.numbers[near.edges[1]]]
+    nearest, ratio = (near.nearest(of_edges, len(owner)) for of_edges in (near.distances, near.distances / bond))
+    (nearest, _), (closest, usual) = (_least_and_median(values, structures) for values in (nearest, ratio))
     inside = ~any_of(((structures.positions < -0.01) | (structures.positions > 1.01)).any(-1))
     fractional = inside & periodic & (lengths.max(1) > 2) & (num_atoms > 1) & (closest < OVERLAP)
     found("fractional", fractional)
     found("close_atoms", (nearest < CLOSE) & ~fractional, nearest)
     found("overlap", (closest < OVERLAP) & (nearest >= CLOSE) & ~fractional, closest)
-    alone = findable & (num_edges == 0) & (num_atoms > 1)
+    found("far_apart", (usual > FAR) & np.isfinite(usual) & (num_atoms > 3), usual)
+    if solid.any():
+        filled = _filled(structures, np.flatnonzero(findable & solid & (num_atoms > 10)))
+        found("half_empty", (filled > 0.4).all(1) & (filled < 0.56).all(1), filled.mean(1))
+    alone = findable & (near.num_edges == 0) & (num_atoms > 1)
     found("no_neighbours", alone, cutoffs.largest)
-    lonely = np.bincount(edges[0], minlength=len(owner)) == 0
+    lonely = near.neighbours(len(owner)) == 0
     number = np.bincount(owner, weights=lonely, minlength=size)
     found("lonely_atom", findable & ~alone & (number > 0) & (num_atoms > 1), number)
 
-    net = np.stack([np.bincount(owner, weights=structures.forces[:, k], minlength=size) for k in range(3)], 1)
-    net, every = np.linalg.norm(net, axis=1), np.sqrt(np.bincount(owner, (structures.forces**2).sum(-1), size))
-    per_atom = net / np.maximum(num_atoms, 1)
-    found("net_force", (net > NET_SHARE * every) & (per_atom > NET_FORCE) & (num_atoms > 1), per_atom)
-    return Checked(edges, vectors, distances, num_edges, flags, values, volume)
+    still = (num_atoms > 1) & ~any_of((structures.forces != 0).any(-1))
+    if still.any():
+        far = near.distances[:, None]
+        pull = near.vectors / np.maximum(far, 1e-9) * (1 - far / cutoffs.largest) ** 2
+        net = near.at_centres(*near.edges, pull, len(owner))
+        found("zero_forces", still & any_of(np.linalg.norm(net, axis=1) > 0.05))
+
+    def left_over(of_atoms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The length of the sum of an atom's vectors by structure, an atom, and as a share of their lengths."""
+        net = np.stack([np.bincount(owner, of_atoms[:, k], size) for k in range(3)], 1)
+        length, every = np.linalg.norm(net, axis=1), np.sqrt(np.bincount(owner, (of_atoms**2).sum(-1), size))
+        return length / np.maximum(num_atoms, 1), length / np.maximum(every, 1e-30)
+
+    net, share = left_over(structures.forces)
+    unbalanced = (share > NET_SHARE) & (net > NET_FORCE) & (num_atoms > 1)
+    found("net_force", unbalanced, net)
+    if not periodic.all():
+        centre = np.stack([np.bincount(owner, structures.positions[:, k], size) for k in range(3)], 1)
+        arms = structures.positions - (centre / np.maximum(num_atoms, 1)[:, None])[owner]
+        net, share = left_over(np.cross(arms, structures.forces))
+        turning = (share > TORQUE_SHARE) & (net > TORQUE) & ~periodic & ~unbalanced & sound
+        found("net_torque", turning, share)
+    return near
 
 
-def _edges(
-    structures: Structures, findable: np.ndarray, cutoffs: Cutoffs, max_neighbors: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of the structures that have a cell to find them in: edges, vectors, distances, and how many each has."""
-    some = np.flatnonzero(findable)
-    num_edges = np.zeros(len(structures), np.int64)
-    if len(some) == 0:
-        return np.zeros((2, 0), np.int64), np.zeros((0, 3)), np.zeros(0), num_edges
-    found = []
+def _least_and_median(of_atoms: np.ndarray, structures: Structures) -> tuple[np.ndarray, np.ndarray]:
+    """[S]: the smallest and the median of an atom's number in each structure."""
+    if not len(of_atoms):
+        return np.full(len(structures), np.inf), np.full(len(structures), np.inf)
+    ordered = of_atoms[np.lexsort((of_atoms, structures.structure))]
+    last = len(ordered) - 1
+    first, middle = structures.starts[:-1], structures.starts[:-1] + structures.num_atoms // 2
+    return ordered[np.minimum(first, last)], ordered[np.minimum(middle, last)]
+
+
+def _filled(structures: Structures, some: np.ndarray) -> np.ndarray:
+    """[S, 3]: along each lattice vector the share that no gap between atoms leaves free; 0 where it is not asked."""
+    found = np.zeros((len(structures), 3))
     for i in some:
+        at = np.sort(structures.positions[structures.atoms_of(i)] @ np.linalg.inv(structures.cell[i]) % 1.0, axis=0)
+        found[i] = 1 - np.maximum(np.diff(at, axis=0).max(0), at[0] + 1 - at[-1])
+    return found
+
+
+def _edges(structures: Structures, findable: np.ndarray, cutoffs: Cutoffs, max_neighbors: int | None,
+           flags: np.ndarray, values: dict[str, np.ndarray], volume: np.ndarray) -> Checked:  # fmt: skip
+    """Edges of the structures that have a cell to find them in."""
+    half, num_edges = max_neighbors is None and cutoffs.symmetric, np.zeros(len(structures), np.int64)
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 3)))]
+    for i in np.flatnonzero(findable):
         atoms = structures.atoms_of(i)
         centres, others, distances, vectors = find(
             structures.numbers[atoms], structures.positions[atoms], structures.cell[i], structures.pbc[i], cutoffs,
-            max_neighbors, "ijdD",
+            max_neighbors, "ijdD", half,
         )  # fmt: skip
-        num_edges[i] = len(centres)
+        num_edges[i] = len(centres) * (2 if half else 1)
         found.append((centres + atoms.start, others + atoms.start, distances, vectors))
     centres, others, distances, vectors = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    return np.stack([centres, others]), vectors, distances, num_edges
+    ends = 2 if half else 1
+    return Checked(np.stack([centres, others]), vectors, distances, num_edges, flags, values, volume, ends)
 
 
 def fingerprints(structures: Structures) -> np.ndarray:
@@ -193,115 +275,11 @@ def fingerprints(structures: Structures) -> np.ndarray:
     return found
 
 
-# ---- what all frames together tell
-
-
-@dataclass
-class Bonds:
-    """Each atom's nearest neighbour: the pair of elements, the distance d, and how strongly the two push apart, p.
-
-    Pairs that are too near push: within a kind of pair p (eV/A) falls with d, and rises where forces have the wrong
-    sign.
-    """
-
-    pairs: np.ndarray  # the different ones
-    pair: np.ndarray  # of each bond
-    d: np.ndarray
-    p: np.ndarray
-    structure: np.ndarray
-
-    def sums(self) -> dict[int, np.ndarray]:
-        """By pair of elements: n, and sums of d, p, d^2, d p, p^2."""
-        d, p = self.d, self.p
-        weights = (np.ones_like(d), d, p, d * d, d * p, p * p)
-        table = np.stack([np.bincount(self.pair, w, len(self.pairs)) for w in weights], 1)
-        return dict(zip(self.pairs.tolist(), table, strict=True))
-
-    def agreement(self, num_structures: int) -> np.ndarray:
-        """[S]: how the pushes of a structure go with those of a line through all, from -1 to 1; NaN for few bonds."""
-        n, d, p, dd, dp, _ = np.array(list(self.sums().values())).reshape(-1, 6).T
-        slope = (dp - d * p / n) / np.maximum(dd - d * d / n, 1e-12)
-        expected = (p / n)[self.pair] + slope[self.pair] * (self.d - (d / n)[self.pair])
-
-        def of(weights: np.ndarray | None = None) -> np.ndarray:
-            return np.bincount(self.structure, weights, num_structures)
-
-        with np.errstate(invalid="ignore", divide="ignore"):
-            found = of(self.p * expected) / np.sqrt(of(self.p**2) * of(expected**2))
-        return np.where(of() < FEWEST_BONDS, np.nan, found)
-
-
-def nearest_bonds(structures: Structures, checked: Checked) -> Bonds:
-    """Of the structures that have forces, and are not bad."""
-    if not len(checked.distances):
-        return Bonds(*(np.zeros(0, t) for t in (np.int64, np.int64, float, float, np.int64)))
-    nearest = np.full(len(structures.numbers), np.inf)
-    np.minimum.at(nearest, checked.edges[0], checked.distances)
-    ties = np.flatnonzero(checked.distances == nearest[checked.edges[0]])
-    # Of several that are as near the one in the direction of the largest x, y, z: not the first, which nobody rules.
-    ties = ties[np.lexsort((*checked.vectors[ties].T, checked.edges[0][ties]))]
-    first = ties[np.flatnonzero(np.diff(checked.edges[0][ties], append=-1))]
-    centre, other = checked.edges[:, first]
-    d = checked.distances[first]
-    apart = structures.forces[centre] - structures.forces[other]
-    p = -0.5 * np.einsum("ei,ei->e", apart, checked.vectors[first]) / np.maximum(d, 1e-9)
-    a, b = np.sort(np.stack([structures.numbers[centre], structures.numbers[other]]).astype(np.int64), axis=0)
-    fine = np.isfinite(p) & (d > CLOSE) & ((checked.flags[structures.structure[centre]] & BAD) == 0)
-    pairs, place = np.unique((a * NUM_ELEMENTS + b)[fine], return_inverse=True)
-    return Bonds(pairs, place, d[fine], p[fine], structures.structure[centre][fine])
-
-
 def lacks(structures: Structures) -> np.ndarray:
     """[S]: which of `LABELS` a structure lacks, a bit each."""
     without = np.bincount(structures.structure, ~np.isfinite(structures.forces).all(-1), len(structures)) > 0
     stress = ~np.isfinite(structures.stress).all((1, 2))
     return (~np.isfinite(structures.energy) + 2 * without + 4 * stress).astype(np.uint8)
-
-
-def bond_ratios(structures: Structures, checked: Checked) -> np.ndarray:
-    """Counts [200] of each atom's nearest neighbour by distance over the sum of covalent radii, in steps of 0.02."""
-    if not len(checked.distances):
-        return np.zeros(200)
-    ratio = checked.distances / (
-        RADII[structures.numbers[checked.edges[0]]] + RADII[structures.numbers[checked.edges[1]]]
-    )
-    nearest = np.full(len(structures.numbers), np.inf)
-    np.minimum.at(nearest, checked.edges[0], ratio)
-    return np.histogram(nearest[np.isfinite(nearest)], bins=200, range=(0, 4))[0].astype(np.float64)
-
-
-def work(structures: Structures, checked: Checked) -> Iterator[tuple[bool, float, float, float]]:
-    """Of neighbouring frames that are nearly the same: whether the cell differs, and the energies, in eV.
-
-    The change of energy, the work of the forces on the way, and the work of the stress: the first is the sum of the
-    others where units and signs are right, and the steps short (trapezoidal rule).
-    """
-    for i in range(len(structures) - 1):
-        one, two = structures.atoms_of(i), structures.atoms_of(i + 1)
-        if (
-            not np.array_equal(structures.numbers[one], structures.numbers[two])
-            or (checked.flags[i : i + 2] & BAD).any()
-        ):
-            continue
-        strain, straining = np.zeros((3, 3)), False
-        if structures.pbc[i].all() and structures.pbc[i + 1].all():
-            inverse = np.linalg.inv(structures.cell[i])
-            strain = inverse @ structures.cell[i + 1] - np.eye(3)
-            straining = bool(np.abs(strain).max() > 1e-6)
-            step = (structures.positions[two] @ np.linalg.inv(structures.cell[i + 1])) - structures.positions[
-                one
-            ] @ inverse
-            step = (step - np.rint(step)) @ (structures.cell[i] + structures.cell[i + 1]) / 2
-        else:
-            step = structures.positions[two] - structures.positions[one]
-        if np.abs(step).max() > 0.3 or np.abs(strain).max() > 0.05 or not (np.abs(step).max() > 1e-4 or straining):
-            continue
-        forces = (structures.forces[one] + structures.forces[two]) / 2
-        stress = (structures.stress[i] + structures.stress[i + 1]) / 2
-        of_stress = np.sum(stress * strain) * (checked.volume[i] + checked.volume[i + 1]) / 2 if straining else 0.0
-        found = (structures.energy[i + 1] - structures.energy[i], -float(np.sum(forces * step)), float(of_stress))
-        if np.isfinite(found[:2]).all():
-            yield straining, *found
 
 
 def composition(numbers: np.ndarray) -> str:

@@ -7,18 +7,24 @@ from typing import Literal
 import numpy as np
 
 from atoms.checks import BAD, BITS, KINDS, LABELS, NEVER, check
+from atoms.outliers import FOLLOWED
 from atoms.structures import structures_of
 from atoms.survey import ODD, Survey, solve
 
 
 Policy = Literal["refuse", "leave_out", "keep"]
-STIFFNESS = 0.3, 120.0  # eV/A^2 of bonds: softer than metals, harder than a triple bond
+STIFFNESS = 1 / 6, 8.0  # of bonds, over the usual one of their length: materials have 0.35 to 4.2
 NAMED = 5  # frames that a sentence names
 SLOPES = {  # a change of energy over the work of forces that goes with it, and what that means
     23.06: "energies in kcal/mol", 96.49: "energies in kJ/mol", 1 / 27.21: "energies in hartree",
     1 / 23.06: "forces in kcal/mol/A", 51.42: "forces in hartree/bohr", 1 / 0.5292: "lengths in bohr",
     0.5292: "forces in eV/bohr", 1 / 13.606: "energies in Ry", 25.71: "forces in Ry/bohr",
 }  # fmt: skip
+COARSE_ENERGIES = {23.06: "energies in kcal/mol", 96.49: "energies in kJ/mol", 1 / 27.21: "energies in hartree",
+                   1 / 13.606: "energies in Ry", 1000.0: "energies in meV"}  # fmt: skip
+COARSE_FORCES = {1 / 23.06: "forces in kcal/mol/A", 1 / 96.49: "forces in kJ/mol/A", 51.42: "forces in hartree/bohr",
+                 25.71: "forces in Ry/bohr", 1 / 1000: "forces in meV/A"}  # fmt: skip
+FORCE_SIZES = {23.06: "kcal/mol/Ang", 96.49: "kJ/mol/Ang", 1000.0: "meV/Ang", 1 / 51.42: "hartree/bohr"}
 STRESS_SLOPES = {1 / 160.2: "GPa", 1 / 1602: "kbar", 1 / 1.602e6: "bar", 1 / 1.602e11: "Pa"}
 
 
@@ -60,12 +66,20 @@ def of_frames(survey: Survey) -> list[Finding]:
 
 
 def _values(survey: Survey, name: str, rows: np.ndarray) -> np.ndarray:
-    if name == "energy_outlier":
+    if name in ("energy_outlier", "wrong_energy"):
         return survey.energy_deviation[rows]
+    if name == "unlike_energy":
+        return survey.energy_misfit[rows]
     if name == "force_outlier":
         return survey.max_force[rows]
-    if name == "turned_forces":
+    if name in ("turned_forces", "mixed_up_forces"):
         return survey.column("agreement")[rows]
+    if name == "other_strength":
+        return survey.column("strength")[rows] / survey.usual_strength
+    if name == "turned_stress":
+        return survey.column("shear_agreement")[rows]
+    if name == "other_stress":
+        return survey.column("shear_strength")[rows] / survey.usual_shear
     if name == "duplicate":
         return np.zeros(len(rows))
     structures = structures_of(survey.rows.with_format("arrow")[rows])
@@ -91,18 +105,21 @@ def frames(survey: Survey, rows: np.ndarray) -> str:
 
 
 def _slope(products: np.ndarray, fewest: int = 10) -> tuple[float, float] | None:
-    """Of a over b, through zero, and the square of how well it holds; None where there is too little."""
+    """Of a over b, through zero, and how both go together, from -1 to 1; None where there is too little."""
     number, aa, ab, bb = products
-    return (ab / bb, ab * ab / (aa * bb)) if number >= fewest and aa > 0 and bb > 0 else None
+    return (ab / bb, ab / np.sqrt(aa * bb)) if number >= fewest and aa > 0 and bb > 0 else None
 
 
-def _nearest(slope: float, known: dict[float, str]) -> str | None:
-    return next((text for factor, text in known.items() if abs(np.log(abs(slope) / factor)) < 0.15), None)
+def _nearest(slope: float, known: dict[float, str], within: float = 0.15) -> str | None:
+    """The unit with the nearest factor, if it is near enough."""
+    factor = min(known, key=lambda one: abs(np.log(abs(slope) / one)))
+    return known[factor] if abs(np.log(abs(slope) / factor)) < within else None
 
 
 def of_units(survey: Survey) -> list[Finding]:
     """Units and signs, by what must hold between energies, forces, stress and distances."""
-    return [*of_forces(survey), *of_stress(survey), *of_lengths(survey)]
+    forces = of_forces(survey)
+    return [*forces, *of_stress(survey, bool(forces))]
 
 
 GRADIENTS = "[forces]; they are gradients perhaps: +dataset.units.forces=-eV/Ang."
@@ -110,55 +127,92 @@ GRADIENTS = "[forces]; they are gradients perhaps: +dataset.units.forces=-eV/Ang
 
 def of_forces(survey: Survey) -> list[Finding]:
     """Forces against energies, and against what bonds do."""
-    found, fit, (within, stiffness) = [], _slope(survey.total("force_work")), _bonds(survey.bonds())
-    if fit and fit[1] > 0.8:
-        if fit[0] < 0:
-            text = (
-                "Forces have the wrong sign: between frames that follow each other the energy falls where it should "
-            )
-            found.append(Finding("force_sign", True, text + "rise " + GRADIENTS))
-        if abs(np.log(abs(fit[0]))) > 0.25:
-            guess = _nearest(fit[0], SLOPES)
-            text = (
-                f"Energies change {abs(fit[0]):.3g} times as much between frames as the forces say [energy, forces]; "
-            )
-            text += f"as with {guess}: " if guess else ""
-            found.append(Finding("force_units", True, text + "set +dataset.units.energy=..., forces or length."))
-    elif within is not None and within > 0.3:
-        text = "Forces seem to have the wrong sign: neighbours nearer than others pull each other closer "
-        found.append(Finding("force_sign", within > 0.5, text + GRADIENTS))
+    seen = survey.evidence
+    found, steps, (within, stiffness) = [], _slope(seen.force_work), _bonds(seen.bonds)
+    if steps and abs(steps[1]) < 0.5:
+        text = "Energies change between frames that follow each other without regard to the forces (correlation "
+        text += f"{steps[1]:.2f}) [energy, forces]; look for energies or forces of other frames."
+        found.append(Finding("unlike_work", False, text))
+    steps = steps if steps and abs(steps[1]) > (0.9 if abs(np.log(abs(steps[0]))) > 1.5 else 0.97) else None
+    fitted = _slope(seen.energy_fit) if seen.held[0] > FOLLOWED else None
     soft, hard = STIFFNESS
-    if stiffness and not soft < abs(stiffness) < hard and not any(finding.name == "force_units" for finding in found):
-        amount, unit = ("more", "kcal/mol/Ang") if abs(stiffness) > hard else ("less", "hartree/bohr")
-        text = f"By these forces bonds are {abs(stiffness):.3g} eV/A^2 stiff, {amount} than most [forces]; if in "
-        found.append(Finding("force_units", False, f"{text}{unit}: +dataset.units.forces={unit}; are energies in eV?"))
+    stiff = stiffness is not None and abs(within) > 0.3 and not soft < abs(stiffness) < hard
+    if _many(survey, "turned_forces", "other_strength"):
+        return found  # of two kinds; what all together say means nothing
+    if steps and steps[0] < 0:
+        text = (
+            "Forces have the wrong sign: between frames that follow each other the energy falls where it should rise "
+        )
+        found.append(Finding("force_sign", True, text + GRADIENTS))
+    elif within is not None and within > 0.3 and not steps:
+        sure = within > 0.5 or (fitted is not None and fitted[1] < -0.6)
+        text = "Forces seem to have the wrong sign: neighbours nearer than others pull each other closer "
+        found.append(Finding("force_sign", sure, text + GRADIENTS))
+    elif fitted and fitted[1] < -0.6 and not steps:
+        text = "Energies seem to have the wrong sign: they fall where pair potentials with such forces rise [energy]; "
+        text += "+dataset.units.energy=-eV +dataset.units.forces=eV/Ang."
+        found.append(Finding("energy_sign", fitted[1] < -0.8, text))
+    if steps and abs(np.log(abs(steps[0]))) > 0.25:
+        guess = _nearest(steps[0], SLOPES)
+        text = f"Energies change {abs(steps[0]):.3g} times as much between frames as the forces say [energy, forces]; "
+        text += f"as with {guess}: " if guess else ""
+        found.append(Finding("force_units", True, text + "set +dataset.units.energy=..., forces or length."))
+    elif fitted and not steps and abs(fitted[1]) > 0.6 and abs(np.log(abs(fitted[0]))) > np.log(5):
+        alone = {1 / float(np.median(survey.atoms)): "energies an atom"}
+        guess = _nearest(fitted[0], COARSE_FORCES if stiff else COARSE_ENERGIES | alone, 0.8)
+        text = f"Energies change about {abs(fitted[0]):.2g} times as much between frames as in pair potentials with "
+        text += "such forces [energy, forces]; " + (f"as with {guess}: " if guess else "")
+        found.append(Finding("force_units", True, text + "set +dataset.units.energy=... or forces."))
+    elif stiff:
+        unit = _nearest(stiffness, FORCE_SIZES, 3.0)
+        text = f"By these forces bonds are {abs(stiffness):.2g} times as stiff as others of their length [forces]; "
+        text += f"as with forces in {unit}: +dataset.units.forces={unit}; are energies in eV?"
+        found.append(Finding("force_units", not soft / 2 < abs(stiffness) < 2 * hard, text))
+    if 0 <= seen.held[0] < FOLLOWED and seen.held[1] > 20:  # components for each coefficient
+        text = (
+            f"Forces hardly follow the distances of the atoms (correlation {seen.held[0]:.2f}) [forces]; look for a "
+        )
+        text += "mixed-up order of atoms, wrong elements, or frames with forces of another sign or unit."
+        found.append(Finding("mixed_up_data", False, text))
     return found
 
 
-def of_stress(survey: Survey) -> list[Finding]:
-    """Stress against the energy of strained frames, against volume and heat, and by its size."""
-    found, fit = [], _slope(survey.total("stress_work"))
+def _many(survey: Survey, *kinds: str) -> bool:
+    """Whether more than a tenth of the frames are of these kinds."""
+    return bool(np.mean((survey.flags & sum(BITS[name] for name in kinds)) > 0) > 0.1)
+
+
+def of_stress(survey: Survey, forces_are_odd: bool) -> list[Finding]:
+    """Stress against the energy of strained frames, the forces, and the volume, and by its size."""
+    seen = survey.evidence
     told = "[stress]; ASE's is +dE/d(strain)/V, under tension positive: +dataset.units.stress=-eV/Ang^3."
-    squeezed, heated = _together(survey.total("squeeze"), 20), _together(survey.total("heat"), 20)
-    if fit and fit[1] > 0.8:
-        if fit[0] < 0:
-            found.append(
-                Finding(
-                    "stress_sign", True, f"Stress has the wrong sign: the energy falls where it should rise {told}"
-                )
+    steps, squeezed = _slope(seen.stress_work), _slope(seen.squeeze, 20)
+    if _many(survey, "turned_stress", "other_stress"):
+        return []
+    fitted = _slope(seen.shear_fit, 4) if seen.held[0] > FOLLOWED and not forces_are_odd else None
+    if steps and abs(steps[1]) > (0.9 if abs(np.log(abs(steps[0]))) > 1.5 else 0.97):
+        return _wrong_stress(steps[0], 0.25, STRESS_SLOPES, "the energy of strained frames says", 0.15)
+    if fitted and abs(fitted[1]) > 0.6:
+        factors, slope = {1 / factor: unit for factor, unit in STRESS_SLOPES.items()}, fitted[0]
+        of_virial = _slope(seen.virial_fit, 4)
+        far = abs(np.log(abs(slope))) > np.log(5)
+        if (
+            far
+            and of_virial
+            and abs(np.log(abs(of_virial[0]))) < min(abs(np.log(abs(slope) / one)) for one in factors)
+        ):
+            text = (
+                f"Stress is about {slope:.2g} times what the forces say, as a virial in eV would be [stress]; if so: "
             )
-        if abs(np.log(abs(fit[0]))) > 0.25:
-            unit = _nearest(fit[0], STRESS_SLOPES)
-            guess = f"as with stress in {unit}: +dataset.units.stress={'-' if fit[0] < 0 else ''}{unit}."
-            text = f"Energies change {abs(fit[0]):.3g} times as much between strained frames as stress says [stress]; "
-            found.append(Finding("stress_units", True, text + (guess if unit else "set +dataset.units.stress=...")))
-        return found
-    if squeezed is not None and squeezed < -0.5:
+            way = "+dataset.label_keys.virial=KEY" if slope < 0 else "divide it by the volume of the cell"
+            return [Finding("stress_units", True, f"{text}{way}.")]
+        return _wrong_stress(1 / slope, np.log(5), STRESS_SLOPES, "the forces say", 1.1)
+    found = []
+    if squeezed is not None and squeezed[1] < -0.5:
         text = f"Stress seems to have the wrong sign: it falls as the cell grows {told}"
-        found.append(Finding("stress_sign", squeezed < -0.7, text))
-    elif heated is not None and heated > 0.5 and squeezed is None:
-        text = f"Stress seems to have the wrong sign: it rises with the energy {told}"
-        found.append(Finding("stress_sign", False, text))
+        found.append(Finding("stress_sign", squeezed[1] < -0.7, text))
+    if (survey.flags & (BITS["turned_stress"] | BITS["other_stress"])).any():
+        return found
     rms = np.sqrt(float(survey.total("stress_squares")) / max(9 * float(survey.total("stresses")), 1))
     if rms > 0.3:
         unit = "GPa" if rms < 60 else "kbar"
@@ -168,30 +222,29 @@ def of_stress(survey: Survey) -> list[Finding]:
     return found
 
 
-def of_lengths(survey: Survey) -> list[Finding]:
-    """Distances against covalent radii."""
-    ratios = survey.total("ratios")
-    median = float(np.searchsorted(np.cumsum(ratios), ratios.sum() / 2)) * 0.02
-    if ratios.sum() < 50 or median < 1.6:
+def _wrong_stress(slope: float, unlike: float, known: dict[float, str], by: str, within: float) -> list[Finding]:
+    """Where what is right is `slope` times the label, and that is `unlike` 1 or below 0."""
+    unit = "eV/Ang^3" if abs(np.log(abs(slope))) <= unlike else _nearest(slope, known, within)
+    if slope > 0 and unit == "eV/Ang^3":
         return []
-    text = f"Nearest neighbours are {median:.2f} times the sum of their covalent radii apart [positions]; if lengths "
-    return [Finding("length_units", False, text + "are in bohr: +dataset.units.length=bohr.")]
-
-
-def _together(products: np.ndarray, fewest: int) -> float | None:
-    """How two things change together, from -1 to 1."""
-    number, aa, ab, bb = products
-    return ab / np.sqrt(aa * bb) if number >= fewest and aa > 0 and bb > 0 else None
+    what = f"Stress is {'about ' if unlike > 1 else ''}{1 / slope:.3g} times what {by} [stress]; "
+    what += "its sign is wrong: ASE's is +dE/d(strain)/V, under tension positive; " if slope < 0 else ""
+    way = f"as with {'-' if slope < 0 else ''}{unit}: +dataset.units.stress={'-' if slope < 0 else ''}{unit}."
+    name = "stress_sign" if unit == "eV/Ang^3" else "stress_units"
+    return [Finding(name, True, what + (way if unit else "set +dataset.units.stress=..."))]
 
 
 def _bonds(bonds: np.ndarray) -> tuple[float | None, float | None]:
-    """How distance and push go together within each kind of pair, from -1 to 1, and the stiffness (eV/A^2)."""
+    """How distance and push go together within each kind of pair, from -1 to 1, and the stiffness over a usual one."""
     bonds = bonds[bonds[:, 0] > 20] if len(bonds) else bonds
     if not len(bonds) or bonds[:, 0].sum() < 200:
         return None, None
     n, d, p, dd, dp, pp = bonds.T
-    together, of_d, of_p = (dp - d * p / n).sum(), (dd - d * d / n).sum(), (pp - p * p / n).sum()
-    return (together / np.sqrt(of_d * of_p), together / of_d) if of_d > 0 and of_p > 0 else (None, None)
+    together, of_d, of_p = dp - d * p / n, dd - d * d / n, pp - p * p / n
+    if not (of_d.sum() > 0 and of_p.sum() > 0):
+        return None, None
+    usual = 30 * np.exp(-1.55 * (d / n - 1.1))  # eV/A^2, from C-H over metals to argon within a factor of four
+    return together.sum() / np.sqrt(of_d.sum() * of_p.sum()), together.sum() / (usual * of_d).sum()
 
 
 def of_labels(survey: Survey) -> list[Finding]:

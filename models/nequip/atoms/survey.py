@@ -17,58 +17,49 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from atoms.checks import BAD, BITS, LABELS, bond_ratios, check, fingerprints, lacks, nearest_bonds, work
+from atoms.checks import BAD, BITS, LABELS, check, fingerprints, lacks
 from atoms.neighbours import Cutoffs
+from atoms.outliers import mark_energies, mark_forces
+from atoms.pair_fit import PairFit
 from atoms.structures import NUM_ELEMENTS, NUMBERS, SYMBOLS, Structures, structures_of
+from atoms.units import Evidence, gather
 from common.conversion import in_processes
 from common.distributed import Distributed
 from common.sizes import SizeIndex, read_chunk, save, writable
 
 
-VERSION = 2
+VERSION = 3
 CHUNK = 5000  # rows that one process surveys, and saves, at once
 BLOCK = 250  # rows that are in memory at once
-OUTLIER, LEAST_OUTLIER = 12.0, 0.5  # median deviations of the energy an atom, and eV an atom
-FORCE_OUTLIER, LEAST_FORCE = 12.0, 10.0  # times the median of the frames' largest forces, and eV/A
-TURNED, BETWEEN = (
-    -0.5,
-    0.25,
-)  # agreements of forces with bonds: of the wrong sign, and up to where sound frames are few
 ODD = np.uint32(sum(int(bit) for bit in BITS.values())) & ~BAD
 
 
 def survey_chunk(rows: datasets.Dataset, first: int, stop: int, cutoffs: Cutoffs, max_neighbors: int | None,
-                 kept: np.ndarray | None = None) -> dict[str, np.ndarray]:  # fmt: skip
+                 fitted: PairFit, kept: np.ndarray | None = None) -> dict[str, np.ndarray]:  # fmt: skip
     """Arrays with an entry a row, and sums over the rows that are `kept` (None: those that are not bad)."""
     found: dict[str, list] = {}
     sums: dict[str, np.ndarray] = {}
-    bonds: dict[int, np.ndarray] = {}
     table = rows.with_format("arrow")
     for at in range(first, stop, BLOCK):
         structures = structures_of(table[at : min(at + BLOCK, stop)])
         checked = check(structures, cutoffs, max_neighbors)
         here = (checked.flags & BAD) == 0 if kept is None else kept[at - first : at - first + len(structures)]
-        largest, nearest = np.zeros(len(structures)), nearest_bonds(structures, checked)
+        largest = np.zeros(len(structures))
         np.fmax.at(largest, structures.structure, np.linalg.norm(structures.forces, axis=-1))
         per_row = {
             "sizes": structures.num_atoms.astype(np.int32), "edges": checked.num_edges.astype(np.int32),
             "flags": checked.flags, "prints": fingerprints(structures), "energy": structures.energy,
             "max_force": largest.astype(np.float32), "counts": element_counts(structures),
-            "kept": here, "lacks": lacks(structures),
-            "agreement": nearest.agreement(len(structures)).astype(np.float32),
+            "kept": here, "lacks": lacks(structures), **fitted.compare(structures, checked),
         }  # fmt: skip
         for name, array in per_row.items():
             found.setdefault(name, []).append(array)
         for name, value in sums_of(structures, checked, here).items():
             sums[name] = sums[name] + value if name in sums else value
-        for pair, value in nearest.sums().items():
-            bonds[pair] = bonds[pair] + value if pair in bonds else value
     arrays = {name: np.concatenate(parts) for name, parts in found.items()}
     counts = arrays.pop("counts")
     arrays["elements"] = np.flatnonzero(counts.any(0))
     arrays["counts"] = counts[:, arrays["elements"]].astype(np.uint16)
-    arrays["bond_pairs"] = np.array(sorted(bonds), dtype=np.int64)
-    arrays["bond_sums"] = np.array([bonds[pair] for pair in sorted(bonds)]).reshape(-1, 6)
     return arrays | {f"sum_{name}": value for name, value in sums.items()}
 
 
@@ -86,7 +77,7 @@ def sums_of(structures: Structures, checked, kept: np.ndarray) -> dict[str, np.n
     def by_element(weights: np.ndarray | None = None) -> np.ndarray:
         return np.bincount(numbers, weights, NUM_ELEMENTS).astype(np.float64)
 
-    neighbours = np.bincount(checked.edges[0], minlength=len(structures.numbers)).astype(np.float64)
+    neighbours = checked.neighbours(len(structures.numbers)).astype(np.float64)
     squares = (structures.forces[of_atom] ** 2).sum(-1)
     fine = np.isfinite(squares)
     counts = element_counts(structures)[kept & np.isfinite(structures.energy)].astype(np.float64)
@@ -94,10 +85,6 @@ def sums_of(structures: Structures, checked, kept: np.ndarray) -> dict[str, np.n
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     stress = structures.stress[kept]
     stress = stress[np.isfinite(stress).all((1, 2))]
-    steps = np.array(list(work(structures, checked))).reshape(-1, 4)
-    fixed, moved = steps[steps[:, 0] == 0], steps[steps[:, 0] == 1]
-    moved = moved[np.isfinite(moved[:, 3])]
-    rest = moved[:, 1] - moved[:, 2]
     return {
         "structures": np.array(float(kept.sum())),
         "atoms": by_element(), "neighbours": by_element(neighbours[of_atom]),
@@ -109,9 +96,7 @@ def sums_of(structures: Structures, checked, kept: np.ndarray) -> dict[str, np.n
         "growth": growth(energy, counts.sum(1)),
         "share_normal": share.T @ share, "share_right": (share * energy[:, None]).sum(0),
         "stresses": np.array(float(len(stress))), "stress_squares": np.array((stress**2).sum()),
-        "ratios": bond_ratios(structures, checked),
-        "force_work": _products(fixed[:, 1], fixed[:, 2]), "stress_work": _products(rest, moved[:, 3]),
-    } | pressures(structures, checked)  # fmt: skip
+    }  # fmt: skip
 
 
 def growth(energy: np.ndarray, num_atoms: np.ndarray) -> np.ndarray:
@@ -119,29 +104,6 @@ def growth(energy: np.ndarray, num_atoms: np.ndarray) -> np.ndarray:
     fine = np.abs(energy) > 1e-9
     x, y = np.log(num_atoms[fine]), np.log(np.abs(energy[fine]))
     return np.array([float(len(x)), x.sum(), (x * x).sum(), y.sum(), (x * y).sum(), (y * y).sum()])
-
-
-def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """n, a a, a b, b b: of these a slope and how well it holds."""
-    return np.array([float(len(a)), (a * a).sum(), (a * b).sum(), (b * b).sum()])
-
-
-def pressures(structures: Structures, checked) -> dict[str, np.ndarray]:
-    """How stress goes with volume, and with energy at one volume, between structures of the same atoms.
-
-    p is the mean of the diagonal of the stress. What is stretched is under tension: p rises with the volume where the
-    stress has ASE's sign. What is shaken pushes outwards: p falls as the energy rises.
-    """
-    counts = np.unique(element_counts(structures), axis=0, return_inverse=True)[1].reshape(-1)
-    order = np.argsort(counts, kind="stable")
-    num_atoms = np.maximum(structures.num_atoms, 1)
-    v, e = (checked.volume / num_atoms)[order], (structures.energy / num_atoms)[order]
-    dv, de, dp = np.diff(v), np.diff(e), np.diff(np.trace(structures.stress, axis1=1, axis2=2)[order] / 3)
-    sound = (checked.flags[order] & BAD) == 0
-    good = (np.diff(counts[order]) == 0) & np.isfinite(dp) & sound[1:] & sound[:-1]
-    other = np.abs(dv) > 1e-3 * v[1:]
-    still = good & ~other & np.isfinite(de)
-    return {"squeeze": _products(dv[good & other], dp[good & other]), "heat": _products(de[still], dp[still])}
 
 
 def chunk_to_file(path: Path, *arguments) -> int:
@@ -154,16 +116,17 @@ def chunk_to_file(path: Path, *arguments) -> int:
 class Survey:
     """What the pass has found: arrays with an entry a row, and the sums of each chunk."""
 
-    def __init__(self, folder: Path, chunks: list[dict[str, np.ndarray]], rows: datasets.Dataset, cutoffs: Cutoffs,
-                 max_neighbors: int | None):  # fmt: skip
-        self.folder, self.chunks, self.rows = folder, chunks, rows
+    def __init__(self, folder: Path, chunks: list[dict[str, np.ndarray]], evidence: Evidence, rows: datasets.Dataset,
+                 cutoffs: Cutoffs, max_neighbors: int | None):  # fmt: skip
+        self.folder, self.chunks, self.evidence, self.rows = folder, chunks, evidence, rows
         self.cutoffs, self.max_neighbors = cutoffs, max_neighbors
         self.atoms, self.edges, self.energy, self.max_force = (
             self.column(k) for k in ("sizes", "edges", "energy", "max_force")
         )
-        self.flags = self.column("flags").copy()
+        self.flags, self.usual_strength, self.usual_shear = self.column("flags").copy(), 1.0, 1.0
         self._mark_duplicates()
-        self._mark_outliers()
+        mark_forces(self)
+        mark_energies(self)
 
     def column(self, name: str) -> np.ndarray:
         """The entries of all rows."""
@@ -172,14 +135,6 @@ class Survey:
     def total(self, name: str) -> np.ndarray:
         """A sum over all rows that are kept."""
         return np.sum([chunk[f"sum_{name}"] for chunk in self.chunks], axis=0)
-
-    def bonds(self) -> np.ndarray:
-        """[pairs, 6]: the sums of `Bonds`."""
-        found: dict[int, np.ndarray] = {}
-        for chunk in self.chunks:
-            for pair, sums in zip(chunk["bond_pairs"].tolist(), chunk["bond_sums"], strict=True):
-                found[pair] = found.get(pair, 0.0) + sums
-        return np.array([found[pair] for pair in sorted(found)]).reshape(-1, 6)
 
     def lacking(self, label: str) -> np.ndarray:
         """The rows that have no such label, but for those that cannot be trained on anyway."""
@@ -191,29 +146,31 @@ class Survey:
         first[np.unique(prints, return_index=True)[1]] = True
         self.flags[~first] |= BITS["duplicate"]
 
-    def _mark_outliers(self) -> None:
-        deviation = self.energy_deviation
-        usual = 1.4826 * np.nanmedian(np.abs(deviation)) if np.isfinite(deviation).sum() > 10 else np.inf
-        self.flags[np.abs(deviation) > max(OUTLIER * usual, LEAST_OUTLIER)] |= BITS["energy_outlier"]
-        strongest = np.median(self.max_force[self.max_force > 0]) if (self.max_force > 0).any() else 0.0
-        self.flags[self.max_force > max(FORCE_OUTLIER * strongest, LEAST_FORCE)] |= BITS["force_outlier"]
-        # Signs are two heaps with nothing between them; where sound frames lie there as well, none can be told.
-        agreement = self.column("agreement")
-        turned = agreement < TURNED
-        between = (agreement >= TURNED) & (agreement < BETWEEN)
-        if 0 < turned.sum() < 0.25 * np.isfinite(agreement).sum() and between.sum() <= 0.2 * turned.sum():
-            self.flags[turned] |= BITS["turned_forces"]
-
     @cached_property
     def energy_deviation(self) -> np.ndarray:
-        """Of each row's energy an atom from that of its elements, less the median; NaN without one."""
-        references = solve(self.total("normal"), self.total("right"))[0]
+        """Of each row's energy an atom from that of its elements, less the median; NaN without one, or of one atom."""
+        return self._deviation(self.energy, solve(self.total("normal"), self.total("right"))[0])
+
+    @cached_property
+    def energy_misfit(self) -> np.ndarray:
+        """The same of what is left of the energies by the pair potentials that give such forces."""
+        fine, size = np.isfinite(self.energy_deviation), len(self.chunks[0]["sum_normal"])
+        normal, right, rest, start = np.zeros((size, size)), np.zeros(size), self.energy - self.column("fitted"), 0
+        for chunk in self.chunks:
+            some, stop = chunk["elements"], start + len(chunk["counts"])
+            here = chunk["counts"][fine[start:stop]].astype(np.float64)
+            normal[np.ix_(some, some)] += here.T @ here
+            right[some] += here.T @ rest[start:stop][fine[start:stop]]
+            start = stop
+        return self._deviation(rest, solve(normal, right)[0])
+
+    def _deviation(self, energy: np.ndarray, references: np.ndarray) -> np.ndarray:
         expected = np.concatenate(
             [chunk["counts"].astype(np.float64) @ references[chunk["elements"]] for chunk in self.chunks]
         )
         with np.errstate(invalid="ignore", divide="ignore"):
-            deviation = (self.energy - expected) / self.atoms
-        deviation[~np.isfinite(deviation) | ((self.flags & BAD) > 0)] = np.nan
+            deviation = (energy - expected) / self.atoms
+        deviation[~np.isfinite(deviation) | ((self.flags & BAD) > 0) | (self.atoms == 1)] = np.nan
         return deviation - (np.nanmedian(deviation) if np.isfinite(deviation).any() else 0.0)
 
     def elements(self) -> list[str]:
@@ -237,14 +194,14 @@ class Survey:
             rank, num_ranks = (distributed.rank, distributed.num_ranks) if distributed else (0, 1)
             mine = {}
             for i in changed[rank::num_ranks]:
-                arguments = (self.rows, starts[i], starts[i + 1], self.cutoffs, self.max_neighbors, pieces[i])
-                mine[i] = {k: v for k, v in survey_chunk(*arguments).items() if k.startswith(("sum_", "bond_"))}
+                arguments = (self.rows, starts[i], starts[i + 1], self.cutoffs, self.max_neighbors, self.evidence.fit)
+                mine[i] = {k: v for k, v in survey_chunk(*arguments, pieces[i]).items() if k.startswith("sum_")}
             for place, i in enumerate(changed):  # one at a time, so that it stays small
                 sums = distributed.from_rank(place % num_ranks, mine.get(i)) if distributed else mine[i]
                 self.chunks[i] |= sums | {"kept": pieces[i]}
             if distributed is None or distributed.local_rank == 0:
                 arrays = {f"{i}/{name}": self.chunks[i][name] for i in changed for name in self.chunks[i]
-                          if name.startswith(("sum_", "bond_", "kept"))}  # fmt: skip
+                          if name.startswith(("sum_", "kept"))}  # fmt: skip
                 if self.folder.is_dir():
                     save(path, lambda file: np.savez_compressed(file, **arrays))
             return
@@ -282,11 +239,14 @@ def survey(distributed: Distributed, section: str, rows: datasets.Dataset, cutof
         with distributed.shared_errors():
             with writable(section, target):
                 parts.mkdir(parents=True, exist_ok=True)
+            evidence = gather(rows, cutoffs) if distributed.is_main else None
+        evidence = distributed.from_rank(0, evidence)  # the same to the bit on all
+        with distributed.shared_errors():
             if len(rows) > CHUNK:
                 distributed.say(f"{section}: {len(rows):,} structures are looked through once; what is found is kept.")
             mine = list(range(distributed.rank, len(starts), distributed.num_ranks))
-            tasks = [(parts / f"{i}.npz", rows, starts[i], min(starts[i] + CHUNK, len(rows)), cutoffs, max_neighbors)
-                     for i in mine if not (parts / f"{i}.npz").exists()]  # fmt: skip
+            tasks = [(parts / f"{i}.npz", rows, starts[i], min(starts[i] + CHUNK, len(rows)), cutoffs, max_neighbors,
+                      evidence.fit) for i in mine if not (parts / f"{i}.npz").exists()]  # fmt: skip
             processes = num_processes or max(1, (os.cpu_count() or 1) // distributed.num_local_ranks)
             processes = processes if len(tasks) > 4 else 1
             note = f"{section}: neighbours, statistics, checks"
@@ -297,12 +257,13 @@ def survey(distributed: Distributed, section: str, rows: datasets.Dataset, cutof
         with distributed.shared_errors():
             if distributed.local_rank == 0 and not target.is_dir():
                 with writable(section, target):
-                    keep(target, [parts / f"{i}.npz" for i in range(len(starts))])
+                    keep(target, [parts / f"{i}.npz" for i in range(len(starts))], evidence)
         if distributed.local_rank == 0:
             shutil.rmtree(parts, ignore_errors=True)
     number = json.loads((target / "done.json").read_text())["num_chunks"]
     chunks = [read_chunk(target / f"{i}.npz") for i in range(number)]
-    return Survey(target, chunks, rows, cutoffs, max_neighbors)
+    evidence = Evidence(**read_chunk(target / "evidence.npz"))
+    return Survey(target, chunks, evidence, rows, cutoffs, max_neighbors)
 
 
 def spread(distributed: Distributed, section: str, parts: Path, target: Path, number: int) -> None:
@@ -320,7 +281,7 @@ def spread(distributed: Distributed, section: str, parts: Path, target: Path, nu
                 save(parts / name, lambda file, content=content: file.write(content))
 
 
-def keep(target: Path, chunks: list[Path]) -> None:
+def keep(target: Path, chunks: list[Path], evidence: Evidence) -> None:
     """Write a survey of these files, whole or not at all; another run or node may do so at the same time."""
     made = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     made.mkdir()
@@ -333,6 +294,7 @@ def keep(target: Path, chunks: list[Path]) -> None:
                 found.append(chunk[name])
         for name, found in sizes.items():
             np.save(made / f"{name}.npy", np.concatenate(found))
+        np.savez_compressed(made / "evidence.npz", **evidence.arrays())
         (made / "done.json").write_text(json.dumps({"num_chunks": len(chunks)}))
         made.rename(target)
     except OSError:

@@ -99,15 +99,42 @@ BAD = np.uint32(sum(int(BITS[name]) for name, kind in KINDS.items() if kind.bad)
 
 @dataclass
 class Checked:
-    """Of some structures: neighbours, and what is odd. `values` has an entry for each kind that was found."""
+    """Of some structures: neighbours, and what is odd. `values` has an entry for each kind that was found.
 
-    edges: np.ndarray  # [2, E]
+    Of a pair both directions are edges, or, where `num_ends` is 2, one that stands for both.
+    """
+
+    edges: np.ndarray  # [2, E], the structures' own end to end
     vectors: np.ndarray  # [E, 3]
     distances: np.ndarray  # [E]
     num_edges: np.ndarray  # [S]
     flags: np.ndarray  # [S]
     values: dict[str, np.ndarray]  # [S]
     volume: np.ndarray  # [S]
+    num_ends: int
+
+    @property
+    def share(self) -> float:
+        """Of a pair's energy, what an edge has."""
+        return self.num_ends / 2
+
+    def at_centres(self, centre: np.ndarray, other: np.ndarray, vectors: np.ndarray, num_atoms: int) -> np.ndarray:
+        """[A, 3]: sums at each atom of vectors that point from it, of its edges."""
+        found = [np.bincount(centre, vectors[:, k], num_atoms) for k in range(3)]
+        if self.num_ends == 2:
+            found = [one - np.bincount(other, vectors[:, k], num_atoms) for k, one in enumerate(found)]
+        return np.stack(found, 1)
+
+    def neighbours(self, num_atoms: int) -> np.ndarray:
+        """[A]: how many an atom has."""
+        return sum(np.bincount(ends, minlength=num_atoms) for ends in self.edges[: self.num_ends])
+
+    def nearest(self, of_edges: np.ndarray, num_atoms: int) -> np.ndarray:
+        """[A]: the smallest of an atom's edges, infinite without one."""
+        found = np.full(num_atoms, np.inf)
+        for ends in self.edges[: self.num_ends]:
+            np.minimum.at(found, ends, of_edges)
+        return found
 
 
 def check(structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = None) -> Checked:
@@ -153,11 +180,9 @@ def check(structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = 
     found("cell_without_pbc", filled & (num_atoms > 1), per_atom)
 
     findable = sound & ~without & ~dense & (num_atoms > 0)
-    edges, vectors, distances, num_edges = _edges(structures, findable, cutoffs, max_neighbors)
-    bond = RADII[structures.numbers[edges[0]]] + RADII[structures.numbers[edges[1]]]
-    nearest, ratio = (np.full(len(owner), np.inf) for _ in range(2))
-    np.minimum.at(nearest, edges[0], distances)
-    np.minimum.at(ratio, edges[0], distances / bond)
+    near = _edges(structures, findable, cutoffs, max_neighbors, flags, values, volume)
+    bond = RADII[structures.numbers[near.edges[0]]] + RADII[structures.numbers[near.edges[1]]]
+    nearest, ratio = (near.nearest(of_edges, len(owner)) for of_edges in (near.distances, near.distances / bond))
     (nearest, _), (closest, usual) = (_least_and_median(values, structures) for values in (nearest, ratio))
     inside = ~any_of(((structures.positions < -0.01) | (structures.positions > 1.01)).any(-1))
     fractional = inside & periodic & (lengths.max(1) > 2) & (num_atoms > 1) & (closest < OVERLAP)
@@ -168,16 +193,17 @@ def check(structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = 
     if solid.any():
         filled = _filled(structures, np.flatnonzero(findable & solid & (num_atoms > 10)))
         found("half_empty", (filled > 0.4).all(1) & (filled < 0.56).all(1), filled.mean(1))
-    alone = findable & (num_edges == 0) & (num_atoms > 1)
+    alone = findable & (near.num_edges == 0) & (num_atoms > 1)
     found("no_neighbours", alone, cutoffs.largest)
-    lonely = np.bincount(edges[0], minlength=len(owner)) == 0
+    lonely = near.neighbours(len(owner)) == 0
     number = np.bincount(owner, weights=lonely, minlength=size)
     found("lonely_atom", findable & ~alone & (number > 0) & (num_atoms > 1), number)
 
     still = (num_atoms > 1) & ~any_of((structures.forces != 0).any(-1))
     if still.any():
-        pull = vectors / np.maximum(distances, 1e-9)[:, None] * ((1 - distances / cutoffs.largest) ** 2)[:, None]
-        net = np.stack([np.bincount(edges[0], pull[:, k], len(owner)) for k in range(3)], 1)
+        far = near.distances[:, None]
+        pull = near.vectors / np.maximum(far, 1e-9) * (1 - far / cutoffs.largest) ** 2
+        net = near.at_centres(*near.edges, pull, len(owner))
         found("zero_forces", still & any_of(np.linalg.norm(net, axis=1) > 0.05))
 
     def left_over(of_atoms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -195,7 +221,7 @@ def check(structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = 
         net, share = left_over(np.cross(arms, structures.forces))
         turning = (share > TORQUE_SHARE) & (net > TORQUE) & ~periodic & ~unbalanced & sound
         found("net_torque", turning, share)
-    return Checked(edges, vectors, distances, num_edges, flags, values, volume)
+    return near
 
 
 def _least_and_median(of_atoms: np.ndarray, structures: Structures) -> tuple[np.ndarray, np.ndarray]:
@@ -217,25 +243,22 @@ def _filled(structures: Structures, some: np.ndarray) -> np.ndarray:
     return found
 
 
-def _edges(
-    structures: Structures, findable: np.ndarray, cutoffs: Cutoffs, max_neighbors: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of the structures that have a cell to find them in: edges, vectors, distances, and how many each has."""
-    some = np.flatnonzero(findable)
-    num_edges = np.zeros(len(structures), np.int64)
-    if len(some) == 0:
-        return np.zeros((2, 0), np.int64), np.zeros((0, 3)), np.zeros(0), num_edges
-    found = []
-    for i in some:
+def _edges(structures: Structures, findable: np.ndarray, cutoffs: Cutoffs, max_neighbors: int | None,
+           flags: np.ndarray, values: dict[str, np.ndarray], volume: np.ndarray) -> Checked:  # fmt: skip
+    """Edges of the structures that have a cell to find them in."""
+    half, num_edges = max_neighbors is None and cutoffs.symmetric, np.zeros(len(structures), np.int64)
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 3)))]
+    for i in np.flatnonzero(findable):
         atoms = structures.atoms_of(i)
         centres, others, distances, vectors = find(
             structures.numbers[atoms], structures.positions[atoms], structures.cell[i], structures.pbc[i], cutoffs,
-            max_neighbors, "ijdD",
+            max_neighbors, "ijdD", half,
         )  # fmt: skip
-        num_edges[i] = len(centres)
+        num_edges[i] = len(centres) * (2 if half else 1)
         found.append((centres + atoms.start, others + atoms.start, distances, vectors))
     centres, others, distances, vectors = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    return np.stack([centres, others]), vectors, distances, num_edges
+    ends = 2 if half else 1
+    return Checked(np.stack([centres, others]), vectors, distances, num_edges, flags, values, volume, ends)
 
 
 def fingerprints(structures: Structures) -> np.ndarray:

@@ -33,20 +33,22 @@ class PairFit:
         """Without forces there is none."""
         return cls(np.zeros(0, np.int64), np.zeros((1, 2)), np.zeros((1, 2)), 0.0)
 
-    def predict(self, structures: Structures, checked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def predict(
+        self, structures: Structures, checked, with_virial: bool = True
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Energies [S], forces [A, 3], and stress times volume [S, 3, 3]."""
         near = np.flatnonzero(checked.distances < (self.energy.shape[1] - 1) * STEP)
-        centre, other = checked.edges[:, near]
-        place = kinds(structures.numbers, centre, other, self.pairs), (checked.distances[near] / STEP).astype(np.int64)
-        of_edge, size = structures.structure[centre], len(structures)
-        energy = np.bincount(of_edge, 0.5 * self.energy[place], size)
+        centre, other, distances = checked.edges[0, near], checked.edges[1, near], checked.distances[near]
+        place = kinds(structures.numbers, centre, other, self.pairs), (distances / STEP).astype(np.int64)
+        starts, share = stretches(structures, centre), checked.share
+        energy = _sums(share * self.energy[place], starts)
         vectors = checked.vectors[near]
-        pull = -vectors * (self.push[place] / np.maximum(checked.distances[near], 1e-9))[:, None]
-        forces = np.stack([np.bincount(centre, pull[:, k], len(structures.numbers)) for k in range(3)], 1)
-        virial = np.zeros((size, 3, 3))
-        for a in range(3):
-            for b in range(a, 3):
-                virial[:, a, b] = virial[:, b, a] = np.bincount(of_edge, 0.5 * pull[:, a] * vectors[:, b], size)
+        pull = vectors * (-self.push[place] / np.maximum(distances, 1e-9))[:, None]
+        forces = checked.at_centres(centre, other, pull, len(structures.numbers))
+        virial = np.zeros((len(structures), 3, 3))
+        if with_virial:
+            a, b = np.triu_indices(3)
+            virial[:, a, b] = virial[:, b, a] = _sums(share * pull[:, a] * vectors[:, b], starts)
         return energy, forces, virial
 
     def compare(self, structures: Structures, checked) -> dict[str, np.ndarray]:
@@ -54,7 +56,7 @@ class PairFit:
 
         The same of shear stress; NaN without such a label. And `fitted`, the predicted energy in eV.
         """
-        energy, forces, virial = self.predict(structures, checked)
+        energy, forces, virial = self.predict(structures, checked, bool(np.isfinite(structures.stress).any()))
         size, volume = len(structures), np.maximum(checked.volume, 1e-30)[:, None, None]
 
         def of(of_atoms: np.ndarray) -> np.ndarray:
@@ -77,6 +79,19 @@ class PairFit:
 def shear_of(stress: np.ndarray) -> np.ndarray:
     """[S, 3, 3] without its pressure."""
     return stress - np.trace(stress, axis1=1, axis2=2)[:, None, None] / 3 * np.eye(3)
+
+
+def stretches(structures: Structures, centre: np.ndarray) -> np.ndarray:
+    """[S + 1]: where each structure's edges begin, of edges that lie end to end."""
+    return np.searchsorted(structures.structure[centre], np.arange(len(structures) + 1))
+
+
+def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sums over stretches, of which some can be empty."""
+    found, some = np.zeros((len(starts) - 1, *values.shape[1:])), np.flatnonzero(np.diff(starts))
+    if len(some):
+        found[some] = np.add.reduceat(values, starts[some])
+    return found
 
 
 def kinds(numbers: np.ndarray, centre: np.ndarray, other: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -105,17 +120,19 @@ def fit(structures: Structures, checked, reach: float) -> PairFit:
     pairs = np.sort(found[np.argsort(-counts, kind="stable")[:MOST_PAIRS]])
     column = kinds(structures.numbers, centre, other, pairs)[:, None] * NUM_WAVES + np.arange(NUM_WAVES)
     units, width = checked.vectors[near] / np.maximum(d, 1e-9), (len(pairs) + 1) * NUM_WAVES
-    starts = np.searchsorted(structures.structure[centre], range(len(structures) + 1))
+    starts = stretches(structures, centre)
     squares = np.bincount(structures.structure, (structures.forces**2).sum(-1), len(structures)) / structures.num_atoms
     usual = np.median(squares[squares > 0]) if (squares > 0).any() else 1.0
     normal, right, sizes = np.zeros((2, width, width)), np.zeros((len(structures), width)), np.zeros(len(structures))
     for i in range(len(structures)):
         atoms, edges = structures.atoms_of(i), slice(starts[i], starts[i + 1])
-        rows = (centre[edges, None] - atoms.start) * 3 + np.arange(3)
-        places = rows[:, :, None] * width + column[edges, None]
         # Of an edge, the force on its centre by each function: [E, 3, NUM_WAVES].
         pull = units[edges, :, None] * waves(d[edges, 0], reach)[1][:, None]
-        matrix = np.bincount(places.ravel(), pull.ravel(), 3 * structures.num_atoms[i] * width)
+        matrix = np.zeros(3 * structures.num_atoms[i] * width)
+        for ends, sign in ((centre, 1.0), (other, -1.0))[: checked.num_ends]:
+            rows = (ends[edges, None] - atoms.start) * 3 + np.arange(3)
+            places = rows[:, :, None] * width + column[edges, None]
+            matrix += np.bincount(places.ravel(), sign * pull.ravel(), len(matrix))
         weight = 1 / np.sqrt((squares[i] + usual) * structures.num_atoms[i])
         matrix, forces = matrix.reshape(-1, width) * weight, structures.forces[atoms].ravel() * weight
         normal[i % 2] += matrix.T @ matrix

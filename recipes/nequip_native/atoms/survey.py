@@ -77,7 +77,7 @@ def sums_of(structures: Structures, checked, kept: np.ndarray) -> dict[str, np.n
     def by_element(weights: np.ndarray | None = None) -> np.ndarray:
         return np.bincount(numbers, weights, NUM_ELEMENTS).astype(np.float64)
 
-    neighbours = np.bincount(checked.edges[0], minlength=len(structures.numbers)).astype(np.float64)
+    neighbours = checked.neighbours(len(structures.numbers)).astype(np.float64)
     squares = (structures.forces[of_atom] ** 2).sum(-1)
     fine = np.isfinite(squares)
     counts = element_counts(structures)[kept & np.isfinite(structures.energy)].astype(np.float64)

@@ -126,16 +126,19 @@ def bonds(structures: Structures, checked: Checked) -> np.ndarray:
 
     Pairs that are too near push: within a kind of pair p falls with d, and rises where forces have the wrong sign.
     """
-    nearest = np.full(len(structures.numbers), np.inf)
-    np.minimum.at(nearest, checked.edges[0], checked.distances)
-    ties = np.flatnonzero(checked.distances == nearest[checked.edges[0]])
+    (a, b), vectors = checked.edges, checked.vectors
+    distances, edges = checked.distances, checked.edges
+    if checked.num_ends == 2:
+        edges, vectors = np.concatenate([[a, b], [b, a]], axis=1), np.concatenate([vectors, -vectors])
+        distances = np.concatenate([distances, distances])
+    nearest = checked.nearest(checked.distances, len(structures.numbers))
+    ties = np.flatnonzero(distances == nearest[edges[0]])
     # Of several that are as near the one in the direction of the largest x, y, z: not the first, which nobody rules.
-    ties = ties[np.lexsort((*checked.vectors[ties].T, checked.edges[0][ties]))]
-    first = ties[np.flatnonzero(np.diff(checked.edges[0][ties], append=-1))]
-    centre, other = checked.edges[:, first]
-    d = checked.distances[first]
+    ties = ties[np.lexsort((*vectors[ties].T, edges[0][ties]))]
+    first = ties[np.flatnonzero(np.diff(edges[0][ties], append=-1))]
+    (centre, other), d = edges[:, first], distances[first]
     apart = structures.forces[centre] - structures.forces[other]
-    p = -0.5 * np.einsum("ei,ei->e", apart, checked.vectors[first]) / np.maximum(d, 1e-9)
+    p = -0.5 * np.einsum("ei,ei->e", apart, vectors[first]) / np.maximum(d, 1e-9)
     a, b = np.sort(np.stack([structures.numbers[centre], structures.numbers[other]]).astype(np.int64), axis=0)
     fine = np.isfinite(p) & (d > CLOSE) & ((checked.flags[structures.structure[centre]] & BAD) == 0)
     pairs, place = np.unique((a * NUM_ELEMENTS + b)[fine], return_inverse=True)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which frames have energies or forces unlike those of nearly all others; `flags` of a survey get their bits."""
+
+import numpy as np
+
+from atoms.checks import BAD, BITS
+
+
+OUTLIER, LEAST_OUTLIER = 12.0, 0.5  # median deviations of the energy an atom, and eV an atom
+UNLIKE = 20.0  # median deviations from the energies of pair potentials
+LEAST_GAP, WRONG = 0.2, 20.0  # eV an atom: between heaps of energies, and more than elements can explain
+FORCE_OUTLIER, LEAST_FORCE = 12.0, 10.0  # times the median of the frames' largest forces, and eV/A
+FOLLOWED = 0.6  # correlation with the forces of pair potentials where these can be asked
+TURNED, MIXED_UP = -0.5, 0.15  # of a frame: forces of the wrong sign, or of other atoms
+OTHER_UNIT = 8.0  # times as strong forces for the same distances
+
+
+def heaps_of(values: np.ndarray) -> tuple[float, list[np.ndarray]]:
+    """The widest gap between values, and the places of those below and above; NaN are in neither."""
+    order = np.argsort(values, kind="stable")[: np.isfinite(values).sum()]
+    gaps = np.diff(values[order])
+    return (float(gaps.max()), np.split(order, [int(gaps.argmax()) + 1])) if len(gaps) > 4 else (0.0, [order, order])
+
+
+def mark_energies(survey) -> None:
+    """By those of the elements; and by pair potentials, where they tell energies well."""
+    deviation, misfit, flags = survey.energy_deviation, survey.energy_misfit, survey.flags
+    if np.isfinite(deviation).sum() <= 10:
+        return
+    usual = np.nanmedian(np.abs(deviation))
+    odd = np.abs(deviation) > max(OUTLIER * 1.4826 * usual, LEAST_OUTLIER)
+    odd[of_two_levels(deviation)] = True
+    wrong = odd & (np.abs(deviation) > WRONG)
+    flags[wrong] |= BITS["wrong_energy"]
+    flags[odd & ~wrong] |= BITS["energy_outlier"]
+    if survey.evidence.held[0] > FOLLOWED:
+        unlike, rest = np.zeros(len(odd), bool), np.nanmedian(np.abs(misfit))
+        unlike[of_two_levels(misfit)] = True
+        if rest < 0.3 * usual:
+            change = np.abs(deviation) + np.abs(deviation - misfit)
+            unlike |= np.abs(misfit) > np.maximum(0.5 * change, max(UNLIKE * 1.4826 * rest, 1e-3))
+        flags[unlike & ~odd] |= BITS["unlike_energy"]
+
+
+def of_two_levels(deviation: np.ndarray) -> np.ndarray:
+    """The smaller of two heaps of energies with a wide gap between them, as of two levels of theory or units."""
+    gap, heaps = heaps_of(deviation)
+    small, large = sorted(heaps, key=len)
+    return small if gap > max(LEAST_GAP, 3 * np.ptp(deviation[small]), 3 * np.ptp(deviation[large])) else small[:0]
+
+
+def mark_forces(survey) -> None:
+    """By their size; and by their direction and strength, as pair potentials have them for the same distances."""
+    flags, strongest = survey.flags, survey.max_force
+    usual = np.median(strongest[strongest > 0]) if (strongest > 0).any() else 0.0
+    flags[strongest > max(FORCE_OUTLIER * usual, LEAST_FORCE)] |= BITS["force_outlier"]
+    agreement, misfit = survey.column("agreement"), survey.column("misfit")
+    known = agreement > 0.3
+    if survey.evidence.held[0] > FOLLOWED and known.any():
+        unlike = misfit / max(np.median(misfit[known]), 1e-6)
+        turned = (agreement < TURNED) & (unlike > 2)
+        mixed = ((np.abs(agreement) < MIXED_UP) & (unlike > 1.8)) | ((np.abs(agreement) < FOLLOWED) & (unlike > 6))
+        flags[turned] |= BITS["turned_forces"]
+        if mixed.sum() <= max(0.1 * len(flags), 1):
+            flags[mixed & ~turned & ((flags & BAD) == 0)] |= BITS["mixed_up_forces"]
+    survey.usual_strength = _other_unit(survey, "", "other_strength")
+    shear = survey.column("shear_agreement")
+    if np.isfinite(shear).sum() > 4 and np.nanmedian(np.abs(shear)) > 0.9:
+        # Of two signs the one that most have is taken as right here; whether it is, is asked of the data as a whole.
+        turned = shear * np.sign(np.nanmedian(np.sign(shear)) or 1.0) < -FOLLOWED
+        flags[turned] |= BITS["turned_stress"]
+        survey.usual_shear = _other_unit(survey, "shear_", "other_stress")
+
+
+def _other_unit(survey, which: str, name: str) -> float:
+    """Units are heaps with a gap between them: the smaller one is marked, the median of the larger returned."""
+    agreement, strength = (survey.column(f"{which}{of}") for of in ("agreement", "strength"))
+    known = np.abs(agreement) > FOLLOWED
+    gap, heaps = heaps_of(np.log(np.where(known, np.maximum(np.abs(strength), 1e-30), np.nan)))
+    if not len(heaps[0]):
+        return 1.0
+    # Of shear that forces give the size is known; of forces it is that of most.
+    small, large = sorted(heaps, key=(lambda heap: -abs(np.log(np.median(np.abs(strength[heap]))))) if which else len)
+    if gap > np.log(OTHER_UNIT):
+        survey.flags[small] |= BITS[name]
+    return float(np.median(strength[large]))
