@@ -29,8 +29,7 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
     "state_dict": weights}, path)` wrote. Raises ValueError for anything else.
     """
     if folder := package_folder(path):
-        section, weights = read_package(path, folder)
-        return first_section(section, path), weights
+        return read_package(path, folder)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

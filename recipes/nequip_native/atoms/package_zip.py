@@ -24,8 +24,10 @@ def package_folder(path: Path) -> str | None:
 class Nothing:
     """Stands for an object of any class: it keeps the attributes and does nothing."""
 
-    def __init__(self, *arguments):
-        self.arguments = arguments
+    def __new__(cls, *arguments):
+        found = super().__new__(cls)
+        found.arguments = arguments
+        return found
 
     def __setstate__(self, state):
         self.__dict__.update(state if isinstance(state, dict) else {})
@@ -85,14 +87,122 @@ def tensors_of(module: Nothing, prefix: str = "") -> Iterator[tuple[str, Tensor]
 
 
 def read_package(path: Path, folder: str) -> tuple[dict, dict[str, Tensor]]:
-    """The section `model` and the weights of a package, which are the averaged ones already."""
+    """The section `model` and the weights of a package, which are the averaged ones already.
+
+    Where the YAML of the training names another model instead of an architecture, that is read off the modules.
+    """
     with zipfile.ZipFile(path) as file:
         try:
             section = yaml.safe_load(file.read(f"{folder}/model/config.yaml"))["training_module"]["model"]
-            weights = dict(tensors_of(PackedTensors(file, folder).load()))
+            modules = PackedTensors(file, folder).load()
+            section = section if "type_names" in section else architecture(modules)
+            return section, dict(tensors_of(modules))
         except OSError:
             raise
-        except Exception as error:  # as of a checkpoint
+        except Exception as error:  # bytes that are no pickle raise whatever they happen to mean
             what = (str(error) or type(error).__name__).splitlines()[0][:100]
-            raise ValueError(f"{path} is no package as nequip-package writes it ({what}).") from error
-    return section, weights
+            raise ValueError(f"{path} is no package of one NequIP or Allegro model that we know ({what}).") from error
+
+
+# ---- the arguments that modules were made with
+
+
+def child(module: Nothing, path: str) -> Nothing:
+    """By dotted names. Raises KeyError where there is none."""
+    for name in path.split("."):
+        module = vars(module)["_modules"][name]
+    return module
+
+
+def irreps(module: Nothing, name: str) -> list[tuple[int, int, int]]:
+    """Numbers, l and parities of an attribute with e3nn's irreps."""
+
+    def plain(value):
+        value = value.arguments[0] if isinstance(value, Nothing) else value
+        return tuple(plain(one) for one in value) if isinstance(value, tuple) else value
+
+    return [(number, *irrep) for number, irrep in plain(vars(module)[name])]
+
+
+def hidden(module: Nothing, name: str) -> dict:
+    """Depth, width and nonlinearity of a network's hidden layers."""
+    layers = list(vars(child(module, "mlp"))["_modules"].values())
+    widths = [len(vars(layer)["_parameters"]["weight"]) for layer in layers[2::2]]
+    found = {f"{name}_depth": len(widths)} | ({f"{name}_width": widths[0]} if widths else {})
+    others = {type(layer).__name__.lower() for layer in layers[1::2]} - {"silu"}
+    return found | ({f"{name.partition('_hidden')[0]}_nonlinearity": others.pop()} if others else {})
+
+
+def bessels(encoding: Nothing) -> dict:
+    """Of a Bessel basis."""
+    trained = "bessel_weights" in vars(encoding)["_parameters"]
+    number = dict(tensors_of(encoding))["bessel_weights"].numel()
+    power = vars(child(encoding, "cutoff"))["p"]
+    return {"num_bessels": number, "bessel_trainable": trained, "polynomial_cutoff_p": power}
+
+
+def architecture(modules: Nothing) -> dict:
+    """The section `model` that makes these modules. Raises KeyError and the like for others."""
+    model = child(modules, "sole_model")
+    whole, said = child(model, "model.func"), vars(model)["_metadata"]
+    parts, names = vars(whole)["_modules"], list(vars(model)["type_names"])
+    shift = vars(parts["per_type_energy_scale_shift"])
+    norm = next(value for name, value in tensors_of(whole) if name.endswith("norm_const"))
+    numbers = norm.flatten().double().pow(-2).tolist()
+    found = {
+        "type_names": names, "model_dtype": said["model_dtype"], "r_max": float(said["r_max"]),
+        "avg_num_neighbors": dict(zip(names, numbers, strict=True)) if len(numbers) > 1 else numbers[0],
+        **{f"per_type_energy_{name}_trainable": name in shift["_parameters"] for name in ("scales", "shifts")},
+    }  # fmt: skip
+    if (pair := parts.get("pair_potential")) is not None:
+        found["pair_potential"] = {"_target_": type(pair).__name__, "chemical_species": names}
+        if type(pair).__name__ == "ZBL":
+            real = float(vars(pair)["_buffers"]["_qqr2exesquare"]) > 100
+            found["pair_potential"] |= {"units": "real" if real else "metal"}
+            found["pair_potential"] |= {"polynomial_cutoff_p": vars(child(pair, "cutoff"))["p"]}
+    return found | (allegro_parts(whole) if "allegro" in parts else nequip_parts(whole))
+
+
+def nequip_parts(whole: Nothing) -> dict:
+    """What is NequIP's own."""
+    layers = [layer for name, layer in vars(whole)["_modules"].items() if name.endswith("_convnet")]
+    kept = irreps(layers[0], "feature_irreps_hidden")
+    if any(irreps(layer, "feature_irreps_hidden") != kept for layer in layers[:-1]):
+        raise ValueError("its layers have different irreps")
+    if vars(child(whole, "type_embed.categorical_graph_field_embed_modules"))["_modules"]:
+        raise ValueError("it embeds more than elements")
+    by_l = {l: number for number, l, _ in kept}  # noqa: E741
+    l_max = max(l for _, l, _ in irreps(child(whole, "spharm"), "irreps_edge_sh"))  # noqa: E741
+    radial, readout = child(layers[0], "conv.edge_mlp"), child(whole, "per_atom_energy_readout.mlp_module")
+    return {
+        "_target_": "nequip.model.NequIPGNNModel", "num_layers": len(layers), "l_max": l_max,
+        "num_features": [by_l.get(l, 1) for l in range(l_max + 1)],  # noqa: E741
+        "parity": any(p != (-1) ** l for _, l, p in kept),  # noqa: E741
+        "type_embed_num_features": dict(tensors_of(whole))["type_embed.embed_module.weight"].shape[1],
+        **bessels(child(whole, "bessel_encode")), **hidden(radial, "radial_mlp"),
+        **hidden(readout, "readout_mlp_hidden_layers"),
+    }  # fmt: skip
+
+
+def allegro_parts(whole: Nothing) -> dict:
+    """What is Allegro's own."""
+    core, embed = child(whole, "allegro"), child(whole, "radial_chemical_embed")
+    if "spline" in vars(embed)["_modules"]:
+        spline = vars(child(embed, "spline"))
+        width, options = spline["num_channels"], {key: spline[key] for key in ("num_splines", "spline_span")}
+        options["_target_"] = "allegro.nn.TwoBodySplineScalarEmbed"
+    else:
+        width = dict(tensors_of(embed))["type_embed.basis_linear.mlp.0.weight"].shape[1]
+        options = {"_target_": "allegro.nn.TwoBodyBesselScalarEmbed", **bessels(child(embed, "bessel_encode"))}
+    product = child(core, "tps.0")
+    return {
+        "_target_": "allegro.model.AllegroModel", "radial_chemical_embed": options, "radial_chemical_embed_dim": width,
+        "l_max": max(l for _, l, _ in irreps(product, "irreps_in2")),  # noqa: E741
+        "parity": any(p != (-1) ** l for _, l, p in irreps(core, "tensor_track_allowed_irreps")),  # noqa: E741
+        "num_layers": vars(core)["num_layers"], "num_scalar_features": vars(core)["num_scalar_features"],
+        "num_tensor_features": vars(core)["num_tensor_features"],
+        "tp_path_channel_coupling": vars(product)["path_channel_coupling"],
+        **hidden(child(whole, "scalar_embed_mlp.mlp_module"), "scalar_embed_mlp_hidden_layers"),
+        **hidden(child(core, "latents.0"), "allegro_mlp_hidden_layers"),
+        **hidden(child(whole, "edge_readout.mlp_module"), "readout_mlp_hidden_layers"),
+    }  # fmt: skip

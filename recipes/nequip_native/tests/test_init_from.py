@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training begins as the pretrained potential, whatever its form, and says what it has kept."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,18 +109,45 @@ def test_a_file_of_the_package_is_the_same_model(kind, tmp_path):
         open_pretrained(str(tmp_path / "theirs.pt"))
 
 
-def nested(state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """A module with these parameters, by their dotted names."""
+def modules_of(state: dict[str, torch.Tensor], options: dict) -> torch.nn.Module:
+    """Modules with these parameters by dotted names, and with these options: as nequip's, but of no class of its."""
     root = torch.nn.Module()
-    for name, value in state.items():
+    for name, value in [*state.items(), *options.items()]:
         *path, last = name.split(".")
         module = root
         for part in path:
             if part not in dict(module.named_children()):
+                if part == "2":  # of a network, after its nonlinearity
+                    module.add_module("1", torch.nn.SiLU())
                 module.add_module(part, torch.nn.Module())
             module = module.get_submodule(part)
-        module.register_parameter(last, torch.nn.Parameter(value))
+        if not torch.is_tensor(value):
+            setattr(module, last, value)
+        elif name in options or last in ("_rmax_recip", "bessel_weights", "scales"):
+            module.register_buffer(last, value)
+        else:
+            module.register_parameter(last, torch.nn.Parameter(value))
     return root
+
+
+def options_of(config) -> dict:
+    """What nequip's modules know besides weights, of our small models."""
+    at, edge = "sole_model.model.func", ((1, (0, 1)), (1, (1, -1)))
+    numbers = {"type_names": config.elements, "r_max": str(config.cutoff), "model_dtype": config.dtype}
+    found = {"type_names": config.elements, "_metadata": numbers}
+    found = {f"sole_model.{name}": value for name, value in found.items()}
+    number = torch.tensor([[config.num_neighbors**-0.5]], dtype=torch.float64)
+    if config.model_type == "nequip":
+        kept = [((6, (0, 1)), (4, (1, -1))), ((6, (0, 1)),)]
+        found |= {f"{at}.layer{i}_convnet.feature_irreps_hidden": irreps for i, irreps in enumerate(kept)}
+        found |= {f"{at}.spharm.irreps_edge_sh": edge, f"{at}.layer0_convnet.conv.norm.norm_const": number}
+        found |= {f"{at}.type_embed.categorical_graph_field_embed_modules.training": True}
+        return found | {f"{at}.bessel_encode.cutoff.p": 6.0}
+    names = {"num_layers": 2, "num_scalar_features": 6, "num_tensor_features": 4}
+    found |= {f"{at}.allegro.{name}": value for name, value in names.items()}
+    found |= {f"{at}.allegro.tensor_track_allowed_irreps": (*edge, (1, (0, -1))), f"{at}.allegro.norm_const": number}
+    found |= {f"{at}.allegro.tps.0.irreps_in2": edge, f"{at}.allegro.tps.0.path_channel_coupling": True}
+    return found | {f"{at}.radial_chemical_embed.bessel_encode.cutoff.p": 6.0}
 
 
 def package(path: Path, section: dict, model) -> None:
@@ -145,29 +173,50 @@ class Harmful:
 def test_a_package_is_read_and_nothing_in_it_runs(kind, tmp_path):
     config, model = potential(tmp_path / "old", ["Ni", "Cu", "Al"], kind, train_shifts=True)
     section, state = THEIRS[kind][0](config), THEIRS[kind][1](model.state_dict(), config)
-    root = nested({f"sole_model.{name}": value for name, value in state.items()})
-    package(tmp_path / "first.nequip.zip", section, root)
+    state = {f"sole_model.{name}": value for name, value in state.items()}
+    modules = modules_of(state, options_of(config))
+    modules.harmful = Harmful(tmp_path / "ran")
+    package(tmp_path / "first.nequip.zip", section, modules)
     found, weights = open_pretrained(str(tmp_path / "first.nequip.zip"))
     want, same = open_pretrained(str(tmp_path / "old"))
     assert found == want and weights.keys() == same.keys()
-    assert all(torch.equal(weights[name], same[name]) for name in weights)
-    # What began from it goes back to it for the architecture.
-    later = {"_target_": "nequip.model.ModelFromPackage", "package_path": str(tmp_path / "first.nequip.zip")}
-    rescaled = {"modifier": "modify_PerTypeScaleShift", "scales": 2.0, "scales_trainable": True}
-    later = {"_target_": "nequip.model.modify", "model": later, "modifiers": [rescaled]}
-    state["model.func.per_type_energy_scale_shift.scales"] += 1
-    root = nested({f"sole_model.{name}": value for name, value in state.items()})
-    root.harmful = Harmful(tmp_path / "ran")
-    package(tmp_path / "second.nequip.zip", later, root)
+    assert all(torch.equal(weights[name], same[name]) for name in weights) and not (tmp_path / "ran").exists()
+    # Of one that began from another the YAML says no architecture, but its modules do.
+    later = {"_target_": "nequip.model.ModelFromPackage", "package_path": "gone.nequip.zip"}
+    package(tmp_path / "second.nequip.zip", later, modules)
     found, weights = open_pretrained(str(tmp_path / "second.nequip.zip"))
-    assert found.energy_scales == pytest.approx([scale + 1 for scale in want.energy_scales], abs=1e-12)
-    assert torch.equal(weights["readout.weights.0"], same["readout.weights.0"]) and not (tmp_path / "ran").exists()
-    (tmp_path / "first.nequip.zip").rename(tmp_path / "gone.zip")
-    with pytest.raises(ValueError, match=r"second.nequip.zip began from .*first.nequip.zip, which says the archit"):
-        open_pretrained(str(tmp_path / "second.nequip.zip"))
-    package(tmp_path / "other.zip", later["model"] | {"package_path": None}, root)
-    with pytest.raises(ValueError, match="names no type_names"):
+    default = {"radial_features": 6} if kind == "allegro" else {}  # as many as scalars
+    assert found == replace(want, num_neighbors=pytest.approx(17.0, rel=1e-14), **default)
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    package(tmp_path / "other.zip", later, torch.nn.Module())
+    with pytest.raises(ValueError, match="no package of one NequIP or Allegro model that we know"):
         open_pretrained(str(tmp_path / "other.zip"))
+
+
+def test_a_checkpoint_that_began_from_another(tmp_path):
+    config, model = potential(tmp_path / "old", ["Ni", "Cu", "Al"])
+    state = native_to_nequip(model.state_dict(), config)
+    torch.save({"model": nequip_arguments(config), "state_dict": state}, tmp_path / "first.pt")
+    section = {"_target_": "nequip.model.ModelFromCheckpoint", "checkpoint_path": str(tmp_path / "first.pt")}
+    change = {"modifier": "modify_PerTypeScaleShift", "scales": {"Ni": 2.0}, "scales_trainable": True}
+    section = {"_target_": "nequip.model.modify", "model": section, "modifiers": [change]}
+    state["model.func.per_type_energy_scale_shift.scales"] += 1
+    torch.save({"model": section, "state_dict": state}, tmp_path / "second.pt")
+    found, weights = open_pretrained(str(tmp_path / "second.pt"))
+    assert found.energy_scales == pytest.approx([scale + 1 for scale in config.energy_scales], abs=1e-12)
+    assert torch.equal(weights["readout.weights.0"], model.state_dict()["readout.weights.0"])
+    change["modifier"] = "modify_all"
+    torch.save({"model": section, "state_dict": state}, tmp_path / "second.pt")
+    with pytest.raises(ValueError, match="it was changed by modify_all, which we have nothing for"):
+        open_pretrained(str(tmp_path / "second.pt"))
+    (tmp_path / "first.pt").unlink()
+    with pytest.raises(ValueError, match=r"second.pt began from .*first.pt, which says the architecture and is not"):
+        open_pretrained(str(tmp_path / "second.pt"))
+    torch.save(
+        {"model": {"_target_": "nequip.model.ModelFromCheckpoint"}, "state_dict": state}, tmp_path / "second.pt"
+    )
+    with pytest.raises(ValueError, match="names no type_names"):
+        open_pretrained(str(tmp_path / "second.pt"))
 
 
 def test_averaged_weights_of_the_package_are_taken(tmp_path):
