@@ -149,8 +149,11 @@ def model_config(
         )
     if num_features is not None and not (num_features and min(num_features) > 0):
         raise ValueError(f"model_kwargs.num_features={num_features} must be channels for l = 0, 1, ..., each above 0.")
-    if unknown := [symbol for symbol in elements or [] if symbol not in SYMBOLS[1:]]:
-        raise ValueError(f"model_kwargs.elements: {unknown[0]} is no symbol of an element.")
+    given = {"num_neighbors": num_neighbors, "energy_scales": energy_scales, "energy_shifts": energy_shifts}
+    by_symbol = {name: value for name, value in given.items() if isinstance(value, Mapping)}
+    for name, symbols in {"elements": elements or [], **by_symbol}.items():
+        if unknown := [symbol for symbol in symbols if symbol not in SYMBOLS[1:]]:
+            raise ValueError(f"model_kwargs.{name}: {unknown[0]} is no symbol of an element.")
     if twice := [symbol for i, symbol in enumerate(elements or []) if symbol in elements[:i]]:
         raise ValueError(f"model_kwargs.elements lists {twice[0]} twice; list each element once.")
     try:
@@ -165,7 +168,6 @@ def model_config(
         name = "radial_features" if options.get("radial_features") else "num_scalars"
         raise ValueError(f"model_kwargs.{name}={embedded} must be even (half are of the centre), or radial be spline.")
     options |= {"train_scales": train_scales, "train_shifts": train_shifts, "zbl": zbl, "dtype": DTYPES[precision]}
-    given = {"num_neighbors": num_neighbors, "energy_scales": energy_scales, "energy_shifts": energy_shifts}
     return Wanted(kind, options, cutoffs, list(elements) if elements else None, given, begun)
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from atoms.first_weights import init_parameters
-from atoms.package_files import read_checkpoint
+from atoms.package_files import kind_of, read_checkpoint
 from atoms.potential import PotentialConfig, read_config
 from common.command import one_line
 from common.config import notes_on_continuing
@@ -55,7 +55,7 @@ def open_pretrained(source: str) -> tuple[PotentialConfig, dict[str, Tensor]]:
 def _open(path: Path) -> tuple[PotentialConfig, dict[str, Tensor]]:
     if path.is_file():
         arguments, state = read_checkpoint(path)
-        read, to_native = THEIRS["allegro" if "llegro" in str(arguments.get("_target_")) else "nequip"]
+        read, to_native = THEIRS[kind_of(arguments)]
         config = read(arguments, state)
         return config, to_native(state, config)
     if not (path / "config.json").exists() and not (path / ".metadata").exists():

@@ -103,6 +103,11 @@ def averaged(state: Mapping, arguments: Mapping) -> dict[str, Tensor]:
     return own | dict(zip(names, averages, strict=True))
 
 
+def kind_of(section: Mapping) -> str:
+    """Which model their section `model` is."""
+    return "allegro" if "llegro" in str(section.get("_target_")) else "nequip"
+
+
 def converter(package: str, doc: str, config_class: type, model_class: type, read: Callable, to_native: Callable,
               arguments_of: Callable, to_package: Callable) -> None:  # fmt: skip
     """The command line of one package."""
@@ -116,6 +121,8 @@ def converter(package: str, doc: str, config_class: type, model_class: type, rea
             if asked.to_native:
                 source, target = asked.to_native
                 section, state = read_checkpoint(source)
+                if (kind := kind_of(section)) != package:
+                    raise ValueError(f"{source} is a model of {kind}; use convert_{kind}.py.")
                 config = read(section, state)
                 weights = to_native(state, config)
                 with new_folder(target) as folder:

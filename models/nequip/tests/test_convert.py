@@ -85,12 +85,15 @@ def test_the_command_writes_a_whole_model_or_says_why_not(monkeypatch, capsys, t
     for name, value in weights.items():
         if not name.startswith("added_"):
             torch.testing.assert_close(again[name], value, rtol=1e-15, atol=1e-15)
+    other = nequip_arguments(config) | {"_target_": "allegro.model.AllegroModel"}
+    torch.save({"model": other, "state_dict": theirs}, tmp_path / "allegro.pt")
     before = sorted(tmp_path.iterdir())
     for words, sentence in (
         (("--to-native", tmp_path / "theirs.pt", tmp_path / "ours"), "exists; move it away"),
         (("--to-nequip", tmp_path / "ours", tmp_path / "back.pt"), "exists; move it away"),
         (("--to-native", tmp_path / "none.ckpt", tmp_path / "new"), "none.ckpt: No such file"),
         (("--to-native", tmp_path / "ours" / "config.json", tmp_path / "new"), "is no checkpoint of tensors"),
+        (("--to-native", tmp_path / "allegro.pt", tmp_path / "new"), "is a model of allegro; use convert_allegro.py"),
         (("--to-nequip", tmp_path, tmp_path / "new.pt"), "config.json: No such file"),
     ):
         code, said = run(monkeypatch, capsys, *words)

@@ -246,6 +246,8 @@ def test_new_elements_by_the_stated_rule(kind, more, tmp_path):
     shape = wanted.on(elements, statistics)
     assert shape.num_neighbors == 17.0 and shape.energy_scales == pytest.approx([0.3, 0.2, 0.1])
     assert shape.energy_shifts == pytest.approx([2.0, 3.0, -1.0])
+    with pytest.raises(ValueError, match=r"model_kwargs.energy_shifts: Nl is no symbol of an element"):
+        model_config(source, "fp64", source, cutoff=None, energy_shifts={"Nl": 7.0})
     some = model_config(source, "fp64", source, cutoff=None, elements=elements, energy_shifts={"Ni": 7.0})
     assert some.on(elements, statistics).energy_shifts == pytest.approx([2.0, 3.0, 7.0])
     notes = []
