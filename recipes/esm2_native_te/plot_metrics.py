@@ -16,7 +16,7 @@ from statistics import fmean
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from common.command import command
 from common.files import short
@@ -134,6 +134,9 @@ def by_decades(ax: Axes, columns: list[list[float]], at_least: float) -> None:
     values = [value for values in columns for value in values if math.isfinite(value)]
     if values and 0 < min(values) <= max(values) / at_least:
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 100 * min(values) else (1,)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def style_of(entries: list[dict]) -> dict:

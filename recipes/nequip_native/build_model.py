@@ -272,7 +272,9 @@ def facts(shape: PotentialConfig, saved: dict | None = None) -> dict:
         now = shape.to_dict()
         if wrong := [name for name in now if name not in MEASURED and now[name] != saved.get(name)]:
             changes = ", ".join(f"{name} was {saved.get(name)} and is {now[name]}" for name in wrong)
-            raise ValueError(f"{changes}; give model_tag or model_kwargs of that model")
+            precision = next(name for name, dtype in DTYPES.items() if dtype == saved.get("dtype", "float32"))
+            given = f"precision={precision}" if wrong == ["dtype"] else "model_tag or model_kwargs of that model"
+            raise ValueError(f"{changes}; give {given}")
         for name in MEASURED:
             setattr(shape, name, saved[name])
     return shape.to_dict()

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import metrics
 from build_model import facts, harmless_keys
 from common import safe_reading
-from common.changes import check_start, comparable, may_change
+from common.changes import check_start, comparable, may_change, told
 from common.distributed import TIMEOUT, Distributed, SharedError, unwrapped
 from common.ema import EMA
 from common.files import make_folder, moved_aside, short
@@ -172,10 +172,10 @@ class Checkpointer:
         for step, reason in self.damaged.items():
             self.notes.append(f"step_{step} is damaged and set aside as step_{step}.damaged: {reason}.")
         self.notes.append(f"Resuming from {self._path(self.resume_step)}.")
-        if changes := [f"{k} {before.get(k)} -> {now.get(k)}" for k in changed if not k.startswith("checkpoint.")]:
+        if changes := told((k for k in changed if not k.startswith("checkpoint.")), before, now, "{} {} -> {}"):
             self.notes.append(f"Changed since: {', '.join(changes)}.")
         if model or (serious and not allowed):
-            changes = "; ".join(f"{k} was {before.get(k)} and is {now.get(k)}" for k in model or serious)
+            changes = "; ".join(told(model or serious, before, now, "{} was {} and is {}"))
             way_out = "" if model else ", or set checkpoint.allow_config_change=true to resume anyway"
             raise ValueError(
                 f"checkpoint.ckpt_dir={self.folder} was written with another configuration: {changes}; give the old "

@@ -2,6 +2,7 @@
 """What has changed between the configuration of a checkpoint and that of the run that goes on from it."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from omegaconf import OmegaConf
 
 from common import RECIPE
 from common.files import flat, names
+from common.type_hints import as_text
 
 
 DEFAULTS = RECIPE / "hydra_config" / "defaults.yaml"
@@ -42,11 +44,16 @@ def check_start(before: dict, now: dict, folder: Path) -> None:
     """Raise ValueError for other weights to start from: a run that goes on has those of its checkpoint."""
     was, is_ = before.get("init_from"), now.get("init_from")
     if was != is_:
-        was, is_ = ("null" if name is None else name for name in (was, is_))
+        was, is_ = as_text(was), as_text(is_)
         raise ValueError(
             f"init_from was {was} and is {is_}, but checkpoint.ckpt_dir={folder} has weights to resume from; give "
             f"init_from={was}, or take another folder to start from other ones."
         )
+
+
+def told(keys: Iterable[str], before: dict, now: dict, words: str) -> list[str]:
+    """Each key in these words, with what it was and what it is as a user writes it."""
+    return [words.format(key, as_text(before.get(key)), as_text(now.get(key))) for key in keys]
 
 
 def may_change(key: str, before: dict, now: dict, safe: tuple[str, ...]) -> bool:

@@ -126,3 +126,11 @@ def test_float64_is_more_than_megatron_has(tmp_path, capfd):
     with pytest.raises(SystemExit):
         run_here("train_mfsdp", tmp_path, "precision=fp64", "dataset.load_dataset_kwargs.data_files=not_read.xyz")
     assert "precision=fp64: train_mfsdp.py has FP32 at most" in capfd.readouterr().err
+
+
+def test_another_precision_is_another_model(tmp_path, capfd):
+    kept = f"checkpoint.ckpt_dir={tmp_path}"
+    run_here("train_ddp", tmp_path, kept, "num_train_steps=1")
+    with pytest.raises(SystemExit):
+        run_here("train_ddp", tmp_path, kept, "num_train_steps=2", "precision=fp64")
+    assert "dtype was float32 and is float64; give precision=fp32, or take another folder" in capfd.readouterr().err

@@ -147,7 +147,7 @@ def test_what_a_checkpoint_leaves_out_cannot_train_later(finished, reference, tm
     more = ["checkpoint.trained_only=false", change, "checkpoint.allow_config_change=true", "num_train_steps=7"]
     with pytest.raises(SystemExit):
         run_here("train_ddp", parts, *saved_to(parts, finished, *more))
-    assert "checkpoint.trained_only was True and is False" in capsys.readouterr().err
+    assert "checkpoint.trained_only was true and is false" in capsys.readouterr().err
 
 
 def test_groups_that_change_on_resume_take_effect(tmp_path):
