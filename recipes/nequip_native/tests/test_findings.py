@@ -152,6 +152,18 @@ def test_copies(tmp_path, distributed):
     assert finding.rows.tolist() == [12] and "as frame 4 of mine.extxyz" in finding.text
 
 
+def test_energies_by_two_names(tmp_path, distributed):
+    frames = labelled(12)
+    frames[4].info["REF_energy"] = frames[4].calc.results["energy"] + 1.0
+    frames[5].info["REF_energy"] = frames[5].calc.results["energy"]
+    found = look(frames, tmp_path, distributed)
+    finding = names(found)["two_names"]
+    assert finding.rows.tolist() == [4] and "the file has REF_energy." in finding.text and not finding.bad
+    assert found.rows[4]["energy"] == frames[4].calc.results["energy"]
+    options = {"label_keys": {"energy": "REF_energy"}}
+    assert "two_names" not in names(look(frames, tmp_path, distributed, **options))
+
+
 def test_no_neighbours(tmp_path, distributed):
     far = molecule("H2")
     far.positions *= 9

@@ -292,3 +292,39 @@ def test_memory_is_that_of_a_part(tmp_path, monkeypatch):
     frames = labelled(10)
     same(opened(write(frames, tmp_path / "a.extxyz")), frames)
     assert max(most) == 3 and sum(most) == 10
+
+
+@pytest.mark.parametrize("kind", ["npz", "h5"])
+def test_arrays_that_do_not_go_together(kind, tmp_path):
+    values = {"numbers": [29, 29], "positions": np.arange(24.0).reshape(4, 2, 3), "energy": np.arange(3.0)}
+    path = tmp_path / f"a.{kind}"
+    if kind == "npz":
+        np.savez(path, **values)
+    else:
+        with h5py.File(path, "w") as file:
+            for name, array in values.items():
+                file[f"group/{name}"] = array
+    with pytest.raises(ValueError, match="energy has 3 entries, and there are 4 structures"):
+        open_structures("dataset", {"path": "structures", "data_files": str(path)})
+
+
+def test_hdf5_without_structures(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x/y"] = np.zeros(3)
+    with pytest.raises(ValueError, match=r"a\.h5 has no group with numbers and positions"):
+        open_structures("dataset", {"path": "structures", "data_files": str(tmp_path / "a.h5")})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"), [("Al", "Qq", "there is no 'Qq'"), (" ", "\n", r"a line has \d columns, not 7")]
+)
+def test_what_is_wrong_in_an_extxyz(old, new, words, tmp_path):
+    lines = text(labelled(3)).splitlines(True)
+    last = max(i for i, line in enumerate(lines) if line.startswith("Al"))
+    if new == "\n":  # cut short within the last line
+        lines[-1] = " ".join(lines[-1].split()[:5])
+    else:
+        lines[last] = lines[last].replace(old, new)
+    (tmp_path / "a.extxyz").write_text("".join(lines))
+    with pytest.raises(ValueError, match=rf"a\.extxyz, frame \d cannot be read: {words}"):
+        open_structures("dataset", {"path": "structures", "data_files": str(tmp_path / "a.extxyz")})
