@@ -59,7 +59,7 @@ def of_frames(survey: Survey) -> list[Finding]:
                 first = int(np.flatnonzero(prints == prints[rows[0]])[0])
                 origin = survey.rows[first]
                 text = text.replace("a frame before it", f"frame {origin['key']} of {origin['source']}")
-            if name == "no_labels" and (others := survey.rows[int(rows[0])]["others"]):
+            if name in ("no_labels", "two_names") and (others := survey.rows[int(rows[0])]["others"]):
                 text = f"{text[:-1]}; the file has {others}."
             found.append(Finding(name, kind.bad, text, rows))
     return found
@@ -80,7 +80,7 @@ def _values(survey: Survey, name: str, rows: np.ndarray) -> np.ndarray:
         return survey.column("shear_agreement")[rows]
     if name == "other_stress":
         return survey.column("shear_strength")[rows] / survey.usual_shear
-    if name == "duplicate":
+    if name in ("duplicate", "two_names"):
         return np.zeros(len(rows))
     structures = structures_of(survey.rows.with_format("arrow")[rows])
     return check(structures, survey.cutoffs, survey.max_neighbors).values[name]
@@ -187,7 +187,7 @@ def of_stress(survey: Survey, forces_are_odd: bool) -> list[Finding]:
     seen = survey.evidence
     told = "[stress]; ASE's is +dE/d(strain)/V, under tension positive: +dataset.units.stress=-eV/Ang^3."
     steps, squeezed = _slope(seen.stress_work), _slope(seen.squeeze, 20)
-    if _many(survey, "turned_stress", "other_stress"):
+    if _many(survey, "turned_forces", "other_strength", "turned_stress", "other_stress"):
         return []
     fitted = _slope(seen.shear_fit, 4) if seen.held[0] > FOLLOWED and not forces_are_odd else None
     if steps and abs(steps[1]) > (0.9 if abs(np.log(abs(steps[0]))) > 1.5 else 0.97):

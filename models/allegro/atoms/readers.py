@@ -6,80 +6,19 @@ A file is cut into parts that processes read on their own: blocks of an extxyz, 
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from atoms.label_names import Options
 from atoms.structures import row, unit_factors
 
 
 PART, PART_BYTES = 2000, 1 << 25  # frames that a process reads at once, at most, and of an extxyz bytes
-# Names that labels usually have, the first that is there counts.
-USUAL = {
-    "energy": ("energy", "Energy", "REF_energy", "ref_energy", "dft_energy", "DFT_energy", "total_energy", "TotEnergy",
-               "dft_total_energy", "formation_energy", "energies", "E", "y"),
-    "forces": ("forces", "force", "Forces", "REF_forces", "ref_forces", "dft_forces", "DFT_forces", "F"),
-    "gradient": ("dft_total_gradient", "gradient", "gradients", "dft_gradient"),
-    "stress": ("stress", "Stress", "REF_stress", "ref_stress", "dft_stress", "DFT_stress", "stress_tensor"),
-    "virial": ("virial", "virials", "REF_virial", "REF_virials", "dft_virial"),
-    "numbers": ("numbers", "atomic_numbers", "nuclear_charges", "species", "z", "Z", "charges", "species_at_sites"),
-    "positions": ("positions", "coordinates", "coords", "pos", "conformations", "R", "cartesian_site_positions"),
-    "cell": ("cell", "lattice", "lattice_vectors", "cells", "box"),
-    "pbc": ("pbc", "periodic"),
-    "charge": ("charge", "total_charge"),
-    "spin": ("spin", "spin_multiplicity", "multiplicity"),
-}  # fmt: skip
-LABEL_KEYS = ("energy", "forces", "stress", "virial", "charge", "spin", "data_set")
 DATABASES = (".db", ".aselmdb")
 PICKLED = (".lmdb", ".pkl", ".pckl", ".pickle", ".pt", ".pth")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a file is read: the section for sentences, names of labels and units, as the configuration has them."""
-
-    section: str
-    label_keys: dict = field(default_factory=dict)
-    units: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        if unknown := set(self.label_keys) - set(LABEL_KEYS):
-            raise ValueError(
-                f"{self.section}.label_keys.{min(unknown)}: there is no such key; there is {', '.join(LABEL_KEYS)}."
-            )
-        unit_factors(self.section, self.units)
-
-    def find(self, label: str, values) -> str | None:
-        """The name that a label has among `values`: the configured one, or a usual one."""
-        if given := self.label_keys.get(label):
-            return given if given in values else None
-        return next((name for name in USUAL.get(label, ()) if name in values), None)
-
-    def labels(self, values, factors: dict[str, float], volume: float, length: float = 1.0) -> dict:
-        """Energy, forces, stress, charge, spin and data set among named values, in our units."""
-        found = {}
-        for label, factor in (
-            ("energy", factors["energy"]),
-            ("forces", factors["forces"]),
-            ("stress", factors["stress"]),
-        ):
-            if name := self.find(label, values):
-                found[label] = np.asarray(values[name], dtype=np.float64) * factor
-        if "forces" not in found and (name := self.find("gradient", values)):
-            found["forces"] = -np.asarray(values[name], dtype=np.float64) * factors["forces"]
-        name = self.find("virial", values) if "stress" not in found or "virial" in self.label_keys else None
-        if name and volume > 0:
-            found["stress"] = -np.asarray(values[name], dtype=np.float64) * factors["energy"] / volume
-        for label in ("charge", "spin"):
-            if name := self.find(label, values):
-                found[label] = values[name]
-        if (name := self.label_keys.get("data_set")) and name in values:
-            found["data_set"] = str(values[name])
-        if "energy" not in found and "forces" not in found:
-            found["others"] = ", ".join(sorted(set(values) - {"numbers", "positions"})) or None
-        return found
 
 
 @dataclass(frozen=True)
@@ -173,6 +112,9 @@ class sentence_for:
         if isinstance(error, Exception) and not str(error).startswith(self.file):
             where = "" if self.frame is None else f", frame {self.frame}"
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = f"there is no {reason}" if isinstance(error, KeyError) else reason
+            if "could not assign tuple of length" in reason:  # ASE's
+                reason = f"a line has {reason.split()[6]} columns, not {reason.split()[-2]}; was the file cut short"
             raise ValueError(f"{self.file}{where} cannot be read: {reason}.".replace("..", ".")) from error
 
 
@@ -271,6 +213,12 @@ def frames_of(values: dict, options: Options, factors: dict[str, float], what: s
             array = np.asarray(values[name])
             if label == "forces" or label == "gradient":
                 array = array.reshape(total, -1, 3)
+            elif (
+                array.ndim
+                and len(array) != total
+                and array.size not in ((6, 9) if label in ("stress", "virial") else (1,))
+            ):
+                raise ValueError(f"{what}: {name} has {len(array)} entries, and there are {total} structures")
             labels[name] = array
     for i in range(total):
         one = numbers if numbers.ndim == 1 else numbers[i]
@@ -325,7 +273,7 @@ def read_hdf5(part: Part, options: Options) -> Iterator[tuple[int | str, dict]]:
     except ImportError as error:
         raise ValueError(f"{part.file} needs the package h5py: pip install h5py.") from error
     with h5py.File(part.file) as file:
-        groups = [file]
+        groups, found = [file], False
         while groups:
             group = groups.pop()
             values = {name: one for name, one in group.items() if isinstance(one, h5py.Dataset)}
@@ -341,13 +289,15 @@ def read_hdf5(part: Part, options: Options) -> Iterator[tuple[int | str, dict]]:
                 ):
                     if (name := options.find(label, values)) and "units" in values[name].attrs:
                         units[kind] = _text(values[name].attrs["units"])
-                factors = unit_factors(options.section, options.units, **units)
+                factors, found = unit_factors(options.section, options.units, **units), True
                 arrays = {name: _plain(one[()]) for name, one in values.items()}
                 arrays = {name: one for name, one in arrays.items() if one is not None}
                 for number, one in enumerate(frames_of(arrays, options, factors, f"{part.file}{group.name}")):
                     yield f"{group.name.lstrip('/')}/{number}".lstrip("/"), one
             else:
                 groups += [one for _, one in sorted(group.items(), reverse=True) if isinstance(one, h5py.Group)]
+    if not found:
+        raise ValueError(f"{part.file} has no group with numbers and positions")
 
 
 def _plain(value):

@@ -3,7 +3,8 @@
 
 Lengths are in A, energies in eV, forces in eV/A, stress in eV/A^3 with ASE's sign, +dE/d(strain)/V. A label that a
 structure does not have is null in a row and NaN in an array. `others` names what else a file has for a structure that
-has neither energy nor forces. In shapes, S is structures and A all their atoms.
+has neither energy nor forces, or energies and forces of other values by further names. In shapes, S is structures and
+A all their atoms.
 """
 
 import re

@@ -21,7 +21,7 @@ from common.open_data import open_rows, plain
 from common.sizes import save, writable
 
 
-VERSION = 1  # of what is written; another makes old parts count for nothing
+VERSION = 2  # of what is written; another makes old parts count for nothing
 ROWS_AT_ONCE = 500
 
 

@@ -16,7 +16,7 @@ from atoms.structures import SYMBOLS, Structures
 
 CLOSE = 0.5  # A
 DENSE = 1.0  # A^3 an atom; a proton and its share of a metal under pressure take more
-OVERLAP, FAR = 0.6, 1.75  # of the sum of two covalent radii
+OVERLAP, FAR = 0.6, 1.5  # of the sum of two covalent radii
 NET_FORCE, NET_SHARE = 0.005, 0.1  # eV/A an atom, and of the length of all forces: what DFT leaves over is below
 TORQUE, TORQUE_SHARE = 0.02, 0.3  # the same of the moments of forces, eV
 RADII = np.nan_to_num(covalent_radii, nan=1.5)
@@ -37,6 +37,8 @@ KINDS = {
     "no_labels": Kind(True, "energy, forces", "has neither an energy nor forces",
                       "name what the file calls them: +dataset.label_keys.energy=... and "
                       "+dataset.label_keys.forces=..."),
+    "two_names": Kind(False, "energy, forces", "has further energies or forces, of other values, by other names",
+                      "say which count: +dataset.label_keys.energy=..., +dataset.label_keys.forces=..."),
     "not_finite": Kind(True, "energy, forces, stress", "has a label that is infinite or NaN",
                        "take the frame out; its calculation failed"),
     "no_geometry": Kind(True, "positions, cell", "has a position or lattice vector that is infinite or NaN",

@@ -41,8 +41,11 @@ def survey_chunk(rows: datasets.Dataset, first: int, stop: int, cutoffs: Cutoffs
     sums: dict[str, np.ndarray] = {}
     table = rows.with_format("arrow")
     for at in range(first, stop, BLOCK):
-        structures = structures_of(table[at : min(at + BLOCK, stop)])
+        block = table[at : min(at + BLOCK, stop)]
+        structures = structures_of(block)
         checked = check(structures, cutoffs, max_neighbors)
+        further = block["others"].is_valid().to_numpy() & ((checked.flags & BITS["no_labels"]) == 0)
+        checked.flags[further] |= BITS["two_names"]
         here = (checked.flags & BAD) == 0 if kept is None else kept[at - first : at - first + len(structures)]
         largest = np.zeros(len(structures))
         np.fmax.at(largest, structures.structure, np.linalg.norm(structures.forces, axis=-1))
