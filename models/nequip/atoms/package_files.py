@@ -46,6 +46,12 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
     arguments = found.get("model", found.get("hyper_parameters", {}).get("model"))
     if not isinstance(arguments, Mapping) or not isinstance(found.get("state_dict"), Mapping):
         raise ValueError(f"{path} has no section model (or hyper_parameters.model) and state_dict of nequip.")
+    optimizer = found.get("schedulefree_optimizer_state_dict", {})
+    if any(group.get("train_mode") for group in optimizer.get("param_groups", [])):
+        raise ValueError(
+            f"{path} has the weights that a schedule-free optimizer moves, and not their averages; give what "
+            "nequip-package makes of it."
+        )
     arguments = first_section(arguments, path)
     return arguments, averaged(found["state_dict"], arguments)
 
