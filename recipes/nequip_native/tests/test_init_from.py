@@ -230,7 +230,7 @@ def test_averaged_weights_of_the_package_are_taken(tmp_path):
     torch.testing.assert_close(weights["elements"], 2 * model.state_dict()["elements"])
     moved = found | {"schedulefree_optimizer_state_dict": {"param_groups": [{"train_mode": True}]}}
     torch.save(moved, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match="last.ckpt has the weights that a schedule-free optimizer moves"):
+    with pytest.raises(ValueError, match=r"last.ckpt has the weights that a schedule-free optimizer moves"):
         open_pretrained(str(tmp_path / "last.ckpt"))
     del state["ema.ema_weight_2"]
     torch.save(found, tmp_path / "best.ckpt")
