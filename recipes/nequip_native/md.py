@@ -10,6 +10,7 @@ trajectory can be watched while it grows, and is there when a run is stopped.
 """
 
 import argparse
+from math import inf
 from pathlib import Path
 
 
@@ -35,35 +36,39 @@ def run(models: list[Path], structure: Path, target: Path, temperature: float, s
         every: int, seed: int) -> dict[str, float]:  # fmt: skip
     """Write `target.traj` and `target.png`; returns the total energy's drift and range, and the mean temperature.
 
-    Of several models also the largest `forces_std` of an atom, in eV/A, in all frames that are kept.
+    Of several models also the largest `forces_std` of an atom, in eV/A, in all frames that are kept. Raises ValueError
+    for what cannot be, and for atoms that fly apart.
     """
-    if steps < 1 or timestep <= 0 or temperature < 0 or every < 1:
+    if steps < 1 or every < 1 or not (0 < timestep < inf and 0 <= temperature < inf):
         raise ValueError("--steps, --timestep and --every must be above 0, and --temperature at least 0.")
     drawn = target.with_name(f"{target.name}.png")
     written = target.with_name(f"{target.name}.traj")
     refuse_existing(written, drawn)
-    atoms, random = frames(structure, "-1:")[0], np.random.default_rng(seed)
-    atoms.calc = calculator(*models)
+    potential, random = calculator(*models), np.random.default_rng(seed)
+    atoms = frames(structure, "-1:")[0]
+    atoms.calc = potential
     atoms.get_potential_energy()  # an element that the model does not know, before a file is begun
     # Maxwell and Boltzmann's: ASE's function for it changed its name between releases.
     spread = np.sqrt(units.kB * temperature * atoms.get_masses())
     atoms.set_momenta(spread[:, None] * random.standard_normal((len(atoms), 3)))
     Stationary(atoms)
     if nvt:
-        dynamics = Langevin(
-            atoms, timestep * units.fs, temperature_K=temperature, friction=0.01 / units.fs, rng=random
-        )
+        dynamics = Langevin(atoms, timestep * units.fs, temperature_K=temperature, friction=0.01 / units.fs,
+                            fixcm=False, rng=random)  # fmt: skip
     else:
         dynamics = VelocityVerlet(atoms, timestep * units.fs)
-    energies = []
+    energies, per_kelvin = [], 1.5 * units.kB * len(atoms)
     with Trajectory(written, "w", atoms) as trajectory, tqdm(total=steps, unit="step") as bar:
         for step in range(steps + 1):
             if step % every == 0:
                 energies.append([step * timestep, atoms.get_potential_energy(), atoms.get_kinetic_energy()])
                 energies[-1].append(np.max(atoms.calc.results.get("forces_std", 0.0)))
                 trajectory.write(atoms)
-                if not np.isfinite(energies[-1]).all():
-                    raise ValueError(f"the energy is not a number any more at step {step}; take a shorter --timestep.")
+            if not (hot := atoms.get_kinetic_energy() / per_kelvin) < 10 * temperature + 10_000:
+                raise ValueError(
+                    f"The atoms fly apart: they are at {hot:,.0f} K at step {step}; take a shorter --timestep, relax "
+                    "the structure first, or train on more such structures."
+                )
             if step < steps:
                 dynamics.run(1)
                 bar.update()
@@ -74,7 +79,7 @@ def run(models: list[Path], structure: Path, target: Path, temperature: float, s
     figure, axes = plt.subplots(panels, sharex=True, figsize=(7, 2.5 * panels), layout="constrained")
     axes[0].plot(table[:, 0], 1000 * (total - total[0]))
     axes[0].set_ylabel("total energy - first, meV/atom")
-    kelvin = table[:, 2] / (1.5 * units.kB * len(atoms))
+    kelvin = table[:, 2] / per_kelvin
     axes[1].plot(table[:, 0], kelvin)
     axes[1].set_ylabel("temperature, K")
     if len(models) > 1:

@@ -72,7 +72,8 @@ def check_rows(rows: datasets.Dataset, models: list[Potential]) -> None:
         some = structures_of(table[at : at + 2000])
         strange = ~np.isin(some.numbers, numbers)
         broken = ~np.isfinite(some.positions).all(-1) | ~np.isfinite(some.cell).all((1, 2))[some.structure]
-        flat = (some.pbc.any(1) & (np.abs(np.linalg.det(some.cell)) < 1e-6) & some.pbc.all(1))[some.structure]
+        rank = np.linalg.matrix_rank(np.nan_to_num(some.cell * some.pbc[:, :, None]), 1e-3)
+        flat = (rank < some.pbc.sum(1))[some.structure]
         if not (wrong := strange | broken | flat).any():
             continue
         atom = int(np.flatnonzero(wrong)[0])
@@ -81,7 +82,7 @@ def check_rows(rows: datasets.Dataset, models: list[Potential]) -> None:
         if strange[atom]:
             symbols = ", ".join(sorted(known))
             raise ValueError(f"{where}: there is {SYMBOLS[some.numbers[atom]]}, and the potential knows {symbols}.")
-        raise ValueError(f"{where}: its positions or cell are no numbers, or it is periodic without a cell.")
+        raise ValueError(f"{where}: a position or its cell is no number, or it is periodic without a lattice vector.")
 
 
 def predicted(models: list[Potential], structures: Structures) -> dict[str, np.ndarray]:

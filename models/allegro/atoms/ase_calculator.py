@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 from vesin import NeighborList
 
@@ -33,31 +33,31 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def graph(
     atoms, elements: list[str], cutoff: float, pair_cutoffs: list[list[float]] | None
 ) -> dict[str, torch.Tensor]:
-    """What the model takes, of ASE's atoms. Raises ValueError for an element that it does not know."""
+    """What the model takes, of ASE's atoms.
+
+    Raises ValueError for an element that it does not know, and for positions or a cell that cannot be.
+    """
     number_of = {element: i for i, element in enumerate(elements)}
     symbols = atoms.get_chemical_symbols()
     if unknown := sorted(set(symbols) - set(elements)):
         raise ValueError(f"There is {unknown[0]} among the atoms, and the potential knows {', '.join(elements)}.")
     types = np.array([number_of[symbol] for symbol in symbols], dtype=np.int64)
-    pbc = np.asarray(atoms.pbc, dtype=bool)
+    positions, pbc = np.array(atoms.positions, dtype=np.float64), np.array(atoms.pbc, dtype=bool)
+    cell = np.array(atoms.cell.array) if pbc.any() else np.zeros((3, 3))  # no volume, no stress
+    if not (np.isfinite(positions).all() and np.isfinite(cell).all()):
+        raise ValueError("A position or the cell is infinite or not a number.")
+    if np.linalg.matrix_rank(cell[pbc]) < pbc.sum():
+        raise ValueError("The atoms are periodic along a direction without a lattice vector of its own (pbc, cell).")
     finder = NeighborList(cutoff=cutoff, full_list=True)
-    periodic = bool(pbc.all()) if pbc.all() or not pbc.any() else pbc
-    centre, neighbor, shift, distance = finder.compute(
-        points=np.ascontiguousarray(atoms.positions, dtype=np.float64),
-        box=np.ascontiguousarray(atoms.cell.array, dtype=np.float64), periodic=periodic, quantities="ijSd",
-    )  # fmt: skip
+    centre, neighbor, shift, distance = finder.compute(points=positions, box=cell, periodic=pbc, quantities="ijSd")
     centre, neighbor = centre.astype(np.int64), neighbor.astype(np.int64)
     if pair_cutoffs is not None:
         keep = distance <= np.array(pair_cutoffs)[types[centre], types[neighbor]]
         centre, neighbor, shift = centre[keep], neighbor[keep], shift[keep]
     order = np.lexsort((neighbor, centre))
-    cell = atoms.cell.array * pbc.all() if pbc.any() else np.zeros((3, 3))  # no volume, no stress
-    shift_vectors = shift[order].astype(np.float64)
-    if pbc.any() and not pbc.all():
-        cell = atoms.cell.array
     arrays = {
-        "positions": atoms.positions.astype(np.float64), "types": types, "cell": cell[None],
-        "edges": np.stack([centre[order], neighbor[order]]), "shifts": shift_vectors,
+        "positions": positions, "types": types, "cell": cell[None],
+        "edges": np.stack([centre[order], neighbor[order]]), "shifts": shift[order].astype(np.float64),
         "structure": np.zeros(len(types), dtype=np.int64),
     }  # fmt: skip
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
@@ -68,7 +68,9 @@ def open_model(folder: str | Path | None, device: str) -> Potential:
     folder = Path(folder) if folder else Path(__file__).parent
     values = json.loads((folder / "config.json").read_text())
     if values["model_type"] not in POTENTIALS:
-        raise ValueError(f"{folder} has another kind of model, {values['model_type']}.")
+        raise ValueError(
+            f"{folder} has another kind of model, {values['model_type']}; its own calculator.py opens it."
+        )
     config_class, model_class = POTENTIALS[values["model_type"]]
     model = model_class(read_config(config_class, values))
     model.load_state_dict(read_safetensors(folder / "model.safetensors"))
@@ -76,7 +78,10 @@ def open_model(folder: str | Path | None, device: str) -> Potential:
 
 
 class PotentialCalculator(Calculator):
-    """Energies in eV, forces in eV/A, stress in eV/A^3; `folder` is by default where this file is."""
+    """Energies in eV, forces in eV/A, stress in eV/A^3; `folder` is by default where this file is.
+
+    Stress is of atoms that are periodic along some direction and have three lattice vectors.
+    """
 
     implemented_properties = ("energy", "free_energy", "energies", "forces", "stress")
 
@@ -90,14 +95,16 @@ class PotentialCalculator(Calculator):
         inputs = graph(self.atoms, config.elements, config.cutoff, config.pair_cutoffs)
         found = self.model(**{name: value.to(self.device) for name, value in inputs.items()})
         energy = float(found.energies)
+        if not np.isfinite(energy):
+            raise ValueError("The energy is not a number; look for atoms in the same place.")
         self.results = {
             "energy": energy, "free_energy": energy, "energies": found.atomic_energies.cpu().numpy(),
             "forces": found.forces.detach().cpu().numpy(),
         }  # fmt: skip
-        if self.atoms.pbc.all():
+        if self.atoms.pbc.any() and self.atoms.cell.rank == 3:
             self.results["stress"] = full_3x3_to_voigt_6_stress(found.stress[0].detach().cpu().numpy())
         elif "stress" in properties:
-            raise ValueError("Stress is of structures that are periodic along all three directions.")
+            raise PropertyNotImplementedError("Atoms have a stress if they are periodic, with three lattice vectors.")
 
 
 class CommitteeCalculator(Calculator):

@@ -5,12 +5,20 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import torch
 
-def calculator(*folders: Path, device: str = "cpu"):
-    """An ASE calculator, of several folders a committee's. Raises ValueError for a folder that is no final model."""
-    for folder in folders:
-        if not (Path(folder) / "calculator.py").exists():
-            raise ValueError(f"{folder} is no final model: it has no calculator.py; export.py writes one.")
+
+def calculator(*folders: Path, device: str | None = None):
+    """An ASE calculator, of several folders a committee's; on a GPU, unless told otherwise, where there is one.
+
+    Raises ValueError for a folder that is no final model.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for folder in map(Path, folders):
+        if not (folder / "calculator.py").exists():
+            inside = (folder / "final_model" / "calculator.py").exists()
+            instead = f"give {folder / 'final_model'}" if inside else "export.py writes one"
+            raise ValueError(f"{folder} is no final model: it has no calculator.py; {instead}.")
     file = Path(folders[0]) / "calculator.py"
     name = f"final_model_{abs(hash(file.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, file)

@@ -20,7 +20,7 @@ from atoms.ase_calculator import open_model
 class TorchSimModel(ModelInterface):
     """Energies in eV, forces in eV/A, stress in eV/A^3; `folder` is by default where this file is.
 
-    Positions and cells are float64. Stress is 0 unless all three directions are periodic.
+    Positions and cells are float64. Stress is 0 where no direction is periodic, or a lattice vector is missing.
     """
 
     def __init__(self, folder: str | Path | None = None, device: str = "cpu"):
@@ -39,9 +39,9 @@ class TorchSimModel(ModelInterface):
             number = int(state.atomic_numbers[types < 0][0])
             raise ValueError(f"There is atomic number {number}, and the potential knows {', '.join(config.elements)}.")
         positions, cell = state.positions.double(), state.row_vector_cell.double().contiguous()
-        edges, _, shifts = torchsim_nl(positions, cell.mT, state.pbc, config.cutoff, state.system_idx)
+        edges, _, shifts = torchsim_nl(positions, cell, state.pbc, config.cutoff, state.system_idx)
         # Beyond a pair's own, shorter cutoff an edge counts as nothing.
         found = self.model(positions, types, cell, edges.long(), shifts.double(), state.system_idx)
-        stress = found.stress * state.pbc.all()
+        stress = found.stress * state.pbc.any()
         every = {"energy": found.energies, "forces": found.forces, "stress": stress}
         return {name: value.detach().to(state.positions.dtype) for name, value in every.items()}

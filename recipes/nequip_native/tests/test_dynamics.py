@@ -3,7 +3,10 @@
 
 import numpy as np
 import pytest
-from ase.io import Trajectory, read
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.fd import calculate_numerical_stress
+from ase.io import Trajectory, read, write
 
 import md
 import relax
@@ -44,21 +47,57 @@ def test_energy_is_kept_and_a_trajectory_and_a_picture_are_left(final_model, tmp
     (tmp_path / "broken.xyz").write_text("3\n\nCu 0 0\n")
     with pytest.raises(ValueError, match=r"broken\.xyz cannot be read by ASE"):
         md.run([final_model], tmp_path / "broken.xyz", tmp_path / "new", 300.0, 1, 1.0, False, 5, 0)
-    with pytest.raises(ValueError, match="must be above 0"):
-        md.run([final_model], structure, tmp_path / "run", 300.0, 0, 1.0, False, 5, 0)
+    for temperature, steps in ((300.0, 0), (np.nan, 1), (-1.0, 1)):
+        with pytest.raises(ValueError, match="must be above 0"):
+            md.run([final_model], structure, tmp_path / "new", temperature, steps, 1.0, False, 5, 0)
+    with pytest.raises(ValueError, match=r"apart: they are at .* K at step \d+; take a shorter --timestep"):
+        md.run([final_model], structure, tmp_path / "apart", 300.0, 50, 200.0, False, 50, 0)
+    md.run([final_model], structure, tmp_path / "warm", 300.0, 2, 1.0, True, 1, 0)
 
 
-def test_what_does_not_get_there_is_said(final_model, tmp_path):
-    from ase.io import write
-
-    write(tmp_path / "two.xyz", read(RECIPE / "data" / "validation.extxyz", ":2"))
-    failed = relax.run(final_model, tmp_path / "two.xyz", tmp_path / "relaxed.xyz", 1e-4, 4, False)
-    relaxed = read(tmp_path / "relaxed.xyz", ":")
+def test_relaxed_structures_have_their_energies_and_what_does_not_get_there_is_said(final_model, tmp_path):
+    given = read(RECIPE / "data" / "validation.extxyz", ":2")
+    write(tmp_path / "two.xyz", given)
+    assert relax.run(final_model, tmp_path / "two.xyz", tmp_path / "relaxed.xyz", 1e-4, 4, False) == (2, 2)
+    relaxed, calc = read(tmp_path / "relaxed.xyz", ":"), md.calculator(final_model)
+    assert not any(atoms.info["converged"] for atoms in relaxed)
+    for before, atoms in zip(given, relaxed, strict=True):
+        assert atoms.get_potential_energy() < calc.get_potential_energy(before) - 1e-3
+        assert atoms.get_potential_energy() == pytest.approx(calc.get_potential_energy(atoms), abs=1e-6)
+        assert np.allclose(atoms.get_forces(), calc.get_forces(atoms), atol=1e-6)
     with pytest.raises(ValueError, match=r"relaxed\.xyz exists; move it away"):
         relax.run(final_model, tmp_path / "two.xyz", tmp_path / "relaxed.xyz", 1e-4, 1, False)
-    assert not list(tmp_path.glob(".*"))
-    assert failed == 2 and not any(atoms.info["converged"] for atoms in relaxed)
-    assert {"potential_energy"} <= set(relaxed[0].info)
+    with pytest.raises(ValueError, match=r"relaxed\.traj must end with"):
+        relax.run(final_model, tmp_path / "two.xyz", tmp_path / "relaxed.traj", 1e-4, 1, False)
+    for last, message in ((Atoms("Au"), "has Au; the potential knows"), (Atoms("Cu2"), "energy is not a number")):
+        write(tmp_path / "three.xyz", [*given, last])
+        with pytest.raises(ValueError, match=rf"frame 2 of .*three\.xyz.*{message}"):
+            relax.run(final_model, tmp_path / "three.xyz", tmp_path / "new.xyz", 1.0, 1, False)
+    assert not list(tmp_path.glob(".*")) and not (tmp_path / "new.xyz").exists()
+
+
+@pytest.mark.parametrize("pbc", [(1, 1, 1), (1, 1, 0), (0, 0, 1)])
+def test_stress_is_the_energys_derivative_in_skewed_cells(final_model, pbc):
+    cell = [[2.6, 0.2, 0.0], [0.9, 5.1, 0.3], [0.4, 1.2, 12.0]]
+    atoms = Atoms("CuNiAl", [[0, 0, 0], [1.2, 2.2, 0.3], [0.1, 0.3, 2.4]], cell=cell, pbc=pbc)
+    atoms.calc = md.calculator(final_model)
+    stress = atoms.get_stress()
+    assert np.abs(stress).max() > 1e-3
+    assert np.allclose(calculate_numerical_stress(atoms, eps=1e-5), stress, atol=1e-8)
+
+
+def test_atoms_that_cannot_be_are_a_sentence(final_model):
+    calc = md.calculator(final_model)
+    for atoms, message in (
+        (Atoms("Cu", pbc=True), "periodic along a direction without a lattice vector"),
+        (Atoms("Cu", cell=[3, 0, 3], pbc=(1, 1, 0)), "periodic along a direction without a lattice vector"),
+        (Atoms("Cu2", [[0, 0, 0], [np.nan, 0, 0]]), "infinite or not a number"),
+        (Atoms("Cu2", [[1, 0, 0], [1, 0, 0]]), "look for atoms in the same place"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calc.get_potential_energy(atoms)
+    with pytest.raises(PropertyNotImplementedError, match="if they are periodic"):
+        calc.get_stress(Atoms("Cu2", [[0, 0, 0], [2, 0, 0]]))
 
 
 def test_a_committee_says_how_much_it_differs(final_model, tmp_path):
@@ -82,4 +121,8 @@ def test_a_committee_says_how_much_it_differs(final_model, tmp_path):
 
 def test_a_folder_that_is_no_final_model(tmp_path):
     with pytest.raises(ValueError, match=r"is no final model: it has no calculator\.py"):
+        md.calculator(tmp_path)
+    (tmp_path / "final_model").mkdir()
+    write_model(tmp_path / "final_model", 0)
+    with pytest.raises(ValueError, match=r"no calculator\.py; give .*final_model\."):
         md.calculator(tmp_path)

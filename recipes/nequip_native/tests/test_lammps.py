@@ -76,6 +76,20 @@ def test_it_has_the_calculators_numbers(lammps_md, model, atoms, start):
         assert engine.get_thermo(name) == pytest.approx(value, rel=1e-4, abs=1.0), name
 
 
+def test_a_slab_has_a_pressure_along_its_surface(lammps_md, model, atoms, tmp_path):
+    atoms = atoms.copy()
+    atoms.set_cell(np.diag(atoms.cell.lengths()), scale_atoms=True)
+    atoms.center(vacuum=4.0, axis=2)
+    atoms.pbc = (1, 1, 0)
+    write(tmp_path / "data", atoms, format="lammps-data", specorder=ELEMENTS, masses=True)
+    start = START.format(data=tmp_path / "data").replace("units metal", "units metal\nboundary p p f")
+    engine = lammps_md.run(model, start + "run 0\n", ELEMENTS, QUIET)
+    atoms.calc = calculator(model)
+    xx, yy, *_ = -1602176.6208 * atoms.get_stress()
+    assert engine.get_thermo("pxx") == pytest.approx(xx, rel=1e-4, abs=1.0) and abs(xx) > 100
+    assert engine.get_thermo("pyy") == pytest.approx(yy, rel=1e-4, abs=1.0)
+
+
 def test_energy_is_kept_and_pressure_is_met(lammps_md, model, start):
     script = start + "velocity all create 300 1\nfix move all nve\nrun 0\n"
     engine = lammps_md.run(model, script, ELEMENTS, QUIET)
@@ -92,6 +106,8 @@ def test_energy_is_kept_and_pressure_is_met(lammps_md, model, start):
     ("change", "elements", "message"),
     [
         (("fix potential", "#"), ELEMENTS, "has no line: fix potential"),
+        (("read_data", "reed_data"), ELEMENTS, "LAMMPS stops: ERROR: Unknown command: reed_data"),
+        (("thermo 1", "xthermo 1"), ELEMENTS, "LAMMPS stops: ERROR: Unknown command: xthermo 1"),
         (("units metal", "units real"), ELEMENTS, "units real: the potential is in eV"),
         (("", ""), ["Al", "Ni", "Au"], "there is Au, and the potential knows Al, Ni, Cu"),
         (("", ""), ["Al", "Ni"], "names 2 elements, and the script has 3 types"),

@@ -49,8 +49,12 @@ def model(folder, monkeypatch):
 
 
 def structures() -> list:
-    """Of different sizes, periodic, strained."""
-    return [labelled(2)[1], labelled(1, seed=3)[0], labelled(1, seed=4, repeat=(2, 2, 2))[0]]
+    """Of different sizes, in skewed cells, some atoms far outside of them."""
+    found = [labelled(2)[1], labelled(1, seed=3)[0], labelled(1, seed=4, repeat=(2, 2, 2))[0]]
+    for atoms in found:
+        atoms.set_cell(atoms.cell.array + [[0, 2.6, 1.3], [0, 0, 0.9], [0, 0, 0]], scale_atoms=True)
+        atoms.positions[::3] += atoms.cell[0] - 2 * atoms.cell[1] + atoms.cell[2]
+    return found
 
 
 def state_of(some: list):
