@@ -19,6 +19,7 @@ TEXT = """defaults:
 size: ???       # how large
 part:           # some of it
   depth: 3      # layers
+  widths: null  # by name, e.g. {a: 0.1}
 
 hydra:
   run: {dir: .}
@@ -38,7 +39,8 @@ def test_printed_and_checked(root, capsys):
     assert main([str(root / "recipes/one")]) == 0
     text = capsys.readouterr().out
     assert text == page(root / "recipes/one") and text.startswith("# Every key: One\n")
-    assert "| `size` | `???` | how large |\n| `part` |  | *some of it* |\n| `part.depth` | `3` | layers |" in text
+    assert "| `size` | `???` | how large |\n| `part` |  | *some of it* |\n| `part.depth` | `3` | layers |\n" in text
+    assert "| `part.widths` | `null` | by name, e.g. `{a: 0.1}` |" in text  # no attributes of the cell
     assert "hydra" not in text.partition("**Model**")[2]
 
 

@@ -40,6 +40,29 @@ def test_slurm_scripts_differ_in_what_they_start_alone(recipe):
     assert config in config_names(recipe)
 
 
+def micro_batches(recipe, config, words):
+    """`micro_batches_per_step` of a command: its own, or that of the configuration or of one that it builds on."""
+    if given := [word.partition("=")[2].strip('"') for word in words if word.startswith("micro_batches_per_step=")]:
+        return given[-1]
+    read = yaml.safe_load((recipe / "hydra_config" / f"{config}.yaml").read_text())
+    if "micro_batches_per_step" in read:
+        return read["micro_batches_per_step"]
+    bases = [name for name in read.get("defaults", []) if isinstance(name, str) and name != "_self_"]
+    return next(filter(None, (micro_batches(recipe, base, []) for base in reversed(bases))), None)
+
+
+@recipes_with("sky.yaml")
+def test_a_step_has_micro_batches_for_each_gpu(recipe):
+    job = yaml.safe_load((recipe / "trainjob.yaml").read_text())["spec"]["trainer"]
+    config, ranks = job["args"][1].partition("=")[2], job["numNodes"] * job["numProcPerNode"]
+    assert int(micro_batches(recipe, config, job["args"]) or ranks) % ranks == 0
+    told = yaml.safe_load((recipe / "sky.yaml").read_text())
+    gpus = told["resources"]["accelerators"].rpartition(":")[2]
+    words = told["run"].replace("$SKYPILOT_NUM_GPUS_PER_NODE", gpus).split()
+    config = words[words.index("--config-name") + 1]
+    assert int(micro_batches(recipe, config, words) or gpus) % (int(gpus) * told["num_nodes"]) == 0
+
+
 @recipes_with("trainjob.yaml")
 def test_kubeflow_trainer(recipe):
     job = pytest.importorskip("kubeflow_trainer_api.models.trainer_v1alpha1_train_job").TrainerV1alpha1TrainJob

@@ -26,8 +26,9 @@ from atoms.tensor_product import (
 )
 
 
-# Published with the foundation potentials; in all: no parity, 32 numbers for an element, radial networks of 128.
+# S to XL are those of the published foundation potentials: no parity, 32 numbers for an element, radial networks of 128.
 SIZES = {
+    "nequip_XS": {"num_layers": 2, "num_features": [64, 32], "num_element_features": 16, "radial_width": 64},
     "nequip_S": {"num_layers": 2, "num_features": [128, 64]},
     "nequip_M": {"num_layers": 4, "num_features": [128, 64, 32]},
     "nequip_L": {"num_layers": 6, "num_features": [128, 64, 32, 32]},

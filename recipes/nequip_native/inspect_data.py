@@ -44,7 +44,7 @@ def pairs(given: list[str]) -> dict[str, str]:
 
 
 def picture(path: Path, found: Survey, elements: list[str]) -> None:
-    """Energies an atom, forces, neighbours and nearest distances, by element, of structures spread over the data."""
+    """Histograms of energies per atom, forces, neighbours and nearest distances, by element, of a sample of the data."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -63,12 +63,12 @@ def picture(path: Path, found: Survey, elements: list[str]) -> None:
     with np.errstate(invalid="ignore", divide="ignore"):
         energy = (found.energy / found.atoms)[(found.flags & BAD) == 0]
     panels = (
-        (axes[0, 0], {"": energy}, "energy an atom, eV", False),
-        (axes[0, 1], {"": found.energy_deviation}, "energy an atom less that of its elements, eV", False),
-        (axes[0, 2], {"": found.atoms}, "atoms of a structure", False),
+        (axes[0, 0], {"": energy}, "energy per atom, eV", False),
+        (axes[0, 1], {"": found.energy_deviation}, "energy per atom - that of its elements, eV", False),
+        (axes[0, 2], {"": found.atoms}, "atoms per structure", False),
         (axes[1, 0], forces, "force, eV/A", True),
         (axes[1, 1], neighbours.astype(float), f"neighbours within {found.cutoffs.largest:g} A", False),
-        (axes[1, 2], nearest, "distance of the nearest neighbour, A", False),
+        (axes[1, 2], nearest, "distance to the nearest neighbour, A", False),
     )
     most = sorted(elements, key=lambda symbol: -np.sum(SYMBOLS[structures.numbers] == symbol))[:8]
     for axis, values, label, logarithmic in panels:
@@ -87,7 +87,8 @@ def picture(path: Path, found: Survey, elements: list[str]) -> None:
         axis.set(xlabel=label, ylabel="number", yscale="log", xscale="log" if logarithmic and len(every) else "linear")
     axes[1, 0].legend(fontsize=8)
     figure.suptitle(
-        f"{len(found.rows):,} structures, {int(found.atoms.sum()):,} atoms; by element: {len(rows):,} of them"
+        f"{len(found.rows):,} structures, {int(found.atoms.sum()):,} atoms"
+        + ("" if len(rows) == len(found.rows) else f"; those by element are of {len(rows):,} structures")
     )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -146,8 +147,8 @@ def load_calculator(potential: Path):
 def of_statistics(found: Survey, numbers: dict, elements: list[str]) -> list[str]:
     """Of the structures that can be used."""
     return [
-        f"neighbours within {found.cutoffs.largest:g} A: {numbers['num_neighbors_mean']:.1f} an atom",
-        f"energies: {numbers['energy_per_atom_mean']:.4f} eV an atom; of the elements, by least squares of rank "
+        f"neighbours within {found.cutoffs.largest:g} A: {numbers['num_neighbors_mean']:.1f} per atom",
+        f"energies: {numbers['energy_per_atom_mean']:.4f} eV per atom; of the elements, in eV by least squares of rank "
         f"{numbers['per_element_energy_rank']}: "
         + ", ".join(f"{e} {v:.4f}" for e, v in zip(elements, numbers["per_element_energy"], strict=True)),
         f"forces: RMS {numbers['forces_rms']:.4f} eV/A; "

@@ -128,9 +128,11 @@ class PerfLogger:
         interactive = sys.stderr.isatty()
         self.bar = tqdm(total=self.num_steps, initial=step, unit="step", disable=not interactive, dynamic_ncols=True)
         run = self.run
+        number = run["num_parameters"]
+        size = f"{number:,}" if number < 1e6 else f"{number / 1e6:,.1f}M"
         trained = "" if run["num_trained"] == run["num_parameters"] else f", {run['num_trained']:,} trained"
         self.distributed.say(
-            f"{run['model_tag']} ({run['num_parameters'] / 1e6:,.1f}M parameters{trained}), {run['strategy']}, "
+            f"{run['model_tag']} ({size} parameters{trained}), {run['strategy']}, "
             f"{run['num_ranks']} x {run['device']}, {run['precision']}; {self.folder or 'no folder'} for metrics.jsonl"
         )
         for note in filter(None, (*self.notes, *notes)):

@@ -119,7 +119,7 @@ def test_numbers_of_two_ranks(tmp_path):
 def test_without_a_terminal_there_are_lines(distributed, tmp_path, capsys):
     drive(distributed, tmp_path)
     message = capsys.readouterr().err
-    assert "tiny (0.0M parameters), ddp, 1 x " in message and "a note\n" in message
+    assert "tiny (1,234 parameters), ddp, 1 x " in message and "a note\n" in message
     line = "step 4/5  epoch 2  loss 4.0000 (forces 2.0000)  grad norm 8.000  lr 4.00e-02  15 atoms/s  0.0 min left\n"
     assert line in message
     assert "step 4  validation loss 2.5000  error 12.0000  accuracy 0.2500\n" in message
