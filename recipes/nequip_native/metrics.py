@@ -23,8 +23,7 @@ UNIT = "atoms"  # of `Batch.counts`, by which throughput and progress go
 LOSS_NAME = "Energy, force and stress loss"
 BETTER = {"energy_per_atom_mae": min, "forces_mae": min, "forces_rmse": min}  # by which a best checkpoint can be kept
 LEAST_FORCE = 1e-3  # eV/A: a smaller force has no direction to speak of
-# Sweeps are ranked by the first of them.
-UNITS = {"forces": "eV/Å", "energy_per_atom": "eV/atom", "energy": "eV", "stress": "eV/Å³"}
+UNITS = {"energy": "eV", "energy_per_atom": "eV/atom", "forces": "eV/Å", "stress": "eV/Å³"}
 # What plots and the terminal show of a validation: by title the curves, and their names in metrics.jsonl.
 CURVES = {
     f"{what} error, {UNITS[label]}": {"MAE": f"{label}_mae", "RMSE": f"{label}_rmse"}
