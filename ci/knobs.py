@@ -43,7 +43,7 @@ def table(defaults: str) -> str:
             if not comment:
                 raise ValueError(f"{'.'.join(path)} has no comment that says what it is.")
             comment = comment.replace("|", "\\|").replace("<", "&lt;")
-            comment = re.sub(r"(\{.*\})$", r"`\1`", comment)  # as code, or Markdown takes it for attributes of the cell
+            comment = re.sub(r"(\{.*\})$", r"`\1`", comment)  # bare, Markdown takes it for attributes
             comment = comment if value else f"*{comment}*"
             lines.append(f"| `{'.'.join(path)}` | {f'`{value}`' if value else ''} | {comment} |")
     return "\n".join(lines).strip()

@@ -44,7 +44,7 @@ def pairs(given: list[str]) -> dict[str, str]:
 
 
 def picture(path: Path, found: Survey, elements: list[str]) -> None:
-    """Histograms of energies per atom, forces, neighbours and nearest distances, by element, of a sample of the data."""
+    """Histograms of energies per atom, forces, neighbours and nearest distances of a sample, by element."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,8 +148,8 @@ def of_statistics(found: Survey, numbers: dict, elements: list[str]) -> list[str
     """Of the structures that can be used."""
     return [
         f"neighbours within {found.cutoffs.largest:g} A: {numbers['num_neighbors_mean']:.1f} per atom",
-        f"energies: {numbers['energy_per_atom_mean']:.4f} eV per atom; of the elements, in eV by least squares of rank "
-        f"{numbers['per_element_energy_rank']}: "
+        f"energies: {numbers['energy_per_atom_mean']:.4f} eV per atom; of the elements, in eV by least squares of "
+        f"rank {numbers['per_element_energy_rank']}: "
         + ", ".join(f"{e} {v:.4f}" for e, v in zip(elements, numbers["per_element_energy"], strict=True)),
         f"forces: RMS {numbers['forces_rms']:.4f} eV/A; "
         + ", ".join(f"{e} {v:.4f}" for e, v in zip(elements, numbers["forces_rms_per_type"], strict=True)),

@@ -26,7 +26,7 @@ from atoms.tensor_product import (
 )
 
 
-# S to XL are those of the published foundation potentials: no parity, 32 numbers for an element, radial networks of 128.
+# S to XL are those of the published potentials: no parity, 32 numbers for an element, radial networks of 128.
 SIZES = {
     "nequip_XS": {"num_layers": 2, "num_features": [64, 32], "num_element_features": 16, "radial_width": 64},
     "nequip_S": {"num_layers": 2, "num_features": [128, 64]},

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from ase.io import read
+from hydra import compose, initialize_config_dir
 from structure_files import labelled, write
 
 from atoms.final_model import calculator
@@ -24,6 +25,13 @@ def test_every_size_is_made_of_measured_numbers(name):
     shape = model_config(name, "fp32", cutoff=4.0).on(["Li", "S"], STATISTICS)
     assert (shape.num_neighbors, shape.energy_scales, shape.energy_shifts) == (21.0, [0.7, 0.7], [-1.0, -2.0])
     assert shape.dtype == "float32" and shape.pair_cutoffs is None
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_ones_own_structures_take_any_size_as_it_is(name):
+    with initialize_config_dir(str(RECIPE / "hydra_config"), version_base=None):
+        config = compose("my_structures", [f"model_tag={name}"])
+    assert SIZES[name].items() <= model_config(name, "fp32", **config.model_kwargs).options.items()
 
 
 def test_what_is_given_holds_over_what_is_measured():
