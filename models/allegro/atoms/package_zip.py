@@ -126,11 +126,14 @@ def irreps(module: Nothing, name: str) -> list[tuple[int, int, int]]:
 
 def hidden(module: Nothing, name: str) -> dict:
     """Depth, width and nonlinearity of a network's hidden layers."""
-    layers = list(vars(child(module, "mlp"))["_modules"].values())
-    widths = [len(vars(layer)["_parameters"]["weight"]) for layer in layers[2::2]]
-    found = {f"{name}_depth": len(widths)} | ({f"{name}_width": widths[0]} if widths else {})
-    others = {type(layer).__name__.lower() for layer in layers[1::2]} - {"silu"}
-    return found | ({f"{name.partition('_hidden')[0]}_nonlinearity": others.pop()} if others else {})
+    layers = vars(child(module, "mlp"))["_modules"].values()
+    weights = [vars(layer)["_parameters"]["weight"] for layer in layers if vars(layer)["_parameters"]]
+    between = {type(layer).__name__.lower() for layer in layers if not vars(layer)["_parameters"]}
+    if len(weights) == 1:
+        return {f"{name}_depth": 0}
+    nonlinearity = between.pop() if len(between) == 1 else None
+    found = {f"{name}_depth": len(weights) - 1, f"{name}_width": len(weights[1])}
+    return found | {f"{name.partition('_hidden')[0]}_nonlinearity": nonlinearity}
 
 
 def bessels(encoding: Nothing) -> dict:
@@ -179,7 +182,8 @@ def nequip_parts(whole: Nothing) -> dict:
         "num_features": [by_l.get(l, 1) for l in range(l_max + 1)],  # noqa: E741
         "parity": any(p != (-1) ** l for _, l, p in kept),  # noqa: E741
         "type_embed_num_features": dict(tensors_of(whole))["type_embed.embed_module.weight"].shape[1],
-        **bessels(child(whole, "bessel_encode")), **hidden(radial, "radial_mlp"),
+        **bessels(child(whole, "bessel_encode")),
+        **{key: value for key, value in hidden(radial, "radial_mlp").items() if "nonlin" not in key},  # always SiLU
         **hidden(readout, "readout_mlp_hidden_layers"),
     }  # fmt: skip
 
