@@ -55,17 +55,13 @@ class Spline(nn.Module):
 class ScalarMLP(nn.Module):
     """Linear layers without bias and SiLU between them; weights of variance 1 are scaled in use."""
 
-    def __init__(self, sizes: list[int], dtype: torch.dtype, linear: bool = False):
+    def __init__(self, sizes: list[int], dtype: torch.dtype):
         super().__init__()
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(n, m, dtype=dtype)) for n, m in pairwise(sizes))
         # The root of 2 stands for what the SiLU before the layer takes away.
-        gains = [1.0 if i == 0 or linear else sqrt(2) for i in range(len(sizes) - 1)]
-        self.scales = [gain / sqrt(n) for gain, n in zip(gains, sizes, strict=False)]
-        self.linear = linear
+        self.scales = [(sqrt(2) if i else 1.0) / sqrt(n) for i, n in enumerate(sizes[:-1])]
 
     def forward(self, x: Tensor) -> Tensor:
         for i, (weight, scale) in enumerate(zip(self.weights, self.scales, strict=True)):
-            if i and not self.linear:
-                x = F.silu(x)
-            x = x @ (weight * scale)
+            x = (F.silu(x) if i else x) @ (weight * scale)
         return x
