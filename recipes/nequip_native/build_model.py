@@ -182,12 +182,6 @@ def begin_from(key: str, source: str) -> PotentialConfig:
 DTYPES = {"fp32": "float32", "tf32": "float32", "fp64": "float64"}
 
 
-def cutoffs_and_elements(config: DictConfig) -> tuple[Cutoffs, list[str] | None]:
-    """What reading structures has to know of the model."""
-    wanted = model_config(config.model_tag, config.precision, config.init_from, **config.model_kwargs)
-    return wanted.cutoffs, wanted.elements
-
-
 def build_precision(config: DictConfig, device: torch.device) -> Precision:
     """FP32, FP32 with matrix products in TF32 on GPUs that have them, or float64."""
     found = Precision(device, "fp32", bf16_pays=False)
