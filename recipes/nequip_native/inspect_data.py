@@ -79,12 +79,15 @@ def picture(path: Path, found: Survey, elements: list[str]) -> None:
         if len(every):
             low, high = float(every.min()), float(every.max())
             low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
-            bins = (
-                np.geomspace(max(low, 1e-4), high, 60) if logarithmic and high > 1e-4 else np.linspace(low, high, 60)
-            )
+            bins = np.linspace(low, high, 60)
+            if logarithmic and high > 1e-4:
+                bins = np.geomspace(max(low, 1e-4), high, 60)
+            elif high - low < 100 and np.array_equal(every, np.rint(every)):
+                bins = np.arange(every.min() - 0.5, every.max() + 1)  # of counts
             for name, v in values.items():
                 axis.hist(v, bins=bins, histtype="step", label=name or None)
-        axis.set(xlabel=label, ylabel="number", yscale="log", xscale="log" if logarithmic and len(every) else "linear")
+        counted = "structures" if axis in axes[0] else "atoms"
+        axis.set(xlabel=label, ylabel=counted, yscale="log", xscale="log" if logarithmic and len(every) else "linear")
     axes[1, 0].legend(fontsize=8)
     figure.suptitle(
         f"{len(found.rows):,} structures, {int(found.atoms.sum()):,} atoms"
@@ -199,8 +202,10 @@ def inspect(distributed: Distributed, arguments: argparse.Namespace) -> bool:
             partial = arguments.out / ".data.json.partial"
             partial.write_text(json.dumps(whole, indent=1) + "\n")
             partial.rename(arguments.out / "data.json")  # the report before is replaced
+            (arguments.out / "data.png").unlink(missing_ok=True)
             picture(arguments.out / "data.png", found, elements)
-        print(f"\nwritten: {arguments.out}/data.json, {arguments.out}/data.png")
+        written = [str(arguments.out / name) for name in ("data.json", "data.png") if (arguments.out / name).exists()]
+        print(f"\nwritten: {', '.join(written)}")
     return not any(problem.bad for problem in problems)
 
 

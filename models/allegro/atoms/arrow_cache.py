@@ -52,11 +52,19 @@ def open_structures(section: str, load_dataset_kwargs: dict, label_keys: dict | 
     if not (folder / "done.json").exists():
         convert(section, folder, pieces(sources), options, num_processes, quiet)
     number = json.loads((folder / "done.json").read_text())["num_parts"]
-    found = datasets.concatenate_datasets(
-        [datasets.Dataset.from_file(str(folder / f"{i:06d}.arrow")) for i in range(number)]
-    )
+    found = datasets.concatenate_datasets([opened(folder / f"{i:06d}.arrow") for i in range(number)])
     found._fingerprint = key
     return part_of(section, found, kwargs) if kwargs.get("path") == "structures" else found
+
+
+def opened(path: Path) -> datasets.Dataset:
+    """A part. Removes one that is damaged, and raises ValueError."""
+    try:
+        return datasets.Dataset.from_file(str(path))
+    except (pa.ArrowInvalid, OSError) as error:
+        for gone in (path.with_name("done.json"), path):
+            gone.unlink(missing_ok=True)
+        raise ValueError(f"{path} was damaged and is removed; start again, and it will be converted again.") from error
 
 
 def pieces(sources: list[str] | datasets.Dataset) -> list:

@@ -237,7 +237,9 @@ def survey(distributed: Distributed, section: str, rows: datasets.Dataset, cutof
         / f"survey_{sha256(repr(rule).encode()).hexdigest()[:32]}"
     )
     starts = range(0, len(rows), CHUNK)
-    if not all(distributed.gather((target / "done.json").exists())):
+    if distributed.local_rank == 0 and target.is_dir() and not complete(target):
+        shutil.rmtree(target, ignore_errors=True)
+    if not all(distributed.gather(complete(target))):
         parts = target.with_name(f".{target.name}")
         with distributed.shared_errors():
             with writable(section, target):
@@ -267,6 +269,16 @@ def survey(distributed: Distributed, section: str, rows: datasets.Dataset, cutof
     chunks = [read_chunk(target / f"{i}.npz") for i in range(number)]
     evidence = Evidence(**read_chunk(target / "evidence.npz"))
     return Survey(target, chunks, evidence, rows, cutoffs, max_neighbors)
+
+
+def complete(target: Path) -> bool:
+    """Whether a kept survey has all its files: a damaged one is removed by whoever reads it."""
+    try:
+        number = json.loads((target / "done.json").read_text())["num_chunks"]
+    except (OSError, ValueError):
+        return False
+    names = ("evidence.npz", "sizes.npy", "edges.npy", *(f"{i}.npz" for i in range(number)))
+    return all((target / name).exists() for name in names)
 
 
 def spread(distributed: Distributed, section: str, parts: Path, target: Path, number: int) -> None:

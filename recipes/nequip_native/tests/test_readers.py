@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Structures come out of every kind of file as they went in, then from the cache; a mistake is one sentence."""
 
+from pathlib import Path
+
 import ase.io
 import h5py
 import numpy as np
@@ -328,3 +330,13 @@ def test_what_is_wrong_in_an_extxyz(old, new, words, tmp_path):
     (tmp_path / "a.extxyz").write_text("".join(lines))
     with pytest.raises(ValueError, match=rf"a\.extxyz, frame \d cannot be read: {words}"):
         open_structures("dataset", {"path": "structures", "data_files": str(tmp_path / "a.extxyz")})
+
+
+def test_a_damaged_part_is_converted_anew(tmp_path):
+    given = {"path": "structures", "data_files": write(labelled(3), tmp_path / "a.extxyz")}
+    rows = open_structures("dataset", given)
+    part, energies = Path(rows.cache_files[0]["filename"]), rows["energy"][:]
+    part.write_bytes(part.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"000000\.arrow was damaged and is removed; start again"):
+        open_structures("dataset", given)
+    assert open_structures("dataset", given)["energy"][:] == energies

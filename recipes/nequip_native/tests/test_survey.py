@@ -129,3 +129,13 @@ def test_compositions_that_tell_nothing_apart(real_structures, distributed):
     mean = np.mean([row["energy"] for row in found])
     assert np.dot(numbers["per_element_energy"], [27, 12, 44]) == pytest.approx(mean, abs=1e-9)
     assert numbers["forces_rms"] == pytest.approx(0.614, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["0.npz", "evidence.npz"])
+def test_a_damaged_file_is_made_anew(name, rows, distributed):
+    found = survey(distributed, "dataset", rows[1], Cutoffs(4.0))
+    path = found.folder / name
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{name} was damaged and is removed; start again"):
+        survey(distributed, "dataset", rows[1], Cutoffs(4.0))
+    assert survey(distributed, "dataset", rows[1], Cutoffs(4.0)).edges.tolist() == found.edges.tolist()
