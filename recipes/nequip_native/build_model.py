@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model's name and the data's numbers to a model: NequIP or Allegro."""
+"""Build NequIP or Allegro from the name of a size, the keys of `model_kwargs`, and statistics of the data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -38,15 +38,15 @@ SIZES = modeling_nequip.SIZES | modeling_allegro.SIZES
 class Wanted:
     """What the configuration says of the model, before the data is known."""
 
-    kind: str
-    options: dict
+    kind: str  # nequip or allegro
+    options: dict  # arguments of that kind's configuration: architecture, precision, ZBL
     cutoffs: Cutoffs
-    elements: list[str] | None
-    given: dict
-    begun: PotentialConfig | None
+    elements: list[str] | None  # None: those of the data
+    given: dict  # of MEASURED, what a key sets by hand
+    begun: PotentialConfig | None  # the model that init_from names
 
     def on(self, elements: list[str], statistics: Mapping) -> PotentialConfig:
-        """The model's configuration for training data with these elements and numbers."""
+        """Return the model's configuration for training data with these elements and statistics."""
         measured = {
             "num_neighbors": max(statistics["num_neighbors_mean"], 1.0),
             "energy_scales": statistics["forces_rms"] or 1.0, "energy_shifts": statistics["per_element_energy"],
@@ -65,7 +65,7 @@ class Wanted:
 
 
 def by_element(name: str, given, elements: list[str], measured):
-    """A number for each element, from one for all, one for each by symbol, or the measured one."""
+    """Return a number for each element: the `given` one (for all, or by symbol), or the `measured` one."""
     if isinstance(given, Mapping):
         if missing := [element for element in elements if element not in given]:
             raise ValueError(f"model_kwargs.{name} has no number for {missing[0]}; give one for each element.")
@@ -114,10 +114,10 @@ def model_config(
     spline_span: PositiveInt | None = None,
     coupled_paths: bool | None = None,
 ) -> Wanted:
-    """The section `model_kwargs`: a published size, or a model's, with what is overridden; null is what that has.
+    """Read the section `model_kwargs`: a size, or the architecture of a model, and the keys that change it.
 
-    With `init_from` elements and measured numbers are, unless given, its own. Raises ValueError for a size that there
-    is not, and for a key that its kind of model does not have.
+    With `init_from`, elements and measured numbers are those of that model unless they are given. Raises ValueError
+    for an unknown size, and for a key that this kind of model does not have.
     """
     architecture = {
         "parity": parity, "num_layers": num_layers, "num_features": num_features,
@@ -172,7 +172,7 @@ def model_config(
 
 
 def begin_from(key: str, source: str) -> PotentialConfig:
-    """Its configuration. Raises ValueError that names the key."""
+    """Return the configuration of the model at `source`. Raises ValueError that names `key`."""
     try:
         return open_pretrained(source)[0]
     except ValueError as error:
@@ -183,7 +183,7 @@ DTYPES = {"fp32": "float32", "tf32": "float32", "fp64": "float64"}
 
 
 def build_precision(config: DictConfig, device: torch.device) -> Precision:
-    """FP32, FP32 with matrix products in TF32 on GPUs that have them, or float64."""
+    """Set FP32, FP32 with matrix products in TF32 (on GPUs that have it), or float64."""
     found = Precision(device, "fp32", bf16_pays=False)
     found.name = config.precision
     if config.precision == "tf32":
@@ -194,7 +194,7 @@ def build_precision(config: DictConfig, device: torch.device) -> Precision:
 
 
 def build_model(shape: PotentialConfig, loss_kwargs: Mapping, distributed: Distributed) -> Potential:
-    """The model without storage; `materialize` gives it its numbers once it is split over the ranks."""
+    """Build the model without storage; `materialize` gives it weights once it is split over the ranks."""
     losses = loss_terms(shape.elements, **loss_kwargs)
     with torch.device("meta"):
         model = KINDS[shape.model_type][1](shape)
@@ -203,7 +203,7 @@ def build_model(shape: PotentialConfig, loss_kwargs: Mapping, distributed: Distr
 
 
 def prepare(model: Potential, config: DictConfig, precision: Precision) -> None:
-    """How it is computed: by which kernels, and in training as a compiled program or not.
+    """Choose the kernels, and whether training runs a compiled program.
 
     Raises ValueError where a compiler is needed and there is none.
     """
@@ -216,7 +216,7 @@ def prepare(model: Potential, config: DictConfig, precision: Precision) -> None:
 
 
 def sharded_parts(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The whole: the derivative inside the forward pass needs all parameters at once."""
+    """Return the whole model: the derivative inside the forward pass needs all parameters at once."""
     return [model]
 
 
@@ -232,7 +232,7 @@ def materialize(
 
 
 def open_potential(folder: Path) -> Potential:
-    """The model of a checkpoint `step_<n>` or of a final model. Raises ValueError for others and damaged ones."""
+    """Open the model of a checkpoint `step_<n>` or a final model. Raises ValueError for other and damaged folders."""
     try:
         config, weights = read_saved(folder)
         model = KINDS[config.model_type][1](config)
@@ -244,7 +244,7 @@ def open_potential(folder: Path) -> Potential:
 
 
 def open_evaluation(config: DictConfig, source: str, distributed: Distributed) -> tuple:
-    """For `evaluate.py`: a model that is there, what `config.validation` names, and how a forward pass is made."""
+    """Return what `evaluate.py` needs: a trained model, a validator of `config.validation`, the forward context."""
     model = open_potential(Path(source)).to(distributed.device).requires_grad_(False)
     model.kernels, *_ = products(config.layer_backend, distributed.device)
     shape = model.config
@@ -257,10 +257,10 @@ def open_evaluation(config: DictConfig, source: str, distributed: Distributed) -
 
 
 def facts(shape: PotentialConfig, saved: dict | None = None) -> dict:
-    """What checkpoints say of the model, all that `export.py` needs to know.
+    """Return what a checkpoint records of the model, which is all that `export.py` needs.
 
-    With what the checkpoint of a run that goes on says (`saved`): raises ValueError if that is another model, and
-    takes over what was measured of the data when the run began.
+    When a run is resumed, `saved` is what its checkpoint recorded: raises ValueError if that is another model, and
+    takes over the statistics that were measured when the run began.
     """
     if saved:
         now = shape.to_dict()
@@ -275,14 +275,14 @@ def facts(shape: PotentialConfig, saved: dict | None = None) -> dict:
 
 
 def harmless_keys(config: Mapping) -> tuple[str, ...]:
-    """Keys of this recipe that a resume may change without moving the trajectory but by rounding."""
+    """Return the keys of this recipe that a resume may change, because they change the curve by rounding only."""
     return ("layer_backend",)
 
 
 def training_flops(shape: PotentialConfig, batch: Batch) -> float:
-    """About the floating-point operations of a training step: forces are a second pass, their gradients two more.
+    """Estimate the floating-point operations of a training step from the matrix products over edges, which are most.
 
-    Products of matrices over edges, which are nearly all.
+    Forces take a second pass, and their gradients two more.
     """
     edges = batch.counts["edges"]
     if shape.model_type == "nequip":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structures to a batch: laid end to end, with the edges between neighbours."""
+"""Lay structures end to end as one graph, with edges between neighbours."""
 
 import numpy as np
 import torch

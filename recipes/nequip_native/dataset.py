@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structures to batches: what training and validation read."""
+"""Read structures for training and validation, and group them into micro-batches."""
 
 import os
 from functools import cached_property
@@ -27,7 +27,7 @@ from common.validation import Validator
 from metrics import Errors
 
 
-# What evaluate.py takes where no run says it.
+# What evaluate.py assumes for a model whose run is not known.
 WITHOUT_A_RUN = (
     "model_tag=nequip_S",  # nothing is built of it
     "validation.load_dataset_kwargs={path: structures, data_files: ???, split: train}",
@@ -38,7 +38,7 @@ READ = ("numbers", "positions", "cell", "pbc", "energy", "forces", "stress", "ch
 
 
 class StructureRows:
-    """A source whose rows are structures, measured in atoms or in edges; those not `kept` count as nothing."""
+    """A source of structures whose size is their number of atoms or edges; those not `kept` have size 0."""
 
     def __init__(self, rows: datasets.Dataset, found: Survey, by: str, kept: np.ndarray, by_data_set: bool = False):
         self.rows, self.index, self.kept = rows, found.size_index(by), None if kept.all() else kept
@@ -50,18 +50,18 @@ class StructureRows:
         return len(self.rows)
 
     def sizes(self, rows: np.ndarray, epoch: int) -> np.ndarray:
-        """Atoms, or edges, of each row, at least 1; 0 for one that is left out."""
+        """Return the atoms, or edges, of each row: at least 1, and 0 for a row that is left out."""
         sizes = np.maximum(self.index.sizes[rows], 1)
         return sizes if self.kept is None else sizes * self.kept[rows]
 
     def read(self, rows: np.ndarray, epoch: int) -> Structures:
-        """The structures laid end to end."""
+        """Read structures, laid end to end."""
         found = structures_of(self.table[rows])
         found.data_set = None if self.data_set is None else self.data_set[rows]
         return found
 
     def describe(self, rows: np.ndarray, epoch: int) -> list[str]:
-        """Composition, energy, file and frame of each."""
+        """Return a line for each row: composition, energy, file and frame."""
         some, lines = self.rows.with_format(None)[rows], []
         for numbers, energy, source, key in zip(
             *(some[k] for k in ("numbers", "energy", "source", "key")), strict=True
@@ -72,7 +72,7 @@ class StructureRows:
 
     @cached_property
     def identity(self) -> dict:
-        """What tells this data from other data, wherever it lies: sizes of all rows, and what some of them hold."""
+        """Identify the data wherever it lies, by the sizes of all rows and the contents of 64 of them."""
         some = structures_of(self.table[np.unique(np.linspace(0, len(self) - 1, 64).astype(np.int64))])
         return {
             "num_rows": len(self), "sizes": self.atoms,
@@ -83,22 +83,22 @@ class StructureRows:
 
 
 def digest(*arrays: np.ndarray) -> str:
-    """What tells these arrays from others."""
+    """Hash arrays."""
     return sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
 
 class StructureMixture(Mixture):
-    """Several sources in exact shares of every epoch (`dataset.mix`)."""
+    """Several sources, each with an exact share of every epoch (`dataset.mix`)."""
 
     def read(self, rows: np.ndarray, epoch: int) -> Structures:
-        """The structures laid end to end, in the order of `rows`."""
+        """Read structures, laid end to end in the order of `rows`."""
         parts = [(places, self.sources[k].read(own, turn)) for k, places, own, turn in self._parts(rows, epoch)]
         order = np.argsort(np.concatenate([places for places, _ in parts]))
         return concatenated([structures for _, structures in parts]).take(order)
 
 
 def data_sets_of(rows: datasets.Dataset) -> tuple[np.ndarray, list[str]]:
-    """Of each row the number of its data set, and their names: a label's, or the file's."""
+    """Return the number of each row's data set, and the names of the data sets: of a label, or the file's."""
     table = rows.with_format("arrow", columns=["data_set", "source"])[:]
     names = pc.coalesce(table["data_set"], table["source"]).combine_chunks()
     encoded = names.dictionary_encode()
@@ -109,7 +109,7 @@ def data_sets_of(rows: datasets.Dataset) -> tuple[np.ndarray, list[str]]:
 def grouping_of(
     section: str, micro_batch_size: int | None, atom_micro_batch_size: int | None, edge_micro_batch_size: int | None
 ) -> tuple[Grouping, str]:
-    """How rows become micro-batches, and the column of sizes that goes by. Raises ValueError unless one key is set."""
+    """Return how rows become micro-batches, and by which sizes. Raises ValueError unless exactly one key is set."""
     given = {
         "micro_batch_size": micro_batch_size, "atom_micro_batch_size": atom_micro_batch_size,
         "edge_micro_batch_size": edge_micro_batch_size,
@@ -131,7 +131,7 @@ def open_source(distributed: Distributed, section: str, cutoffs: Cutoffs, load_d
                 label_keys: dict | None, units: dict | None, max_neighbors: int | None, bad_frames: Policy,
                 odd_frames: Policy, max_rows: int | None = None,
                 ) -> tuple[datasets.Dataset, Survey, np.ndarray, list[str]]:  # fmt: skip
-    """Rows, what a survey of them found, which stay, and what is to be said; all ranks call it."""
+    """Return the rows, a survey of them, a mask of those that are kept, and notes for the log; all ranks call it."""
     processes = max(1, (os.cpu_count() or 1) // distributed.num_local_ranks)
     with distributed.main_first():
         quiet = not distributed.is_main
@@ -147,14 +147,14 @@ def open_source(distributed: Distributed, section: str, cutoffs: Cutoffs, load_d
 
 
 def amount_of(found: Survey, kept: np.ndarray) -> str:
-    """How much stays of what a survey has seen."""
+    """Say how many structures and atoms are kept."""
     num_atoms = int((found.size_index("sizes").sizes * kept).sum(dtype=np.int64))
     return f"{int(kept.sum()):,} structures, {num_atoms:,} atoms"
 
 
 def plan_of(section: str, source: StructureRows | StructureMixture, grouping: Grouping, by: str, seed: int | None,
             window_rows: int) -> tuple[EpochPlan, list[str]]:  # fmt: skip
-    """The plan, and a note where its first window is less than 99% full. Raises ValueError for too small a budget."""
+    """Return the plan, and a note if its first window is under 99% full. Raises ValueError for too small a budget."""
     plan = EpochPlan(source, grouping, seed, window_rows)
     if grouping.budget is None:
         return plan, []
@@ -181,7 +181,7 @@ def plan_of(section: str, source: StructureRows | StructureMixture, grouping: Gr
 
 
 class TrainLoader(Loader):
-    """What training reads: the section `dataset`; `elements` are the model's types (None: those of the data)."""
+    """The training data: the section `dataset`; `elements` are the model's types (None: those of the data)."""
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ class TrainLoader(Loader):
         self.sources += facts
 
     def facts(self, config: DictConfig) -> list[str]:
-        """What is read, and which terms of the loss have no labels in it."""
+        """Say what is read, and which terms of the loss have no labels."""
         notes, scheduled = [], config.loss_schedules or {}
         for label, number in self.statistics["num_labels"].items():
             key = f"{label}_weight"
@@ -252,7 +252,7 @@ class TrainLoader(Loader):
 
 
 def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:
-    """What a run with this configuration trains on, in its order; for commands that train nothing."""
+    """Return the plan that a run with this configuration follows, for commands that do not train."""
     from build_model import model_config
 
     wanted = model_config(config.model_tag, config.precision, config.init_from, **config.model_kwargs)
@@ -260,7 +260,7 @@ def open_plan(config: DictConfig, distributed: Distributed) -> EpochPlan:
 
 
 def check_elements(section: str, found: Survey | Surveys, elements: list[str] | None) -> list[str]:
-    """The model's elements, by default those of the data. Raises ValueError for one that the model would not know."""
+    """Return the model's elements, by default those of the data. Raises ValueError if the data has others."""
     present = found.elements()
     if elements is None:
         return present
@@ -292,7 +292,7 @@ def open_validation(
     odd_frames: Policy = "keep",
     window_rows: PositiveInt = 10_000,
 ) -> Validator:
-    """What is validated on: the section `validation`; the rows of `load_dataset_kwargs` (null: none), in order."""
+    """Open the validation data: the section `validation`; rows of `load_dataset_kwargs` (null: none), in order."""
     section, cutoffs = "validation", as_cutoffs(cutoffs)
     if load_dataset_kwargs is None:
         return Validator(distributed, None, None, Errors(elements, []), every_n_steps)

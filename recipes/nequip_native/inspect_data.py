@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in files of structures, and what is wrong with them: statistics, findings, and a picture.
+"""Say what is in files of structures, and what may be wrong with it: statistics, findings, histograms.
 
     python inspect_data.py data/train.extxyz --cutoff 5
     python inspect_data.py 'runs/*.xml' --label energy=free_energy --unit stress=-kbar --out report
     torchrun --nproc_per_node=8 inspect_data.py big.aselmdb
 
-Training looks at its data in the same way before it starts, and finds here what has been looked at already. With
-`--potential`, a final model, stress labels are also compared with differences of its energy.
+Training makes the same checks before it starts, and uses the results of these. With `--potential`, a final model,
+stress labels are also compared with finite differences of its energy.
 Exit code 1: there are frames that training would refuse.
 """
 
@@ -37,7 +37,7 @@ STRAIN = 1e-3
 
 
 def pairs(given: list[str]) -> dict[str, str]:
-    """`energy=REF_energy` as an entry. Raises ValueError for anything else."""
+    """Read `energy=REF_energy` as a dictionary's entry. Raises ValueError for anything else."""
     if wrong := [text for text in given if "=" not in text]:
         raise ValueError(f"{wrong[0]}: give NAME=VALUE, as energy=REF_energy.")
     return dict(text.split("=", 1) for text in given)
@@ -99,7 +99,7 @@ def picture(path: Path, found: Survey, elements: list[str]) -> None:
 
 
 def compare_stress(found: Survey, potential: Path) -> list[Finding]:
-    """Whether stress labels have the sign and unit of the potential's energy, differentiated by strain."""
+    """Compare stress labels with the derivative of the potential's energy by strain: sign and unit."""
     structures = structures_of(found.rows.with_format("arrow")[:5000])
     some = np.flatnonzero(np.isfinite(structures.stress).all((1, 2)) & ((found.flags[: len(structures)] & BAD) == 0))
     if not len(some):
@@ -125,7 +125,7 @@ def compare_stress(found: Survey, potential: Path) -> list[Finding]:
 
 
 def pressure(structure, potential) -> float:
-    """A third of the trace of dE/d(strain)/V, eV/A^3, by a central difference."""
+    """Return a third of the trace of dE/d(strain)/V in eV/A^3, by a central difference."""
     from ase import Atoms
 
     atoms = Atoms(structure.numbers, structure.positions, cell=structure.cell[0], pbc=structure.pbc[0])
@@ -139,7 +139,7 @@ def pressure(structure, potential) -> float:
 
 
 def load_calculator(potential: Path):
-    """ASE's EMT by that name, or a final model's own calculator. Raises ValueError for another folder."""
+    """Return ASE's EMT (`emt`), or a final model's own calculator. Raises ValueError for another folder."""
     if str(potential) == "emt":
         from ase.calculators.emt import EMT
 
@@ -148,7 +148,7 @@ def load_calculator(potential: Path):
 
 
 def of_statistics(found: Survey, numbers: dict, elements: list[str]) -> list[str]:
-    """Of the structures that can be used."""
+    """Return the lines on the structures that can be used."""
     return [
         f"neighbours within {found.cutoffs.largest:g} A: {numbers['num_neighbors_mean']:.1f} per atom",
         f"energies: {numbers['energy_per_atom_mean']:.4f} eV per atom; of the elements, in eV by least squares of "
@@ -163,7 +163,7 @@ def of_statistics(found: Survey, numbers: dict, elements: list[str]) -> list[str
 
 
 def report(found: Survey, problems: list[Finding], numbers: dict, elements: list[str], notes: list[str]) -> str:
-    """What a person reads."""
+    """Return the whole report as text."""
     sizes = f"{int(found.atoms.sum()):,} atoms ({int(found.atoms.min())} to {int(found.atoms.max())} each)"
     lines = [f"{len(found.rows):,} structures, {sizes}, elements {' '.join(elements)}"]
     if elements:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which keys the configuration has, whose arguments each section is, and which values cannot be together."""
+"""The keys of the configuration: which callable reads each section, and which values exclude each other."""
 
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ def top_level(
     seed: NonNegativeInt = 42,
     deterministic: bool = False,
 ) -> None:
-    """The keys that stand outside any section; what each means is said in `hydra_config/defaults.yaml`."""
+    """The keys outside of sections; `hydra_config/defaults.yaml` says what each means."""
 
 
 def lr_schedule(
@@ -53,7 +53,7 @@ def lr_schedule(
     factor: Annotated[float, Gt(0), Lt(1)] = 0.5,
     patience: PositiveInt = 5,
 ) -> Schedule:
-    """Linear up to the peak, then down by a line, half a cosine wave, or wherever the validation stands still."""
+    """Warm up linearly, then decay: linearly, as half a cosine wave, or whenever the validation no longer improves."""
     if kind == "plateau":
         return Plateau(optimizer, num_warmup_steps, metric, factor, patience, min_lr_fraction)
     shape = {
@@ -79,12 +79,12 @@ WEIGHTS = ("energy_weight", "forces_weight", "stress_weight")
 
 
 def check_config(config: DictConfig, trainer: str = "") -> None:
-    """Stop with one sentence at a key that is unknown, missing or of the wrong type, and at two that cannot be."""
+    """Stop with one sentence at unknown or missing keys, at wrong types, and at values that exclude each other."""
     common.config.check_config(config, top_level, SECTIONS, partial(check_pairs, trainer=Path(trainer).stem))
 
 
 def check_pairs(config: DictConfig, trainer: str) -> None:
-    """Raise ValueError for values that cannot be together, on any hardware."""
+    """Raise ValueError for values that exclude each other on any hardware."""
     if config.precision == "fp64" and trainer == "train_mfsdp":
         raise ValueError("precision=fp64: train_mfsdp.py has FP32 at most; use train_ddp.py or train_fsdp2.py.")
     model_config(config.model_tag, config.precision, config.init_from, **config.model_kwargs)

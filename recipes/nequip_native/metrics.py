@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors of energies, forces and stress: of all structures, by element and by data set.
 
-Means are over all frames, atoms or components of the whole set, on any number of ranks, and never means of means.
+Means are over all frames, atoms or components of the whole set, on any number of ranks; batches are never averaged.
 """
 
 import json
@@ -32,13 +32,13 @@ CURVES = {
 
 
 class Errors:
-    """What validation adds up over a batch, and what the sums of all ranks mean; `elements` are the model's types."""
+    """Sums of errors over a batch, and the metrics from the sums of all ranks; `elements` are the model's types."""
 
     def __init__(self, elements: list[str], data_sets: list[str]):
         self.elements, self.data_sets = elements, data_sets
 
     def batch_sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Of one batch: number, absolute and squared errors and the largest, a vector by data set or element."""
+        """Return, for one batch, the number, sum, sum of squares and maximum of errors, by data set or element."""
         inputs = dict(batch.inputs)
         data_set = inputs.pop("data_set")
         output = model(**inputs, counts=dict.fromkeys(batch.counts, 1))
@@ -67,7 +67,7 @@ class Errors:
         }
 
     def summary(self, sums: dict[str, float | np.ndarray]) -> dict:
-        """`<label>_mae`, `_rmse`, `_max` in eV and A; forces also by element, all by data set if there are several."""
+        """Return `<label>_mae`, `_rmse`, `_max` in eV and A; of forces also by element, and all by data set."""
         found: dict[str, float | int] = {}
         labels = [label for label in UNITS if f"{label}_number" in sums]
         for label in labels:
@@ -87,7 +87,7 @@ class Errors:
 
 
 class Recorded(Errors):
-    """Also keeps what was true and what was predicted, by micro-batch: a rank without one repeats another's."""
+    """Also keeps true and predicted values, by micro-batch, because a rank without one repeats another's."""
 
     def __init__(self, errors: Errors):
         super().__init__(errors.elements, errors.data_sets)
@@ -95,7 +95,7 @@ class Recorded(Errors):
         self.types: dict[tuple, np.ndarray] = {}
 
     def batch_sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """As without, by a model that is asked once."""
+        """Return the same sums, and keep the values; the model is called once."""
         outputs = []
 
         def asked(**inputs):
@@ -114,7 +114,7 @@ class Recorded(Errors):
         return sums
 
     def report(self, distributed: Distributed, errors: dict, source: str, folder: Path) -> None:
-        """A table for the reader, `errors.json`, and `parity.png` of what all ranks have seen; all ranks call it."""
+        """Print a table, and write `errors.json` and `parity.png` of all ranks' structures; all ranks call it."""
         ranks = distributed.gather((self.seen, self.types))
         if not distributed.is_main:
             return
@@ -143,7 +143,7 @@ def _names(label: str) -> list[str]:
 
 
 def _sums(name: str, found: Tensor, label: Tensor, group: Tensor, number: int) -> dict[str, Tensor]:
-    """Of errors [N, components] by group [N]; rows without a label, NaN, are left out, predictions of NaN are not."""
+    """Add up errors [N, components] by group [N]; a label of NaN is none, and a prediction of NaN counts."""
     labelled = torch.isfinite(label).all(-1)
     errors = torch.where(labelled[:, None], found - label, 0.0)
     zeros = errors.new_zeros(number)
@@ -159,7 +159,7 @@ def _one(sums: dict, label: str, part: str) -> float:
 
 
 def _errors(label: str, number: float, absolute: float, square: float, largest: float) -> dict[str, float]:
-    """Nothing where there is no label."""
+    """Return mean, root mean square and largest error; nothing if there was no label."""
     if not number:
         return {}
     return {
