@@ -11,7 +11,6 @@ import torch
 from annotated_types import Ge, Gt, Le
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
-from safetensors import SafetensorError
 
 import modeling_allegro
 import modeling_nequip
@@ -28,7 +27,7 @@ from common.precision import Precision
 from common.weights import copy_parameters
 from dataset import open_validation
 from metrics import Recorded
-from pretrained import KINDS, MEASURED, continued, form, named_cutoffs, open_pretrained, read_saved
+from pretrained import KINDS, MEASURED, continued, form, named_cutoffs, open_pretrained
 
 
 SIZES = modeling_nequip.SIZES | modeling_allegro.SIZES
@@ -144,9 +143,9 @@ def model_config(
     known = {field.name for field in fields(KINDS[kind][0])}
     overrides = {name: value for name, value in architecture.items() if value is not None}
     if foreign := sorted(set(overrides) - known):
-        raise ValueError(
-            f"model_kwargs.{foreign[0]}={overrides[foreign[0]]} is nothing that model_tag={model_tag} has."
-        )
+        unset = " ".join(f"model_kwargs.{name}=null" for name in foreign)
+        wrong = f"model_kwargs.{foreign[0]}={overrides[foreign[0]]}"
+        raise ValueError(f"{wrong} is nothing that model_tag={model_tag} has; give {unset}.")
     if num_features is not None and not (num_features and min(num_features) > 0):
         raise ValueError(f"model_kwargs.num_features={num_features} must be channels for l = 0, 1, ..., each above 0.")
     given = {"num_neighbors": num_neighbors, "energy_scales": energy_scales, "energy_shifts": energy_shifts}
@@ -231,21 +230,23 @@ def materialize(
         copy_parameters(model, pretrained)
 
 
-def open_potential(folder: Path) -> Potential:
-    """Open the model of a checkpoint `step_<n>` or a final model. Raises ValueError for other and damaged folders."""
+def open_potential(source: str | Path) -> Potential:
+    """Open the model of a run, a checkpoint, a final model, or of a package's checkpoint.
+
+    Raises ValueError for others and damaged ones.
+    """
     try:
-        config, weights = read_saved(folder)
+        config, weights = open_pretrained(str(source))
         model = KINDS[config.model_type][1](config)
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder}: its weights and config.json do not fit or are damaged: {reason:.200}") from error
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{source} cannot be used: {' '.join(str(error).split()):.300}") from error
     return model
 
 
 def open_evaluation(config: DictConfig, source: str, distributed: Distributed) -> tuple:
     """Return what `evaluate.py` needs: a trained model, a validator of `config.validation`, the forward context."""
-    model = open_potential(Path(source)).to(distributed.device).requires_grad_(False)
+    model = open_potential(source).to(distributed.device).requires_grad_(False)
     model.kernels, *_ = products(config.layer_backend, distributed.device)
     shape = model.config
     precision = build_precision(config, distributed.device)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn a checkpoint into a folder that ASE opens, without this recipe: it needs torch, ase and vesin.
 
-    python export.py CKPT_DIR/step_1000 [final_model] [--pt2]
+    python export.py CKPT_DIR/step_1000 [final_model]
+    python export.py final_model potential.pt2
     python export.py final_model potential.nequip.pt2 [--for lammps] [--device cpu]
 
 The first writes `config.json`, `model.safetensors`, `calculator.py`, which is all the code in one file, and a model
-card; with --pt2 also `potential.pt2`, a program that torch.export.load opens without any code. The second compiles a
-checkpoint or final model by AOTInductor as nequip-compile does: for LAMMPS' pair_nequip or pair_allegro, or with
---for ase for nequip's own calculator. Such a file runs on this kind of processor and with this release of torch only.
+card. The others take a run, a checkpoint or a final model. The second writes a program that torch.export.load opens
+without any code. The third compiles it by AOTInductor as nequip-compile does: for LAMMPS' pair_nequip or pair_allegro,
+or with --for ase for nequip's own calculator. Such a file runs on this kind of processor and with this release of
+torch only.
 """
 
 import argparse
@@ -39,8 +41,8 @@ tags: [interatomic-potential, {kind}]
 # {model_tag}, {step:,} steps
 
 An interatomic potential for **{elements}** ({architecture}, cutoff {cutoff} A, {dtype}), trained for {step:,} steps
-({num_atoms:,} atoms) on `{data}`. Weights: {weights}. Energies are in eV, forces in eV/A, stress in eV/A^3 with ASE's
-sign.
+({num_atoms:,} atoms) on {rows}`{data}`. Weights: {weights}. Energies are in eV and count from the zero of the labels;
+forces are in eV/A, stress in eV/A^3 with ASE's sign.
 
 {errors}
 
@@ -62,7 +64,7 @@ The configuration:
 """
 
 
-def export(step_folder: Path, target: Path, pt2: bool = False) -> None:
+def export(step_folder: Path, target: Path) -> None:
     """Write the final model of one checkpoint; `target` appears only when it is complete.
 
     Raises ValueError for a folder that is no complete checkpoint, and for a target that exists.
@@ -77,20 +79,25 @@ def export(step_folder: Path, target: Path, pt2: bool = False) -> None:
     with whole_folder(target) as folder:
         write_potential(folder, potential.config, type(potential), potential.state_dict())
         (folder / "README.md").write_text(model_card(run))
-        if pt2:
-            write_program(potential, folder / "potential.pt2")
 
 
 def package(source: Path, target: Path, use: str, device: str) -> None:
-    """Compile a checkpoint or final model. Raises ValueError for a target that exists, or without what it takes."""
+    """Write a program, or if it is named *.nequip.pt2 compile one.
+
+    Raises ValueError for a target that exists, or without what it takes.
+    """
     refuse_existing(target)
+    compiles = target.name.endswith(".nequip.pt2")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here; compile where the file will be used.")
-    if not shutil.which(shlex.split(get_cxx_compiler())[0]):
+    if compiles and not shutil.which(shlex.split(get_cxx_compiler())[0]):
         raise ValueError(f"{target} cannot be compiled: there is no C++ compiler ({get_cxx_compiler()}).")
     potential, partial = open_potential(source), target.with_name(f".partial.{target.name}")
     try:
-        write_package(potential, partial, use, device)
+        if compiles:
+            write_package(potential, partial, use, device)
+        else:
+            write_program(potential, partial)
         partial.rename(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -102,12 +109,13 @@ def model_card(run: dict) -> str:
     dataset = config["dataset"]
     mix = (dataset.get("mix") or {"": {}}).values()
     data = [data_names(dataset["load_dataset_kwargs"] | (one.get("load_dataset_kwargs") or {})) for one in mix]
+    rows = run["loader"].get("data", {}).get("num_rows")
     return CARD.format(
         kind=model["model_type"], model_tag=Path(config["model_tag"]).name, step=run["step"],
         elements=", ".join(model["elements"]),
         architecture={"nequip": "NequIP", "allegro": "Allegro"}[model["model_type"]], cutoff=model["cutoff"],
         dtype=model["dtype"], num_atoms=counts["num_atoms"], errors=error_table(run),
-        data=", ".join(data), weights=weights_of(run),
+        rows=f"{rows:,} structures of " if rows else "", data=", ".join(data), weights=weights_of(run),
         config=OmegaConf.to_yaml(OmegaConf.create(published(config))),
     )  # fmt: skip
 
@@ -133,17 +141,17 @@ def error_table(run: dict) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a step_<n> folder, or for *.nequip.pt2 a final_model folder too")
+    parser.add_argument("source", type=Path, help="a step_<n> folder, or for *.pt2 a final_model folder too")
     parser.add_argument("target", type=Path, nargs="?", help="default: final_model beside the step folder")
-    parser.add_argument("--pt2", action="store_true", help="potential.pt2 too; it takes seconds to a minute")
     parser.add_argument("--for", dest="use", choices=RETURNED, default="lammps", help="who is to open *.nequip.pt2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where *.nequip.pt2 will run")
     a = parser.parse_args()
     target = a.target or a.source.parent / "final_model"
     with command(), writing(target):
-        if target.name.endswith(".nequip.pt2"):
+        if target.suffix == ".pt2":
             package(a.source, target, a.use, a.device)
-            print(f"{target} is written; its name must keep the ending .nequip.pt2")
+            kept = " its name must keep the ending .nequip.pt2" if target.name.endswith(".nequip.pt2") else ""
+            print(f"{target} is written;{kept or ' torch.export.load opens it'}")
         else:
-            export(a.source, target, a.pt2)
+            export(a.source, target)
             print(f"{target} is written; its README.md says how to open it")

@@ -34,12 +34,13 @@ from atoms.kernels import products
 from atoms.neighbours import Cutoffs
 from atoms.potential import Potential
 from atoms.structures import NUMBERS, SYMBOLS, Structures, structures_of
+from build_model import open_potential
 from collator import GraphCollator
 from common.command import command
 from common.distributed import Distributed, end_of_process, process_group
 from common.kept_steps import fingerprint
 from common.parts import Parts, joined
-from pretrained import KINDS, named_cutoffs, open_pretrained
+from pretrained import named_cutoffs
 
 
 ROWS_PER_PART = 256  # of what is written at once, and not computed again after an interruption
@@ -51,15 +52,11 @@ def open_models(sources: list[str], device: torch.device) -> tuple[list[Potentia
     """The potentials, and what tells their weights from others. Raises ValueError for what is none."""
     models, prints = [], []
     for source in sources:
-        try:
-            config, weights = open_pretrained(source)
-            model = KINDS[config.model_type][1](config)
-            model.load_state_dict(weights)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{source} cannot be used: {error}") from error
+        model = open_potential(source)
         model.kernels, *_ = products("auto", device)
+        config = json.dumps(model.config.to_dict()).encode()
+        prints.append(fingerprint(model.state_dict(), None, source) + sha256(config).hexdigest())
         models.append(model.to(device).eval().requires_grad_(False))
-        prints.append(fingerprint(weights, None, source) + sha256(json.dumps(config.to_dict()).encode()).hexdigest())
     return models, prints
 
 

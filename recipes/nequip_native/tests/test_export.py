@@ -3,9 +3,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from structure_files import model_in
 
 import export
 from atoms.exported import example, write_program
@@ -47,6 +49,12 @@ def test_a_program_of_torch_alone(kind, tmp_path):
     command = [sys.executable, "-I", "-c", WITHOUT_US, tmp_path / "cases.pt", tmp_path / "potential.pt2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_final_model_becomes_a_program(tmp_path):
+    model = model_in(tmp_path, 0)
+    export.package(Path(model), tmp_path / "potential.pt2", "lammps", "cpu")
+    assert torch.export.load(tmp_path / "potential.pt2") and not list(tmp_path.glob(".*"))
 
 
 def test_what_cannot_be_compiled_is_a_sentence(tmp_path, monkeypatch):
