@@ -313,6 +313,8 @@ def open_validation(
     source = StructureRows(rows, found, by, kept, by_data_set=True)
     plan, _ = plan_of(section, source, grouping, by, None, window_rows)
     collate = GraphCollator(section, cutoffs, elements, max_neighbors, with_data_sets=True)
-    validator = Validator(distributed, plan, collate, Errors(elements, source.data_sets), every_n_steps)
+    numbers = statistics(found, found.elements())[0]["num_labels"]
+    errors = Errors(elements, source.data_sets, [label for label, number in numbers.items() if number])
+    validator = Validator(distributed, plan, collate, errors, every_n_steps)
     validator.facts += [f"{section}: {amount_of(found, kept)} from {whence(load_dataset_kwargs)}", *notes]
     return validator

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The keys of the configuration: which callable reads each section, and which values exclude each other."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -81,6 +82,18 @@ WEIGHTS = ("energy_weight", "forces_weight", "stress_weight")
 def check_config(config: DictConfig, trainer: str = "") -> None:
     """Stop with one sentence at unknown or missing keys, at wrong types, and at values that exclude each other."""
     common.config.check_config(config, top_level, SECTIONS, partial(check_pairs, trainer=Path(trainer).stem))
+
+
+def check_labels(config: DictConfig, labels: Sequence[str]) -> None:
+    """Raise ValueError for a metric to go by for which no structure of the validation has labels."""
+    is_plateau = config.lr_scheduler_kwargs.kind == "plateau"
+    asked = {
+        "lr_scheduler_kwargs.metric": config.lr_scheduler_kwargs.metric if is_plateau else None,
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+    }
+    for key, metric in asked.items():
+        if metric and (label := metric.partition("_")[0]) not in labels:
+            raise ValueError(f"{key}={metric}: no structure of the validation has {label}; take another metric.")
 
 
 def check_pairs(config: DictConfig, trainer: str) -> None:

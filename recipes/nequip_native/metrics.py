@@ -6,6 +6,7 @@ Means are over all frames, atoms or components of the whole set, on any number o
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,15 @@ CURVES = {
 
 
 class Errors:
-    """Sums of errors over a batch, and the metrics from the sums of all ranks; `elements` are the model's types."""
+    """Sums of errors over a batch, and the metrics from the sums of all ranks; `elements` are the model's types.
 
-    def __init__(self, elements: list[str], data_sets: list[str]):
-        self.elements, self.data_sets = elements, data_sets
+    `labels` are those of energy, forces and stress that some structure has.
+    """
+
+    def __init__(
+        self, elements: list[str], data_sets: list[str], labels: Sequence[str] = ("energy", "forces", "stress")
+    ):
+        self.elements, self.data_sets, self.labels = elements, data_sets, labels
 
     def batch_sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return, for one batch, the number, sum, sum of squares and maximum of errors, by data set or element."""
@@ -90,7 +96,7 @@ class Recorded(Errors):
     """Also keeps true and predicted values, by micro-batch, because a rank without one repeats another's."""
 
     def __init__(self, errors: Errors):
-        super().__init__(errors.elements, errors.data_sets)
+        super().__init__(errors.elements, errors.data_sets, errors.labels)
         self.seen: dict[tuple, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
         self.types: dict[tuple, np.ndarray] = {}
 

@@ -28,7 +28,7 @@ from common.perf_logger import PerfLogger
 from common.run_end import end_run
 from common.scheduler import adamw, freeze
 from dataset import TrainLoader, open_validation
-from keys import check_config, lr_schedule
+from keys import check_config, check_labels, lr_schedule
 from pretrained import read_pretrained
 
 
@@ -49,6 +49,7 @@ def train(config: DictConfig, distributed: Distributed) -> None:
         precision = build_precision(config, distributed.device)
         loader = TrainLoader(distributed, config.seed, wanted.cutoffs, wanted.elements, **config.dataset)
         validator = open_validation(distributed, wanted.cutoffs, loader.elements, **config.validation)
+        check_labels(config, validator.metrics.labels)
         shape = wanted.on(loader.elements, loader.statistics)
         model = build_model(shape, config.loss_kwargs, distributed)  # on the meta device: no storage yet
         prepare(model, config, precision)

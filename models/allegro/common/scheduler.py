@@ -86,7 +86,7 @@ class Plateau(Schedule):
         if self.metric not in validation:
             raise ValueError(f"lr_scheduler_kwargs.metric={self.metric} is not in the validation's results.")
         value = validation[self.metric]
-        better = value is not None and (self.best is None or value < (1 - 1e-4) * self.best)
+        better = math.isfinite(value) and (self.best is None or value < (1 - 1e-4) * self.best)
         self.best, self.waited = (value, 0) if better else (self.best, self.waited + 1)
         if self.waited >= self.patience:
             self.fraction, self.waited = max(self.least, self.fraction * self.factor), 0

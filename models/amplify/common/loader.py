@@ -6,11 +6,13 @@ collator takes of each row, `describe(rows)`, a line a row for a person, and `id
 """
 
 import atexit
+import multiprocessing.connection
 import multiprocessing.util
 import os
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -151,6 +153,24 @@ def end_workers() -> None:
             process.kill()
 
 
+def watch_workers(batches: Iterator, section: str) -> None:
+    """End the run soon when a worker is killed: the rest of a message that it was sending would be awaited forever."""
+    workers, alive = getattr(batches, "_workers", []), weakref.ref(batches)
+
+    def watch() -> None:
+        multiprocessing.connection.wait([worker.sentinel for worker in workers])
+        found = alive()
+        if found is None or found._shutdown or not threading.main_thread().is_alive():  # all has come to its end
+            return
+        print(f"{section}: a data worker was killed, perhaps for lack of memory.", file=sys.stderr, flush=True)
+        for worker in workers:  # they may wait for a lock that it held
+            worker.kill()
+        found._worker_result_queue._writer.close()  # of which no one else has an end now: reading ends, too
+
+    if workers:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 class Loader:
     """This rank's micro-batches without end, with a state to resume from.
 
@@ -191,6 +211,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         with script_unseen():
             batches = iter(self.loader)
+        watch_workers(batches, self.section)
         for batch in batches:
             self.last_name = batch.name
             yield self.distributed.counted_once(batch)

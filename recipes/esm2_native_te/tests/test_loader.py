@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from itertools import islice
@@ -27,6 +28,7 @@ from protein_files import (
 )
 
 from common import loader
+from common.batch import Batch
 from common.contract.ranks import call_on_ranks, content
 from dataset import ALPHABET, SequenceRows
 
@@ -186,6 +188,38 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+class Large:
+    """A collator of batches that no pipe holds."""
+
+    def __call__(self, sample: dict) -> Batch:
+        return Batch({"text": "x" * 2_000_000}, sample["name"], {"rows": 1}, 1)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_that_is_killed_while_it_sends_is_not_waited_for(distributed, tmp_path, capfd, num_workers):
+    built = make_loader(distributed, write(tmp_path, "parquet"), num_workers=num_workers)
+    batches = iter(loader.Loader(distributed, "dataset", built.plan, Large(), num_workers))
+    next(batches)
+    time.sleep(0.5)  # it has begun to send the next one, and waits for a reader
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+            break
+    found = []
+
+    def go_on():
+        try:
+            found.extend(next(batches).name for _ in range(20))
+        except RuntimeError as error:
+            found.append(str(error))
+
+    reading = threading.Thread(target=go_on, daemon=True)
+    reading.start()
+    reading.join(30)
+    assert not reading.is_alive() and "exited unexpectedly" in found[-1]
+    assert "dataset: a data worker was killed, perhaps for lack of memory." in capfd.readouterr().err
 
 
 # ---- the loader, streaming

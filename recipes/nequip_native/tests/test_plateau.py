@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from structure_files import labelled, write
 
 from common.contract.running import metrics, run_here
 from common.scheduler import Plateau
@@ -39,6 +40,7 @@ def test_it_waits_as_long_as_it_is_told_and_goes_on_after_a_stop():
         before = rates(first, values[:stop])
         second.load_state_dict(first.state_dict())
         assert before + rates(second, values[stop:]) == whole
+    assert rates(schedule(), [float("nan"), 1.0, 0.5, float("nan"), 0.4, 0.4, 0.4])[-3:] == [1.0, 1.0, 0.5]
     with pytest.raises(ValueError, match="is not in the validation's results"):
         schedule().see({"step": 0})
 
@@ -51,6 +53,21 @@ def test_a_stopped_run_has_the_rates_of_one_that_was_not(tmp_path):
     run_here("train_ddp", tmp_path / "part", *PLATEAU, kept, "num_train_steps=4")
     run_here("train_ddp", tmp_path / "part", *PLATEAU, kept, "num_train_steps=7")
     assert metrics(tmp_path / "part", "train", "learning_rate") == whole
+
+
+@pytest.mark.parametrize("asked", [["lr_scheduler_kwargs.kind=plateau"], ["checkpoint.keep_best=forces_rmse"]])
+def test_a_metric_without_labels_is_refused(asked, tmp_path, capfd):
+    frames = labelled(8)
+    for atoms in frames:
+        del atoms.calc.results["forces"]
+    data = [f"{name}.load_dataset_kwargs.data_files={write(frames, tmp_path / 'mine.extxyz')}"
+            for name in ("dataset", "validation")]  # fmt: skip
+    with pytest.raises(SystemExit):
+        run_here("train_ddp", tmp_path, *data, "dataset.load_dataset_kwargs.split=train", *asked,
+                 f"checkpoint.ckpt_dir={tmp_path}")  # fmt: skip
+    said = capfd.readouterr().err
+    assert f"{asked[0].partition('=')[0].replace('.kind', '.metric')}=forces_" in said
+    assert "no structure of the validation has forces; take another metric" in said
 
 
 def test_without_validations_it_is_refused(tmp_path, capfd):
