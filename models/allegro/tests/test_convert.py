@@ -41,6 +41,7 @@ def test_what_does_not_fit_is_refused():
     for change, words in (
         ({"weight_individual_irreps": False}, "weight_individual_irreps=False, which we have nothing for"),
         ({"avg_num_neighbors": "${training_data_stats:num_neighbors_mean}"}, "is no number yet"),
+        ({"type_names": ["H", "C", "O1"]}, "O1 is no symbol of an element"),
         ({"readout_mlp_nonlinearity": "gelu"}, "must be silu"),
         ({"pair_potential": {"_target_": "nequip.nn.pair_potential.LennardJones"}}, "is not ZBL"),
         (

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from atoms.elements import SYMBOLS
 from atoms.potential import PotentialConfig
 
 
@@ -54,6 +55,8 @@ def common_config(arguments: Mapping, state: Mapping[str, Tensor], known: Mappin
     Raises ValueError for an argument that we have nothing for.
     """
     elements = list(arguments["type_names"])
+    if strange := [name for name in elements if name not in SYMBOLS[1:]]:
+        raise ValueError(f"type_names: {strange[0]} is no symbol of an element, and types are elements here.")
     names = dict(known) | COMMON
     if unknown := sorted(set(arguments) - set(names) - set(NO_PART_OF_THE_MODEL)):
         raise ValueError(f"This model was made with {unknown[0]}={arguments[unknown[0]]}, which we have nothing for.")

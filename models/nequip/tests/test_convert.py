@@ -46,6 +46,7 @@ def test_what_does_not_fit_is_refused():
         ({"convnet_resnet": True}, "convnet_resnet=True, which we have nothing for"),
         ({"avg_num_neighbors": "${training_data_stats:num_neighbors_mean}"}, "is no number yet"),
         ({"num_features": [6, 4]}, "must be 3 numbers"),
+        ({"type_names": ["H", "C", "O1"]}, "O1 is no symbol of an element"),
         ({"readout_mlp_nonlinearity": "gelu", "readout_mlp_hidden_layers_depth": 1}, "must be silu"),
         ({"pair_potential": {"_target_": "nequip.nn.pair_potential.LennardJones"}}, "is not ZBL"),
         (
