@@ -162,9 +162,10 @@ class Conversion:
                 self.notes[key] = "it is silu here"
         self.set("use_torch_compile", self.take(f"{at}.compile_mode") == "compile")
         self.elements(at)
-        for theirs, ours in (("per_type_energy_scales", "scales"), ("per_type_energy_shifts", "shifts")):
-            self.set(f"model_kwargs.train_{ours}", self.take(f"{at}.{theirs}_trainable"))
-            self.numbers(key := f"{at}.{theirs}", self.take(key), f"model_kwargs.energy_{ours}")
+        for name, default in (("scales", 1.0), ("shifts", 0.0)):
+            key = f"{at}.per_type_energy_{name}"
+            self.set(f"model_kwargs.train_{name}", self.take(f"{key}_trainable"))
+            self.numbers(key, self.take(key, default), f"model_kwargs.energy_{name}")
         self.numbers(key := f"{at}.avg_num_neighbors", self.take(key), "model_kwargs.num_neighbors")
         if (pair := self.take(f"{at}.pair_potential")) is not None:
             if str(pair.get("_target_", "")).endswith("ZBL"):
@@ -199,10 +200,8 @@ class Conversion:
             self.set(ours, value)
         elif value.endswith("per_atom_energy_mean"):
             self.notes[theirs] = "the mean energy an atom there; here energies of elements by least squares"
-        elif value.endswith("per_type_forces_rms"):
-            self.notes[theirs] = "RMS forces by type there; here the RMS force of all"
-        elif value.endswith("per_type_num_neighbors_mean"):
-            self.notes[theirs] = "means by type there; here the mean of all"
+        elif value.startswith(f"{MEASURED}per_type_"):
+            self.notes[theirs] = "measured by type there; here of all atoms together"
         elif not value.startswith(MEASURED):
             self.notes[theirs] = f"{value} is no number"
 

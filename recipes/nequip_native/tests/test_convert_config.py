@@ -192,6 +192,7 @@ def test_allegro(tmp_path):
     config = composed(found, tmp_path)
     model, loss = config["model_kwargs"], config["loss_kwargs"]
     assert (model["num_scalars"], model["num_tensors"], model["mlp_width"], model["num_bessels"]) == (32, 8, 48, 6)
+    assert (model["energy_scales"], model["energy_shifts"]) == (1.0, 0.0)  # theirs has none of the two
     assert (model["l_max"], model["num_neighbors"], config["num_train_steps"]) == (2, 12.5, 500)
     assert (model["num_layers"], model["coupled_paths"], model["embedding_depth"]) == (2, False, 2)
     assert (loss["forces_loss"], loss["forces_delta"], loss["energy_loss"]) == ("huber", 0.05, "mae")
