@@ -126,6 +126,8 @@ def read(part: Part, options: Options) -> Iterator[dict]:
         for number, one in readers.get(part.kind, read_ase)(part, options):
             yield row(**one, source=Path(part.file).name, key=str(number))
             where.frame = number + 1 if isinstance(number, int) else number
+        if where.frame == 0 == part.first:
+            raise ValueError(f"{part.file} has no structures, or none that ASE finds; it goes by name and contents")
 
 
 # ---- what ASE reads
@@ -143,7 +145,9 @@ def read_ase(part: Part, options: Options) -> Iterator[tuple[int, dict]]:
     elif part.kind == "traj":
         frames = ase.io.iread(part.file, index=slice(part.first, part.stop), format="traj")
     else:
-        frames = ase.io.iread(part.file, index=":")
+        with open(part.file, "rb") as file:
+            is_aims = b"FHI-aims" in file.read(4096)  # ASE takes any .out for one of Quantum ESPRESSO
+        frames = ase.io.iread(part.file, index=":", format="aims-output" if is_aims else None)
     factors = unit_factors(options.section, options.units)
     for number, atoms in enumerate(frames, part.first):
         yield number, of_ase(atoms, options, factors)

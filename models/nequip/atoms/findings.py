@@ -236,8 +236,8 @@ def _wrong_stress(slope: float, unlike: float, known: dict[float, str], by: str,
 
 def _bonds(bonds: np.ndarray) -> tuple[float | None, float | None]:
     """How distance and push go together within each kind of pair, from -1 to 1, and the stiffness over a usual one."""
-    bonds = bonds[bonds[:, 0] > 20] if len(bonds) else bonds
-    if not len(bonds) or bonds[:, 0].sum() < 200:
+    bonds = bonds[bonds[:, 0] > 10] if len(bonds) else bonds
+    if not len(bonds) or bonds[:, 0].sum() < 80:
         return None, None
     n, d, p, dd, dp, pp = bonds.T
     together, of_d, of_p = dp - d * p / n, dd - d * d / n, pp - p * p / n

@@ -19,7 +19,7 @@ def heaps_of(values: np.ndarray) -> tuple[float, list[np.ndarray]]:
     """The widest gap between values, and the places of those below and above; NaN are in neither."""
     order = np.argsort(values, kind="stable")[: np.isfinite(values).sum()]
     gaps = np.diff(values[order])
-    return (float(gaps.max()), np.split(order, [int(gaps.argmax()) + 1])) if len(gaps) > 4 else (0.0, [order, order])
+    return (float(gaps.max()), np.split(order, [int(gaps.argmax()) + 1])) if len(gaps) > 2 else (0.0, [order, order])
 
 
 def mark_energies(survey) -> None:
@@ -65,7 +65,7 @@ def mark_forces(survey) -> None:
             flags[mixed & ~turned & ((flags & BAD) == 0)] |= BITS["mixed_up_forces"]
     survey.usual_strength = _other_unit(survey, "", "other_strength")
     shear = survey.column("shear_agreement")
-    if np.isfinite(shear).sum() > 4 and np.nanmedian(np.abs(shear)) > 0.9:
+    if np.isfinite(shear).sum() > 3 and np.nanmedian(np.abs(shear)) > 0.9:
         # Of two signs the one that most have is taken as right here; whether it is, is asked of the data as a whole.
         turned = shear * np.sign(np.nanmedian(np.sign(shear)) or 1.0) < -FOLLOWED
         flags[turned] |= BITS["turned_stress"]

@@ -340,3 +340,9 @@ def test_a_damaged_part_is_converted_anew(tmp_path):
     with pytest.raises(ValueError, match=r"000000\.arrow was damaged and is removed; start again"):
         open_structures("dataset", given)
     assert open_structures("dataset", given)["energy"][:] == energies
+
+
+def test_a_file_without_structures(tmp_path):
+    (tmp_path / "a.out").write_text("Program PWSCF v.7.2 starts\n")
+    with pytest.raises(ValueError, match=r"a\.out has no structures, or none that ASE finds"):
+        open_structures("dataset", {"path": "structures", "data_files": str(tmp_path / "a.out")})
