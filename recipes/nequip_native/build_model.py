@@ -55,7 +55,7 @@ class Wanted:
         given = dict(self.given)
         for name in MEASURED[1:] if self.begun else ():  # of elements that are not named the pretrained numbers stay
             if isinstance(given[name], Mapping):
-                given[name] = dict(zip(elements, measured[name], strict=True)) | given[name]
+                given[name] = dict(zip(elements, measured[name], strict=True)) | dict(given[name])
         values = {name: by_element(name, given[name], elements, measured[name]) for name in MEASURED}
         pairs = self.cutoffs.matrix(elements).tolist() if self.cutoffs.pairs else None
         return KINDS[self.kind][0](

@@ -252,7 +252,9 @@ def test_new_elements_by_the_stated_rule(kind, more, tmp_path):
     assert shape.energy_shifts == pytest.approx([2.0, 3.0, -1.0])
     with pytest.raises(ValueError, match=r"model_kwargs.energy_shifts: Nl is no symbol of an element"):
         model_config(source, "fp64", source, cutoff=None, energy_shifts={"Nl": 7.0})
-    some = model_config(source, "fp64", source, cutoff=None, elements=elements, energy_shifts={"Ni": 7.0})
+    some = model_config(
+        source, "fp64", source, cutoff=None, elements=elements, energy_shifts=OmegaConf.create({"Ni": 7.0})
+    )
     assert some.on(elements, statistics).energy_shifts == pytest.approx([2.0, 3.0, 7.0])
     notes = []
     config = {"init_from": source, "seed": 3, "adamw_kwargs": {"lr": 0.005}}
