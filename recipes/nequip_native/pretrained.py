@@ -201,7 +201,12 @@ def what_is_kept(source: str, found: PotentialConfig, shape: PotentialConfig) ->
     kept = [f"{name} {told(name)}" for name in MEASURED if name not in changed]
     notes = [f"Step 0 is init_from={source}. Kept of it: elements {' '.join(old)}; {'; '.join(kept) or 'no number'}."]
     if changed:
-        notes.append(f"model_kwargs.{', '.join(changed)} has other numbers, so energies and forces are not its own.")
+        which = (
+            "energies are not its own, but forces are"
+            if changed == ["energy_shifts"]
+            else "neither energies nor forces are its own"
+        )
+        notes.append(f"Other numbers by model_kwargs.{', '.join(changed)}, so {which}.")
     if new:
         shifts = ", ".join(f"{e} {shape.energy_shifts[shape.elements.index(e)]:.4f} eV" for e in new)
         notes.append(

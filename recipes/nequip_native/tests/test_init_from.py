@@ -19,7 +19,7 @@ from common import RECIPE
 from common.contract.running import run_here
 from convert_allegro import allegro_arguments, native_to_allegro
 from convert_nequip import native_to_nequip, nequip_arguments
-from pretrained import open_pretrained, read_pretrained
+from pretrained import open_pretrained, read_pretrained, what_is_kept
 
 
 SMALL = {
@@ -255,7 +255,15 @@ def test_new_elements_by_the_stated_rule(kind, more, tmp_path):
     some = model_config(
         source, "fp64", source, cutoff=None, elements=elements, energy_shifts=OmegaConf.create({"Ni": 7.0})
     )
-    assert some.on(elements, statistics).energy_shifts == pytest.approx([2.0, 3.0, 7.0])
+    moved = some.on(elements, statistics)
+    assert moved.energy_shifts == pytest.approx([2.0, 3.0, 7.0])
+    begun = open_pretrained(source)[0]
+    assert (
+        "by model_kwargs.energy_shifts, so energies are not its own, but forces"
+        in what_is_kept("old", begun, moved)[1]
+    )
+    moved.num_neighbors = 2.0
+    assert "energy_shifts, so neither energies nor forces are" in what_is_kept("old", begun, moved)[1]
     notes = []
     config = {"init_from": source, "seed": 3, "adamw_kwargs": {"lr": 0.005}}
     config["dataset"] = {"load_dataset_kwargs": {"data_files": str(RECIPE / "data" / "train.extxyz")}}
