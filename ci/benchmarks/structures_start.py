@@ -5,7 +5,8 @@ python ci/benchmarks/structures_start.py --folder scratch    # ten minutes, 8 GB
 python ci/benchmarks/structures_start.py --quick --output quick.json
 
 Made-up alloys of 50 atoms lie in a Parquet file, in the columns of our rows, so that "convert" is what `datasets`
-does; some also in two extxyz, one of half the other's frames, which ASE reads. A process of its own opens them when
+does; others in two extxyz, which ASE reads. Of each kind there is a file with half as many, since memory must not grow
+with their number. A process of its own opens them when
 they are new ("convert": neighbours, statistics and checks of every structure, once), and another again ("start"). Each
 gives seconds from the loader's beginning to its first batch, and the most memory that it and its workers together held
 at a time, without files that are mapped. Structures are then read and their neighbours found for a while, by one
@@ -46,6 +47,7 @@ FULL = {"num_structures": 1_000_000, "num_extxyz": 20_000, "num_atoms": 50, "cut
 QUICK = FULL | {"num_structures": 3_000, "num_extxyz": 300, "batches": 5, "steps": 3}
 AT_ONCE = 20_000  # structures that are made up at once
 STAGES = {
+    "convert_half": "Parquet with half as many: the first start",
     "convert": "Parquet to Arrow, then all of it looked through: the first start",
     "start": "a later start",
     "extxyz_half": "an extxyz: read by ASE, then looked through",
@@ -97,11 +99,11 @@ def write(folder: Path, settings: dict) -> None:
     random = np.random.default_rng(0)
     if (folder / "alloys.parquet").exists():
         return
-    with pq.ParquetWriter(folder / "alloys.parquet.partial", SCHEMA) as writer:
-        for first in range(0, settings["num_structures"], AT_ONCE):
-            number = min(AT_ONCE, settings["num_structures"] - first)
-            made = alloys(random, number, settings["num_atoms"])
-            writer.write_table(as_table(*made, first))
+    for name, total in (("alloys_half", settings["num_structures"] // 2), ("alloys", settings["num_structures"])):
+        with pq.ParquetWriter(folder / f"{name}.parquet.partial", SCHEMA) as writer:
+            for first in range(0, total, AT_ONCE):
+                made = alloys(random, min(AT_ONCE, total - first), settings["num_atoms"])
+                writer.write_table(as_table(*made, first))
     frames = []
     for numbers, positions, cell, forces in zip(
         *alloys(random, settings["num_extxyz"], settings["num_atoms"]), strict=True
@@ -110,14 +112,16 @@ def write(folder: Path, settings: dict) -> None:
         frames[-1].calc = SinglePointCalculator(frames[-1], energy=-0.1 * numbers.astype(float).sum(), forces=forces)
     ase.io.write(folder / "extxyz.extxyz", frames)
     ase.io.write(folder / "extxyz_half.extxyz", frames[: len(frames) // 2])
-    (folder / "alloys.parquet.partial").rename(folder / "alloys.parquet")
+    for name in ("alloys_half", "alloys"):
+        (folder / f"{name}.parquet.partial").rename(folder / f"{name}.parquet")
 
 
 def source_of(name: str, folder: Path) -> dict:
     """What a stage reads."""
     if name.startswith("extxyz"):
         return {"path": "structures", "data_files": str(folder / f"{name}.extxyz")}
-    return {"path": "parquet", "data_files": str(folder / "alloys.parquet"), "split": "train"}
+    file = folder / ("alloys_half.parquet" if name == "convert_half" else "alloys.parquet")
+    return {"path": "parquet", "data_files": str(file), "split": "train"}
 
 
 def stage(name: str, folder: Path, settings: dict) -> None:
@@ -218,7 +222,10 @@ def table(numbers: dict) -> str:
     settings, stages = numbers["settings"], numbers["stages"]
     lines = ["| what | structures | s to the first batch, or step | memory, GiB | then atoms/s |",
              "|---|---|---|---|---|"]  # fmt: skip
-    sizes = {"extxyz": settings["num_extxyz"], "extxyz_half": settings["num_extxyz"] // 2}
+    sizes = {
+        "extxyz": settings["num_extxyz"], "extxyz_half": settings["num_extxyz"] // 2,
+        "convert_half": settings["num_structures"] // 2,
+    }  # fmt: skip
     for name, what in STAGES.items():
         one, number = stages[name], sizes.get(name, settings["num_structures"])
         cells = [

@@ -22,6 +22,7 @@ from datasets.packaged_modules import (
 )
 from datasets.table import InMemoryTable
 from omegaconf import OmegaConf
+from pyarrow.dataset import ParquetFragmentScanOptions
 
 from common import readers
 from common.distributed import Distributed
@@ -60,6 +61,8 @@ def open_rows(
             kwargs = resolved(name, kwargs)
             if path == "parquet":  # by default a row group at once, and an error where a file among others has no rows
                 kwargs = {"batch_size": 10_000, **kwargs}
+                if not kwargs.get("streaming"):  # by default all of a file that was read stays in memory to its end
+                    kwargs = {"fragment_scan_options": ParquetFragmentScanOptions(pre_buffer=False), **kwargs}
         elif path is not None and (folder := Path(path).expanduser()).is_dir():
             kwargs["path"] = str(folder)
             if not saved_to_disk(folder) and not kwargs.get("data_files") and has_magic(str(folder.absolute())):
