@@ -95,7 +95,7 @@ def model_config(
     num_element_features: PositiveInt | None = None,
     radial_depth: NonNegativeInt | None = None,
     radial_width: PositiveInt | None = None,
-    l_max: NonNegativeInt | None = None,
+    l_max: Annotated[int, Ge(0), Le(6)] | None = None,
     num_scalars: PositiveInt | None = None,
     num_tensors: PositiveInt | None = None,
     mlp_depth: NonNegativeInt | None = None,
@@ -146,8 +146,10 @@ def model_config(
         unset = " ".join(f"model_kwargs.{name}=null" for name in foreign)
         wrong = f"model_kwargs.{foreign[0]}={overrides[foreign[0]]}"
         raise ValueError(f"{wrong} is nothing that model_tag={model_tag} has; give {unset}.")
-    if num_features is not None and not (num_features and min(num_features) > 0):
-        raise ValueError(f"model_kwargs.num_features={num_features} must be channels for l = 0, 1, ..., each above 0.")
+    if num_features is not None and not (0 < len(num_features) <= 7 and min(num_features) > 0):
+        raise ValueError(
+            f"model_kwargs.num_features={num_features} must be channels for l = 0, 1, ..., up to 6, each above 0."
+        )
     given = {"num_neighbors": num_neighbors, "energy_scales": energy_scales, "energy_shifts": energy_shifts}
     by_symbol = {name: value for name, value in given.items() if isinstance(value, Mapping)}
     for name, symbols in {"elements": elements or [], **by_symbol}.items():

@@ -2,6 +2,7 @@
 """What the configuration and the data make of a model together, and what its final model can do."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -41,6 +42,21 @@ def test_what_is_given_holds_over_what_is_measured():
     )
     assert (shape.num_neighbors, shape.energy_scales, shape.energy_shifts) == ([5.0, 9.0], [2.0, 2.0], [3.0, 4.0])
     assert shape.pair_cutoffs == [[4.0, 3.0], [3.0, 4.0]] and shape.dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    ("tag", "options", "words"),
+    [
+        ("nequip_S", {"num_features": 8 * [1]}, "must be channels for l = 0, 1, ..., up to 6"),
+        ("nequip_S", {"energy_shifts": {"Nl": 1.0}}, "model_kwargs.energy_shifts: Nl is no symbol of an element"),
+        ("allegro_S", {"num_scalars": 7}, "num_scalars=7 must be even"),
+        ("allegro_S", {"radial_features": 5}, "radial_features=5 must be even"),
+    ],
+)
+def test_models_that_cannot_be(tag, options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        model_config(tag, "fp32", **options)
+    assert model_config("allegro_S", "fp32", num_scalars=7, radial="spline").options["num_scalars"] == 7
 
 
 def test_allegro_learns_and_its_calculator_has_forces_that_fit_its_energy(tmp_path):
