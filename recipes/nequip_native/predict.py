@@ -177,7 +177,7 @@ def predict(distributed: Distributed, options: argparse.Namespace) -> None:
             some = table[number * ROWS_PER_PART : min((number + 1) * ROWS_PER_PART, len(rows))]
             if not is_there:
                 parts.save(number, part_table(some, models, options.atoms))
-            bar.update(len(some) * min(distributed.num_ranks, count))
+            bar.update(min(len(some) * distributed.num_ranks, len(rows) - bar.n))
     parts.join(count, WRITERS[target.suffix])
     of = f", by {len(models)} models with their standard deviations" if len(models) > 1 else ""
     distributed.say(f"{len(rows):,} structures{of}: {target}")

@@ -115,14 +115,17 @@ def test_the_same_command_goes_on_and_another_does_not(committee, structures, ex
 @pytest.mark.parametrize(
     ("target", "model", "message"),
     [
+        ("out.xyz", "empty", "notes.md has no structures."),
         ("out.csv", "0", "out.csv must end with .extxyz, .xyz, .parquet, .arrow"),
         ("out.xyz", "nowhere", "nowhere is no run with checkpoints"),
         ("out.xyz", "0", "mine.extxyz, frame 1: there is H, and the potential knows Al, Cu, Ni."),
     ],
 )
 def test_mistakes_are_one_sentence(committee, target, model, message, tmp_path, capfd):
+    (tmp_path / "notes.md").write_text("No structures here.\n")
     file = write([*labelled(1), molecule("CH3CH2OH", vacuum=3)[-3:]], tmp_path / "mine.extxyz")
     with pytest.raises(SystemExit) as stopped, predict.command():
-        predict.main([file, str(tmp_path / target), committee[0] if model == "0" else model])
+        file = str(tmp_path / "notes.md") if model == "empty" else file
+        predict.main([file, str(tmp_path / target), model if model == "nowhere" else committee[0]])
     said = capfd.readouterr().err
     assert stopped.value.code == 2 and message in said and "Traceback" not in said
