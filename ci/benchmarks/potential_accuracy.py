@@ -109,7 +109,7 @@ def package_config(folder: Path, elements: list[str], epochs: int, rate: float) 
     }  # fmt: skip
 
 
-VALIDATION = re.compile(r"^step (\d+)  validation.* forces_mae ([\d.]+)")
+VALIDATION = re.compile(r"^step (\d+)  validation.* forces_mae ([\d.e-]+)")
 
 
 def run(words: list[str], threads: int) -> dict:

@@ -28,7 +28,17 @@ from common import quiet  # noqa: E402, F401  # isort: skip
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from common.contract.running import RECIPE, TINY, TRAINERS, environment, torchrun, with_table, write_table  # noqa: E402
+from common.contract.running import (  # noqa: E402
+    RECIPE,
+    THIS_RECIPE,
+    TINY,
+    TRAINERS,
+    environment,
+    recipe_module,
+    torchrun,
+    with_table,
+    write_table,
+)
 from common.run_facts import cpu_name, versions  # noqa: E402
 from common.step_folder import damage, read_weights  # noqa: E402
 from rows import run_in  # noqa: E402
@@ -38,8 +48,10 @@ SAVE_EVERY, KEEP, NUM_RANKS = 3, 2, 2
 IN_A_SAVE, PRUNING, EXPORTING = ".partial", ".old", "final_model"
 LAYOUT = [
     f"checkpoint.save_every_n_steps={SAVE_EVERY}", f"checkpoint.max_to_keep={KEEP}", "dataset.num_workers=1",
-    "checkpoint.save_final_model=true", "validation.every_n_steps=40", "use_sequence_packing=true",
+    "checkpoint.save_final_model=true", "validation.every_n_steps=40",
 ]  # fmt: skip
+if "use_sequence_packing:" in (RECIPE / "hydra_config" / "defaults.yaml").read_text():
+    LAYOUT.append("use_sequence_packing=true")
 
 
 def deaths_in_order(num_deaths: int, draw: random.Random) -> list[tuple[bool, str]]:
@@ -184,17 +196,17 @@ def disturb(run: Run, kind: str, before: tuple[int, int], draw: random.Random, n
 
 
 def planned(folder: Path, num_steps: int) -> tuple[list[dict], np.ndarray]:
-    """What the plan says of each step: first micro-batch and tokens so far; and how often each row has come."""
+    """What the plan says of each step: first micro-batch, tokens or atoms so far; and how often each row has come."""
     settings, plan = run_in(folder)
-    steps, tokens = [], 0
+    steps, units, of_units = [], 0, f"num_{recipe_module('metrics').UNIT}"
     times = np.zeros(plan.num_rows, dtype=np.int64)
     batches = plan.starting_at(0, 0, 0)
     for step in range(1, num_steps + 1):
         some = list(islice(batches, settings.micro_batches_per_step))
         for batch in some:
             np.add.at(times, batch.rows, 1)
-            tokens += int(plan.source.sizes(batch.rows, batch.epoch).sum())
-        steps.append({"step": step, "first_micro_batch": list(some[0][:3]), "num_tokens": tokens})
+            units += int(plan.source.sizes(batch.rows, batch.epoch).sum())
+        steps.append({"step": step, "first_micro_batch": list(some[0][:3]), of_units: units})
     return steps, times
 
 
@@ -204,7 +216,7 @@ def compare(disturbed: Run, calm: Run, num_steps: int) -> list[str]:
     theirs, ours = (read_weights(run.ckpt / f"step_{num_steps}") for run in (calm, disturbed))
     if different := [name for name in theirs if not torch.equal(theirs[name], ours[name])]:
         wrong.append(f"{len(different)} of {len(theirs)} tensors differ from the undisturbed run's")
-    keys = ("kind", "step", "loss", "grad_norm", "learning_rate", "num_tokens", "first_micro_batch", "accuracy")
+    keys = ("kind", "step", "first_micro_batch", *{key: None for kind in THIS_RECIPE.CURVE.values() for key in kind})
     lines = [[{k: line.get(k) for k in keys} for line in run.lines()] for run in (calm, disturbed)]
     if lines[0] != lines[1]:
         wrong.append("the metrics differ from the undisturbed run's")
