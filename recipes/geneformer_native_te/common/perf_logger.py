@@ -214,7 +214,8 @@ class PerfLogger:
         if self.bar is not None:
             left = (self.num_steps - step) * seconds / window["steps"]
             self.bar.set_postfix_str(f"epoch {self.epoch}, loss {short(losses['loss'])}, {speed:,.0f} {self.unit}/s")
-            parts = ", ".join(f"{k.removesuffix('_loss')} {short(v)}" for k, v in losses.items() if k != "loss")
+            parts = {k: v for k, v in losses.items() if k != "loss" and v}  # one without labels or weight is 0
+            parts = ", ".join(f"{k.removesuffix('_loss')} {short(v)}" for k, v in parts.items())
             parts = f" ({parts})" if parts else ""
             if self.bar.disable:
                 self.distributed.say(

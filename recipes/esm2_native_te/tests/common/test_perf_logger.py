@@ -65,7 +65,9 @@ def drive(distributed, folder: Path, **options) -> list[dict]:
         counts = {"structures": 4, "atoms": 30} if distributed.num_ranks == 1 else {"structures": 8, "atoms": 70}
         clock.now += seconds
         logger.count(batches, counts, step // 2, data_wait_s=seconds / 4)
-        logger.log_step(step, {"loss": float(step), "forces": 0.5 * step}, 2.0 * step, learning_rate=step / 100)
+        logger.log_step(
+            step, {"loss": float(step), "forces": 0.5 * step, "stress": 0.0}, 2.0 * step, learning_rate=step / 100
+        )
         with logger.paused():
             clock.now += 1000.0  # a validation
         if step == 4:
@@ -87,7 +89,7 @@ def check_numbers(lines: list[dict], atoms: int, slots: int, flops: float, num_r
     assert [line["step"] for line in train] == [2, 4, 5]  # the last one too
     for line, seconds, steps in zip(train, (4.0, 4.0, 0.5), (2, 2, 1), strict=True):
         step = line["step"]
-        assert line.keys() == TRAIN_KEYS | {"forces", "atoms_per_second", "num_atoms"}
+        assert line.keys() == TRAIN_KEYS | {"forces", "stress", "atoms_per_second", "num_atoms"}
         expected = {
             "epoch": step // 2, "loss": step, "forces": 0.5 * step,
             "grad_norm": 2.0 * step, "learning_rate": step / 100,
