@@ -84,7 +84,7 @@ def run(models: list[Path], structure: Path, target: Path, temperature: float, s
     axes[1].set_ylabel("temperature, K")
     if len(models) > 1:
         axes[2].plot(table[:, 0], table[:, 3])
-        axes[2].set_ylabel("spread of forces, eV/A")
+        axes[2].set_ylabel("largest spread of forces, eV/A")
     axes[-1].set_xlabel("time, fs")
     with writing(drawn):
         figure.savefig(drawn, dpi=120)

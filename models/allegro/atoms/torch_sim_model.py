@@ -10,7 +10,7 @@ torch_sim.optimize(system=[atoms, more_atoms], model=TorchSimModel(), optimizer=
 from pathlib import Path
 
 import torch
-from ase.data import atomic_numbers
+from ase.data import atomic_numbers, chemical_symbols
 from torch_sim.models.interface import ModelInterface
 from torch_sim.neighbors import torchsim_nl
 
@@ -34,12 +34,12 @@ class TorchSimModel(ModelInterface):
 
     def forward(self, state, **kwargs) -> dict[str, torch.Tensor]:
         """Of a `SimState`. Raises ValueError for an element that the potential does not know."""
-        config, types = self.model.config, self.types[state.atomic_numbers]
+        cutoff, known, types = self.model.config.cutoff, self.model.config.elements, self.types[state.atomic_numbers]
         if (types < 0).any():
-            number = int(state.atomic_numbers[types < 0][0])
-            raise ValueError(f"There is atomic number {number}, and the potential knows {', '.join(config.elements)}.")
+            unknown = chemical_symbols[state.atomic_numbers[types < 0][0]]
+            raise ValueError(f"There is {unknown} among the atoms, and the potential knows {', '.join(known)}.")
         positions, cell = state.positions.double(), state.row_vector_cell.double().contiguous()
-        edges, _, shifts = torchsim_nl(positions, cell, state.pbc, config.cutoff, state.system_idx)
+        edges, _, shifts = torchsim_nl(positions, cell, state.pbc, cutoff, state.system_idx)
         # Beyond a pair's own, shorter cutoff an edge counts as nothing.
         found = self.model(positions, types, cell, edges.long(), shifts.double(), state.system_idx)
         stress = found.stress * state.pbc.any()

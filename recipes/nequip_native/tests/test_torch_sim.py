@@ -13,7 +13,7 @@ from ase import units
 from ase.build import molecule
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
-from structure_files import labelled
+from structure_files import labelled, model_in
 
 from atoms.calculator_file import write_potential
 from atoms.final_model import calculator
@@ -85,8 +85,17 @@ def test_a_cluster_has_no_stress_and_strangers_are_refused(model, folder):
     cluster.calc = calculator(folder)
     assert np.allclose(found["forces"].numpy(), cluster.get_forces(), atol=1e-10)
     assert (found["stress"] == 0).all()
-    with pytest.raises(ValueError, match="There is atomic number 8, and the potential knows Al, Ni, Cu"):
+    with pytest.raises(ValueError, match="There is O among the atoms, and the potential knows Al, Ni, Cu"):
         model(state_of([molecule("H2O")]))
+
+
+def test_it_is_what_torch_sim_asks_of_a_model(tmp_path, monkeypatch):
+    interface = pytest.importorskip("torch_sim.models.interface")
+    monkeypatch.syspath_prepend(model_in(tmp_path, 0, ("H", "C", "Mg", "Si", "Fe")))
+    for name in ("calculator", "torch_sim_model"):
+        sys.modules.pop(name, None)
+    found = pytest.importorskip("torch_sim_model").TorchSimModel()
+    interface.validate_model_outputs(found, torch.device("cpu"), torch.float64)
 
 
 def test_dynamics_go_where_ases_go(model, folder):
