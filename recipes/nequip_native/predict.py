@@ -102,7 +102,10 @@ def predicted(models: list[Potential], structures: Structures) -> dict[str, np.n
 
 
 def part_table(rows: pa.Table, models: list[Potential], max_atoms: int) -> pa.Table:
-    """Some rows with what is predicted for them; so many atoms go through a model at once."""
+    """Some rows with what is predicted for them; so many atoms go through a model at once.
+
+    Raises ValueError for a structure without an energy.
+    """
     structures = structures_of(rows)
     ends = structures.starts[1:]
     groups, first = [], 0
@@ -111,6 +114,9 @@ def part_table(rows: pa.Table, models: list[Potential], max_atoms: int) -> pa.Ta
         groups.append(predicted(models, structures.take(np.arange(first, last))))
         first = last
     found = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
+    if len(wrong := np.flatnonzero(~np.isfinite(found["energy"]))):
+        where = f"{rows['source'][wrong[0]]}, frame {rows['key'][wrong[0]]}"
+        raise ValueError(f"{where}: its energy is not a number; look for atoms in the same place.")
     periodic = structures.pbc.all(1)
 
     def lists(values: np.ndarray, components: int, absent: np.ndarray | None = None) -> pa.Array:

@@ -66,14 +66,19 @@ def graph(
 def open_model(folder: str | Path | None, device: str) -> Potential:
     """The model of a folder, by default of that where this file is."""
     folder = Path(folder) if folder else Path(__file__).parent
-    values = json.loads((folder / "config.json").read_text())
-    if values["model_type"] not in POTENTIALS:
-        raise ValueError(
-            f"{folder} has another kind of model, {values['model_type']}; its own calculator.py opens it."
+    try:
+        values, weights = (
+            json.loads((folder / "config.json").read_text()),
+            read_safetensors(folder / "model.safetensors"),
         )
-    config_class, model_class = POTENTIALS[values["model_type"]]
+        kind = values["model_type"]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{folder}: its config.json or model.safetensors is damaged ({error}).") from error
+    if kind not in POTENTIALS:
+        raise ValueError(f"{folder} has another kind of model, {kind}; its own calculator.py opens it.")
+    config_class, model_class = POTENTIALS[kind]
     model = model_class(read_config(config_class, values))
-    model.load_state_dict(read_safetensors(folder / "model.safetensors"))
+    model.load_state_dict(weights)
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -126,3 +126,9 @@ def test_a_folder_that_is_no_final_model(tmp_path):
     write_model(tmp_path / "final_model", 0)
     with pytest.raises(ValueError, match=r"no calculator\.py; give .*final_model\."):
         md.calculator(tmp_path)
+    for name in ("model.safetensors", "config.json"):
+        file = tmp_path / "final_model" / name
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(ValueError, match=r"final_model: its config\.json or model\.safetensors is damaged"):
+            md.calculator(tmp_path / "final_model")
+        write_model(tmp_path / "final_model", 0)

@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ase import Atoms
 from ase.build import molecule
 from ase.io import read
 from structure_files import labelled, model_in, write
@@ -115,7 +116,8 @@ def test_the_same_command_goes_on_and_another_does_not(committee, structures, ex
 @pytest.mark.parametrize(
     ("target", "model", "message"),
     [
-        ("out.xyz", "empty", "notes.md has no structures."),
+        ("out.xyz", "notes.md", "notes.md has no structures."),
+        ("out.xyz", "two.xyz", "two.xyz, frame 0: its energy is not a number; look for atoms in the same place."),
         ("out.csv", "0", "out.csv must end with .extxyz, .xyz, .parquet, .arrow"),
         ("out.xyz", "nowhere", "nowhere is no run with checkpoints"),
         ("out.xyz", "0", "mine.extxyz, frame 1: there is H, and the potential knows Al, Cu, Ni."),
@@ -123,9 +125,10 @@ def test_the_same_command_goes_on_and_another_does_not(committee, structures, ex
 )
 def test_mistakes_are_one_sentence(committee, target, model, message, tmp_path, capfd):
     (tmp_path / "notes.md").write_text("No structures here.\n")
+    write([Atoms("Cu2")], tmp_path / "two.xyz")
     file = write([*labelled(1), molecule("CH3CH2OH", vacuum=3)[-3:]], tmp_path / "mine.extxyz")
     with pytest.raises(SystemExit) as stopped, predict.command():
-        file = str(tmp_path / "notes.md") if model == "empty" else file
+        file = str(tmp_path / model) if "." in model else file
         predict.main([file, str(tmp_path / target), model if model == "nowhere" else committee[0]])
     said = capfd.readouterr().err
     assert stopped.value.code == 2 and message in said and "Traceback" not in said
