@@ -12,7 +12,7 @@ LEAST_GAP, WRONG = 0.2, 20.0  # eV an atom: between heaps of energies, and more 
 FORCE_OUTLIER, LEAST_FORCE = 12.0, 10.0  # times the median of the frames' largest forces, and eV/A
 FOLLOWED = 0.6  # correlation with the forces of pair potentials where these can be asked
 TURNED, MIXED_UP = -0.5, 0.15  # of a frame: forces of the wrong sign, or of other atoms
-OTHER_UNIT = 8.0  # times as strong forces for the same distances
+OTHER_UNIT, GAP = 8.0, 3.0  # times as strong forces for the same distances: of heaps, and of the gap between them
 
 
 def heaps_of(values: np.ndarray) -> tuple[float, list[np.ndarray]]:
@@ -55,6 +55,9 @@ def mark_forces(survey) -> None:
     usual = np.median(strongest[strongest > 0]) if (strongest > 0).any() else 0.0
     flags[strongest > max(FORCE_OUTLIER * usual, LEAST_FORCE)] |= BITS["force_outlier"]
     agreement, misfit = survey.column("agreement"), survey.column("misfit")
+    _, aa, ab, bb = survey.evidence.energy_fit
+    if np.mean(agreement < TURNED) > 0.4 and ab < -FOLLOWED * np.sqrt(aa * bb):
+        agreement = -agreement  # of two halves the other has the sign of the energies
     known = agreement > 0.3
     if survey.evidence.held[0] > FOLLOWED and known.any():
         unlike = misfit / max(np.median(misfit[known]), 1e-6)
@@ -63,24 +66,30 @@ def mark_forces(survey) -> None:
         flags[turned] |= BITS["turned_forces"]
         if mixed.sum() <= max(0.1 * len(flags), 1):
             flags[mixed & ~turned & ((flags & BAD) == 0)] |= BITS["mixed_up_forces"]
-    survey.usual_strength = _other_unit(survey, "", "other_strength")
-    shear = survey.column("shear_agreement")
-    if np.isfinite(shear).sum() > 3 and np.nanmedian(np.abs(shear)) > 0.9:
-        # Of two signs the one that most have is taken as right here; whether it is, is asked of the data as a whole.
-        turned = shear * np.sign(np.nanmedian(np.sign(shear)) or 1.0) < -FOLLOWED
-        flags[turned] |= BITS["turned_stress"]
-        survey.usual_shear = _other_unit(survey, "shear_", "other_stress")
+    # Where forces are next to none, as after a relaxation, they have any size beside those predicted.
+    told = np.abs(agreement) > FOLLOWED
+    unlike = misfit / max(np.median(misfit[told]), 1e-6) if told.any() else misfit
+    small = _other_unit(survey, "", told, "usual_strength")
+    few = len(small) < 0.25 * told.sum()
+    flags[small[unlike[small] > 1.5] if few else small] |= BITS["other_strength"]
+    shear, size = survey.column("shear_agreement"), survey.column("shear")
+    told = np.isfinite(shear) & (size > 0.2 * np.median(size[size > 0]) if (size > 0).any() else False)
+    if told.sum() > 3 and np.median(np.abs(shear[told])) > 0.9:
+        # A sign that most have is taken as right here; whether it is, is asked of the data as a whole.
+        most = -1.0 if np.mean(shear[told] < 0) > 0.6 else 1.0
+        flags[told & (shear * most < -FOLLOWED)] |= BITS["turned_stress"]
+        told &= np.abs(shear) > FOLLOWED
+        flags[_other_unit(survey, "shear_", told, "usual_shear")] |= BITS["other_stress"]
 
 
-def _other_unit(survey, which: str, name: str) -> float:
-    """Units are heaps with a gap between them: the smaller one is marked, the median of the larger returned."""
-    agreement, strength = (survey.column(f"{which}{of}") for of in ("agreement", "strength"))
-    known = np.abs(agreement) > FOLLOWED
-    gap, heaps = heaps_of(np.log(np.where(known, np.maximum(np.abs(strength), 1e-30), np.nan)))
-    if not len(heaps[0]):
-        return 1.0
+def _other_unit(survey, which: str, told: np.ndarray, usual: str) -> np.ndarray:
+    """Units are heaps with a gap between them: the rows of the smaller; the survey gets the median of the other."""
+    strength = survey.column(f"{which}strength")
+    gap, heaps = heaps_of(np.log(np.where(told, np.maximum(np.abs(strength), 1e-30), np.nan)))
+    medians = [float(np.median(np.abs(strength[heap]))) if len(heap) else 1.0 for heap in heaps]
+    if gap < np.log(GAP) or medians[1] < OTHER_UNIT * medians[0]:
+        return np.zeros(0, np.int64)
     # Of shear that forces give the size is known; of forces it is that of most.
     small, large = sorted(heaps, key=(lambda heap: -abs(np.log(np.median(np.abs(strength[heap]))))) if which else len)
-    if gap > np.log(OTHER_UNIT):
-        survey.flags[small] |= BITS[name]
-    return float(np.median(strength[large]))
+    setattr(survey, usual, float(np.median(strength[large])))
+    return small

@@ -28,7 +28,7 @@ from common.distributed import Distributed
 from common.sizes import SizeIndex, read_chunk, save, writable
 
 
-VERSION = 3
+VERSION = 4
 CHUNK = 5000  # rows that one process surveys, and saves, at once
 BLOCK = 250  # rows that are in memory at once
 ODD = np.uint32(sum(int(bit) for bit in BITS.values())) & ~BAD
@@ -44,6 +44,7 @@ def survey_chunk(rows: datasets.Dataset, first: int, stop: int, cutoffs: Cutoffs
         block = table[at : min(at + BLOCK, stop)]
         structures = structures_of(block)
         checked = check(structures, cutoffs, max_neighbors)
+        whole = checked if max_neighbors is None else check(structures, cutoffs)  # pair potentials need all neighbours
         further = block["others"].is_valid().to_numpy() & ((checked.flags & BITS["no_labels"]) == 0)
         checked.flags[further] |= BITS["two_names"]
         here = (checked.flags & BAD) == 0 if kept is None else kept[at - first : at - first + len(structures)]
@@ -53,7 +54,7 @@ def survey_chunk(rows: datasets.Dataset, first: int, stop: int, cutoffs: Cutoffs
             "sizes": structures.num_atoms.astype(np.int32), "edges": checked.num_edges.astype(np.int32),
             "flags": checked.flags, "prints": fingerprints(structures), "energy": structures.energy,
             "max_force": largest.astype(np.float32), "counts": element_counts(structures),
-            "kept": here, "lacks": lacks(structures), **fitted.compare(structures, checked),
+            "kept": here, "lacks": lacks(structures), **fitted.compare(structures, whole),
         }  # fmt: skip
         for name, array in per_row.items():
             found.setdefault(name, []).append(array)

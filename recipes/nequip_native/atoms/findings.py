@@ -14,6 +14,7 @@ from atoms.survey import ODD, Survey, solve
 
 Policy = Literal["refuse", "leave_out", "keep"]
 STIFFNESS = 1 / 6, 8.0  # of bonds, over the usual one of their length: materials have 0.35 to 4.2
+MIXED = 0.4  # correlation below which forces are of other atoms: many different molecules have 0.56
 NAMED = 5  # frames that a sentence names
 SLOPES = {  # a change of energy over the work of forces that goes with it, and what that means
     23.06: "energies in kcal/mol", 96.49: "energies in kJ/mol", 1 / 27.21: "energies in hartree",
@@ -168,7 +169,7 @@ def of_forces(survey: Survey) -> list[Finding]:
         text = f"By these forces bonds are {abs(stiffness):.2g} times as stiff as others of their length [forces]; "
         text += f"as with forces in {unit}: +dataset.units.forces={unit}; are energies in eV?"
         found.append(Finding("force_units", not soft / 2 < abs(stiffness) < 2 * hard, text))
-    if 0 <= seen.held[0] < FOLLOWED and seen.held[1] > 20:  # components for each coefficient
+    if 0 <= seen.held[0] < MIXED and seen.held[1] > 20:  # components for each coefficient
         text = (
             f"Forces hardly follow the distances of the atoms (correlation {seen.held[0]:.2f}) [forces]; look for a "
         )

@@ -54,7 +54,8 @@ class PairFit:
     def compare(self, structures: Structures, checked) -> dict[str, np.ndarray]:
         """[S]: how forces go with those predicted: `agreement` (-1 to 1), `strength` as a factor, `misfit` (eV/A).
 
-        The same of shear stress; NaN without such a label. And `fitted`, the predicted energy in eV.
+        The same of shear stress, and the size of that predicted, `shear` (eV/A^3); NaN without such a label. And
+        `fitted`, the predicted energy in eV.
         """
         energy, forces, virial = self.predict(structures, checked, bool(np.isfinite(structures.stress).any()))
         size, volume = len(structures), np.maximum(checked.volume, 1e-30)[:, None, None]
@@ -73,6 +74,7 @@ class PairFit:
             known = (own >= 0) & (predicted > 1e-12)
             found[f"{name}agreement"] = np.where(known, along / np.sqrt(np.maximum(own * predicted, 1e-30)), np.nan)
             found[f"{name}strength"] = np.where(known, along / np.maximum(predicted, 1e-30), np.nan)
+        found["shear"] = np.sqrt(sums["shear_"][2])
         return {name: values.astype(np.float32) for name, values in found.items()} | {"fitted": energy}
 
 

@@ -49,6 +49,9 @@ def test_sound_data(tmp_path, distributed):
     assert not findings(look(labelled(40), tmp_path, distributed))
     assert not findings(look(walk(), tmp_path, distributed))
     assert not findings(look(walk(cells=True), tmp_path, distributed))
+    rows = open_structures("dataset", {"path": "structures", "data_files": str(tmp_path / "mine.extxyz")})
+    for cutoffs, most in ((Cutoffs(5.0), 6), (Cutoffs(5.0, {"Cu-Al": 2.8, "Al-Cu": 4.0}), None)):
+        assert not findings(survey(distributed, "dataset", rows, cutoffs, most))
 
 
 @pytest.mark.parametrize("name", ["lips_150.extxyz", "oqmd_200.extxyz"])
@@ -380,3 +383,15 @@ def test_lengths_in_bohr(name, tmp_path, distributed):
     frames = labelled(20, repeat=(2, 2, 2))
     frames[3].set_cell(frames[3].cell.array / 0.529177, scale_atoms=name == "far_apart")
     assert names(look(frames, tmp_path, distributed, 6.0))[name].rows.tolist() == [3]
+
+
+def test_sound_crystals_without_shear_or_forces(tmp_path, distributed):
+    random, frames = np.random.default_rng(0), labelled(20)
+    for scale in np.linspace(0.98, 1.02, 8):
+        crystal = bulk("Cu", cubic=True)
+        crystal.set_cell(crystal.cell.array * scale, scale_atoms=True)
+        crystal = with_labels(crystal)
+        noise = {"stress": 1e-6 * random.normal(size=6), "forces": 1e-6 * random.normal(size=(4, 3))}
+        noise["forces"] -= noise["forces"].mean(0)
+        frames.append(relabel(crystal, **{k: crystal.calc.results[k] + v for k, v in noise.items()}))
+    assert not findings(look(frames, tmp_path, distributed))
