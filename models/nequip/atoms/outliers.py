@@ -55,13 +55,12 @@ def mark_forces(survey) -> None:
     usual = np.median(strongest[strongest > 0]) if (strongest > 0).any() else 0.0
     flags[strongest > max(FORCE_OUTLIER * usual, LEAST_FORCE)] |= BITS["force_outlier"]
     agreement, misfit = survey.column("agreement"), survey.column("misfit")
-    _, aa, ab, bb = survey.evidence.energy_fit
-    if np.mean(agreement < TURNED) > 0.4 and ab < -FOLLOWED * np.sqrt(aa * bb):
-        agreement = -agreement  # of two halves the other has the sign of the energies
     known = agreement > 0.3
     if survey.evidence.held[0] > FOLLOWED and known.any():
         unlike = misfit / max(np.median(misfit[known]), 1e-6)
-        turned = (agreement < TURNED) & (unlike > 2)
+        turned, (_, aa, ab, bb) = (agreement < TURNED) & (unlike > 2), survey.evidence.energy_fit
+        if turned.mean() > 0.4 and ab < -FOLLOWED * np.sqrt(aa * bb):
+            turned = agreement > -TURNED  # of two halves it is the other that goes against the energies
         mixed = ((np.abs(agreement) < MIXED_UP) & (unlike > 1.8)) | ((np.abs(agreement) < FOLLOWED) & (unlike > 6))
         flags[turned] |= BITS["turned_forces"]
         if mixed.sum() <= max(0.1 * len(flags), 1):

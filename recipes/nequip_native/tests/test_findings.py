@@ -353,6 +353,13 @@ def test_energies_that_are_not_the_frames(case, tmp_path, distributed):
     assert finding.name == expected
 
 
+def test_half_of_the_forces_are_turned(tmp_path, distributed):
+    [finding] = findings(look(changed(dynamics(), range(1, 40, 2), forces=-1), tmp_path, distributed))
+    assert finding.name == "turned_forces" and finding.rows.tolist() == list(range(1, 40, 2))
+    [finding] = findings(look(changed(dynamics(), range(0, 40, 2), forces=-1), tmp_path, distributed))
+    assert finding.rows.tolist() == list(range(0, 40, 2))
+
+
 def test_forces_of_other_atoms(tmp_path, distributed):
     random = np.random.default_rng(0)
     frames = labelled(30)
