@@ -53,10 +53,6 @@ def open_structures(section: str, load_dataset_kwargs: dict, label_keys: dict | 
         convert(section, folder, pieces(sources), options, num_processes, quiet)
     number = json.loads((folder / "done.json").read_text())["num_parts"]
     found = datasets.concatenate_datasets([opened(folder / f"{i:06d}.arrow") for i in range(number)])
-    if not len(found):
-        raise ValueError(
-            f"{section}.load_dataset_kwargs: {kwargs.get('data_files', kwargs['path'])} has no structures."
-        )
     found._fingerprint = key
     return part_of(section, found, kwargs) if kwargs.get("path") == "structures" else found
 

@@ -116,7 +116,6 @@ def test_the_same_command_goes_on_and_another_does_not(committee, structures, ex
 @pytest.mark.parametrize(
     ("target", "model", "message"),
     [
-        ("out.xyz", "notes.md", "notes.md has no structures."),
         ("out.xyz", "two.xyz", "two.xyz, frame 0: its energy is not a number; look for atoms in the same place."),
         ("out.csv", "0", "out.csv must end with .extxyz, .xyz, .parquet, .arrow"),
         ("out.xyz", "nowhere", "nowhere is no run with checkpoints"),
@@ -124,7 +123,6 @@ def test_the_same_command_goes_on_and_another_does_not(committee, structures, ex
     ],
 )
 def test_mistakes_are_one_sentence(committee, target, model, message, tmp_path, capfd):
-    (tmp_path / "notes.md").write_text("No structures here.\n")
     write([Atoms("Cu2")], tmp_path / "two.xyz")
     file = write([*labelled(1), molecule("CH3CH2OH", vacuum=3)[-3:]], tmp_path / "mine.extxyz")
     with pytest.raises(SystemExit) as stopped, predict.command():
