@@ -65,12 +65,16 @@ def mark_forces(survey) -> None:
         flags[turned] |= BITS["turned_forces"]
         if mixed.sum() <= max(0.1 * len(flags), 1):
             flags[mixed & ~turned & ((flags & BAD) == 0)] |= BITS["mixed_up_forces"]
-    # Where forces are next to none, as after a relaxation, they have any size beside those predicted.
+    # Where next to none are predicted, as after a relaxation, forces have any size beside them.
     told = np.abs(agreement) > FOLLOWED
-    unlike = misfit / max(np.median(misfit[told]), 1e-6) if told.any() else misfit
+    strength = survey.column("strength")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        predicted = misfit / np.sqrt(np.maximum((strength / agreement) ** 2 - 2 * strength + 1, 1e-12))
+    usual = np.median(predicted[told]) if told.any() else 0.0
     small = _other_unit(survey, "", told, "usual_strength")
     few = len(small) < 0.25 * told.sum()
-    flags[small[unlike[small] > 1.5] if few else small] |= BITS["other_strength"]
+    sure = (predicted[small] > 0.7 * usual) | (agreement[small] > 0.9)
+    flags[small[sure] if few else small] |= BITS["other_strength"]
     shear, size = survey.column("shear_agreement"), survey.column("shear")
     told = np.isfinite(shear) & (size > 0.2 * np.median(size[size > 0]) if (size > 0).any() else False)
     if told.sum() > 3 and np.median(np.abs(shear[told])) > 0.9:

@@ -28,7 +28,7 @@ from common.distributed import Distributed
 from common.sizes import SizeIndex, read_chunk, save, writable
 
 
-VERSION = 4
+VERSION = 5
 CHUNK = 5000  # rows that one process surveys, and saves, at once
 BLOCK = 250  # rows that are in memory at once
 ODD = np.uint32(sum(int(bit) for bit in BITS.values())) & ~BAD

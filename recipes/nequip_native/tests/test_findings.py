@@ -402,3 +402,11 @@ def test_sound_crystals_without_shear_or_forces(tmp_path, distributed):
         noise["forces"] -= noise["forces"].mean(0)
         frames.append(relabel(crystal, **{k: crystal.calc.results[k] + v for k, v in noise.items()}))
     assert not findings(look(frames, tmp_path, distributed))
+
+
+def test_one_frame_does_not_accuse_all(tmp_path, distributed):
+    found = look(changed(dynamics(), [7], energy=23.06, forces=23.06, stress=-1602.0), tmp_path, distributed)
+    bad = [finding for finding in findings(found) if finding.bad]
+    assert bad and all(finding.rows.tolist() == [7] for finding in bad)
+    kept, _ = judge("dataset", found, "leave_out", "keep")
+    assert np.flatnonzero(~kept).tolist() == [7]
