@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import islice
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from common.batch import Batch
 from common.distributed import Distributed
@@ -51,13 +52,16 @@ class Validator:
         """The summary, the same on all ranks."""
         rank, num_ranks = self.distributed.data_rank, self.distributed.num_data_ranks
         model.eval()
+        # Not through DDP: after a forward pass with gradients, as forces need, it would average the next step's first
+        # micro-batch by itself, and so round otherwise.
+        asked = model.module if isinstance(model, DistributedDataParallel) else model
         totals: dict[str, torch.Tensor] = {}
         micro_batches = self.plan.epoch(0)
         while group := list(islice(micro_batches, num_ranks)):
             # Sharded models need every rank in every forward pass: one that has no rows left repeats the last.
             batch = self.collate(read(self.plan.source, group[min(rank, len(group) - 1)]))
             with forward_context():
-                sums = self.metrics.batch_sums(model, batch.to(self.distributed.device))
+                sums = self.metrics.batch_sums(asked, batch.to(self.distributed.device))
             for name, value in sums.items():
                 value = value.detach().double()
                 value = value if rank < len(group) else torch.zeros_like(value)

@@ -158,3 +158,12 @@ def test_another_precision_is_another_model(tmp_path, capfd):
     with pytest.raises(SystemExit):
         run_here("train_ddp", tmp_path, kept, "num_train_steps=2", "precision=fp64")
     assert "dtype was float32 and is float64; give precision=fp32, or take another folder" in capfd.readouterr().err
+
+
+def test_validations_do_not_move_the_trajectory(tmp_path):
+    """To the bit, also under DDP with several micro-batches on a rank, whose forces need gradients in a validation."""
+    found = []
+    for every in ("1", "null"):
+        run_ranks("train_ddp", 2, tmp_path / every, "num_train_steps=3", f"validation.every_n_steps={every}")
+        found.append([metrics(tmp_path / every, "train", key) for key in ("loss", "grad_norm", "forces_loss")])
+    assert found[0] == found[1]
