@@ -199,7 +199,7 @@ class Conversion:
         if not isinstance(value, str):
             self.set(ours, value)
         elif value.endswith("per_atom_energy_mean"):
-            self.notes[theirs] = "the mean energy an atom there; here energies of elements by least squares"
+            self.notes[theirs] = "the mean energy per atom there; here energies of elements by least squares"
         elif value.startswith(f"{MEASURED}per_type_"):
             self.notes[theirs] = "measured by type there; here of all atoms together"
         elif not value.startswith(MEASURED):

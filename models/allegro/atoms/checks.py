@@ -15,9 +15,9 @@ from atoms.structures import SYMBOLS, Structures
 
 
 CLOSE = 0.5  # A
-DENSE = 1.0  # A^3 an atom; a proton and its share of a metal under pressure take more
+DENSE = 1.0  # A^3 per atom; a proton and its share of a metal under pressure take more
 OVERLAP, FAR = 0.6, 1.5  # of the sum of two covalent radii
-NET_FORCE, NET_SHARE = 0.005, 0.1  # eV/A an atom, and of the length of all forces: what DFT leaves over is below
+NET_FORCE, NET_SHARE = 0.005, 0.1  # eV/A per atom, and of the length of all forces: what DFT leaves over is below
 TORQUE, TORQUE_SHARE = 0.02, 0.3  # the same of the moments of forces, eV
 RADII = np.nan_to_num(covalent_radii, nan=1.5)
 RADII[[2, 10, 18, 36, 54, 86]] *= 1.6  # noble gases have no bonds
@@ -53,7 +53,7 @@ KINDS = {
                              "set pbc to F there, or give the cell"),
     "no_neighbours": Kind(True, "positions", "has no two atoms within the cutoff of {value:g} A",
                           "use a larger cutoff, or take the frame out"),
-    "lonely_atom": Kind(False, "positions", "has {value:.0f} atoms without a neighbour within the cutoff",
+    "lonely_atom": Kind(False, "positions", "has atoms without a neighbour within the cutoff: {value:.0f}",
                         "use a larger cutoff, unless they are meant to be alone"),
     "cell_without_pbc": Kind(False, "pbc", "has a cell full of atoms ({value:.0f} A^3 each), and is not periodic",
                              "set pbc to T T T where it is a crystal or liquid"),
@@ -63,7 +63,7 @@ KINDS = {
                        "give the cell in A if it is in bohr; vacuum on all sides is for molecules"),
     "left_handed": Kind(False, "cell", "has a left-handed cell (determinant {value:.1f} A^3)",
                         "swap two lattice vectors; some codes then give stress with the wrong sign"),
-    "net_force": Kind(False, "forces", "has forces that do not sum to zero: {value:.2f} eV/A an atom are left",
+    "net_force": Kind(False, "forces", "has forces that do not sum to zero: {value:.2f} eV/A per atom are left",
                       "look for forces set to zero by constraints, a mixed-up order of atoms, or an outer field"),
     "net_torque": Kind(False, "forces", "has forces that turn it as a whole: {value:.0%} of their moments are left",
                        "look for a mixed-up order of atoms, or positions in another orientation than forces"),
@@ -71,11 +71,11 @@ KINDS = {
                     "look at it; this is a bond no material has"),
     "duplicate": Kind(False, "positions", "has the same atoms, cell and positions as a frame before it",
                       "take one of them out"),
-    "wrong_energy": Kind(True, "energy", "has an energy {value:+.0f} eV an atom from what its elements have",
+    "wrong_energy": Kind(True, "energy", "has an energy {value:+.0f} eV per atom from what its elements have",
                          "look for another unit (kcal/mol, hartree), or an energy of another kind"),
-    "energy_outlier": Kind(False, "energy", "has an energy {value:+.2f} eV an atom from what its elements have",
+    "energy_outlier": Kind(False, "energy", "has an energy {value:+.2f} eV per atom from what its elements have",
                            "look for another functional, an unfinished calculation, or another unit"),
-    "unlike_energy": Kind(False, "energy", "has an energy {value:+.3f} eV an atom from others with such forces",
+    "unlike_energy": Kind(False, "energy", "has an energy {value:+.3f} eV per atom from others with such forces",
                           "look for the energy of another frame, or an unfinished calculation"),
     "force_outlier": Kind(False, "forces", "has a force of {value:.1f} eV/A",
                           "take it out, unless such forces are wanted"),
@@ -209,7 +209,7 @@ def check(structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = 
         found("zero_forces", still & any_of(np.linalg.norm(net, axis=1) > 0.05))
 
     def left_over(of_atoms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The length of the sum of an atom's vectors by structure, an atom, and as a share of their lengths."""
+        """The length of the sum of an atom's vectors by structure, per atom, and as a share of their lengths."""
         net = np.stack([np.bincount(owner, of_atoms[:, k], size) for k in range(3)], 1)
         length, every = np.linalg.norm(net, axis=1), np.sqrt(np.bincount(owner, (of_atoms**2).sum(-1), size))
         return length / np.maximum(num_atoms, 1), length / np.maximum(every, 1e-30)

@@ -6,9 +6,9 @@ import numpy as np
 from atoms.checks import BAD, BITS
 
 
-OUTLIER, LEAST_OUTLIER = 12.0, 0.5  # median deviations of the energy an atom, and eV an atom
+OUTLIER, LEAST_OUTLIER = 12.0, 0.5  # median deviations of the energy per atom, and eV per atom
 UNLIKE = 20.0  # median deviations from the energies of pair potentials
-LEAST_GAP, WRONG = 0.2, 20.0  # eV an atom: between heaps of energies, and more than elements can explain
+LEAST_GAP, WRONG = 0.2, 20.0  # eV per atom: between heaps of energies, and more than elements can explain
 FORCE_OUTLIER, LEAST_FORCE = 12.0, 10.0  # times the median of the frames' largest forces, and eV/A
 FOLLOWED = 0.6  # correlation with the forces of pair potentials where these can be asked
 TURNED, MIXED_UP = -0.5, 0.15  # of a frame: forces of the wrong sign, or of other atoms

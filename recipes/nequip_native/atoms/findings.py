@@ -159,7 +159,7 @@ def of_forces(survey: Survey) -> list[Finding]:
         text += f"as with {guess}: " if guess else ""
         found.append(Finding("force_units", True, text + "set +dataset.units.energy=..., forces or length."))
     elif fitted and not steps and abs(fitted[1]) > 0.6 and abs(np.log(abs(fitted[0]))) > np.log(5):
-        alone = {1 / float(np.median(survey.atoms)): "energies an atom"}
+        alone = {1 / float(np.median(survey.atoms)): "energies per atom"}
         guess = _nearest(fitted[0], COARSE_FORCES if stiff else COARSE_ENERGIES | alone, 0.8)
         text = f"Energies change about {abs(fitted[0]):.2g} times as much between frames as in pair potentials with "
         text += "such forces [energy, forces]; " + (f"as with {guess}: " if guess else "")
@@ -260,7 +260,7 @@ def of_labels(survey: Survey) -> list[Finding]:
         of_share = max(squares - float(share @ survey.total("share_right")), 1e-12 * squares)
         better = number > 2 * rank and of_share < 0.3 * rest and rest > 1e-9 * squares
         if better or (of_share < rest and stays_flat(survey.total("growth"))):
-            text = "Energies do not grow with the number of atoms, as if they were energies an atom [energy]; "
+            text = "Energies do not grow with the number of atoms, as if they were energies per atom [energy]; "
             found.append(Finding("not_extensive", True, text + "give the total energy of each structure."))
     sound = int(((survey.flags & BAD) == 0).sum())
     for label in LABELS:

@@ -27,7 +27,7 @@ def test_virial_in_place_of_stress(tmp_path, distributed):
     assert not findings(look(frames, tmp_path, distributed, label_keys={"virial": "stress"}))
 
 
-@pytest.mark.parametrize(("factor", "unit"), [(23.06, "kcal/mol"), (1 / 27.2114, "hartree"), (1 / 32, "an atom")])
+@pytest.mark.parametrize(("factor", "unit"), [(23.06, "kcal/mol"), (1 / 27.2114, "hartree"), (1 / 32, "per atom")])
 def test_units_of_energies_of_frames_far_apart(factor, unit, tmp_path, distributed):
     frames = dynamics()
     assert not findings(look(frames, tmp_path, distributed))
