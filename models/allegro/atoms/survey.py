@@ -152,7 +152,7 @@ class Survey:
 
     @cached_property
     def energy_deviation(self) -> np.ndarray:
-        """Of each row's energy per atom from that of its elements, less the median; NaN without one, or of one atom."""
+        """Of each row's energy per atom from that of its elements, less the median; NaN without one, or of an atom."""
         return self._deviation(self.energy, solve(self.total("normal"), self.total("right"))[0])
 
     @cached_property

@@ -14,7 +14,7 @@ from common.contract.imports import import_problems
 TRIO = [name for name in ("train_ddp", "train_fsdp2", "train_mfsdp") if (RECIPE / f"{name}.py").exists()]
 STRATEGY = r"\b(?:DistributedDataParallel|fully_shard\w*|megatron_fsdp|DDP|FSDP2?)\b"
 # What is a strategy's own, and what has to know where a split model keeps its weights.
-NAME_ONE = ("megatron_fsdp_cpu.py", "megatron_fsdp_exact.py", "ema.py", "quiet.py")
+NAME_ONE = ("megatron_fsdp_cpu.py", "megatron_fsdp_exact.py", "ema.py", "quiet.py", "validation.py")
 
 
 def lines(trainer: str) -> list[str]:
