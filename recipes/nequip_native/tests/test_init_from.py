@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training begins as the pretrained potential, whatever its form, and says what it has kept."""
 
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,6 +194,34 @@ def test_a_package_is_read_and_nothing_in_it_runs(kind, tmp_path):
         open_pretrained(str(tmp_path / "other.zip"))
 
 
+def repacked(source: Path, target: Path) -> None:
+    """The same files compressed, and one more of zeros."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+        new.writestr("more", bytes(20_000_000))
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch.package's own
+def test_a_package_that_would_fill_the_memory_is_refused(tmp_path):
+    """By zeros that are compressed, or by a tensor that is one number again and again."""
+    config, model = potential(tmp_path / "old", ["Ni", "Cu", "Al"])
+    state = {f"sole_model.{k}": v for k, v in native_to_nequip(model.state_dict(), config).items()}
+    modules = modules_of(state, options_of(config))
+    package(tmp_path / "fine.nequip.zip", nequip_arguments(config), modules)
+    repacked(tmp_path / "fine.nequip.zip", tmp_path / "zeros.nequip.zip")
+    with pytest.raises(ValueError, match="it unpacks to more than 10 times its size"):
+        open_pretrained(str(tmp_path / "zeros.nequip.zip"))
+    modules.register_buffer("wide", torch.zeros(1).expand(10**15))  # petabytes, if it were copied
+    package(tmp_path / "wide.nequip.zip", nequip_arguments(config), modules)
+    with pytest.raises(ValueError, match="its tensors are more than 10 times its size"):
+        open_pretrained(str(tmp_path / "wide.nequip.zip"))
+    content = (tmp_path / "fine.nequip.zip").read_bytes()
+    (tmp_path / "cut.nequip.zip").write_bytes(content[: len(content) // 2] + content[-1000:])
+    with pytest.raises(ValueError, match="cut.nequip.zip is no checkpoint|cut.nequip.zip is no package"):
+        open_pretrained(str(tmp_path / "cut.nequip.zip"))
+
+
 def test_a_checkpoint_that_began_from_another(tmp_path):
     config, model = potential(tmp_path / "old", ["Ni", "Cu", "Al"])
     state = native_to_nequip(model.state_dict(), config)
@@ -211,6 +240,10 @@ def test_a_checkpoint_that_began_from_another(tmp_path):
         open_pretrained(str(tmp_path / "second.pt"))
     (tmp_path / "first.pt").unlink()
     with pytest.raises(ValueError, match=r"second.pt began from .*first.pt, which says the architecture and is not"):
+        open_pretrained(str(tmp_path / "second.pt"))
+    section["model"]["checkpoint_path"], change["modifier"] = str(tmp_path / "second.pt"), "enable_Triton"
+    torch.save({"model": section, "state_dict": state}, tmp_path / "second.pt")
+    with pytest.raises(ValueError, match=r"second.pt began from itself"):
         open_pretrained(str(tmp_path / "second.pt"))
     torch.save(
         {"model": {"_target_": "nequip.model.ModelFromCheckpoint"}, "state_dict": state}, tmp_path / "second.pt"
