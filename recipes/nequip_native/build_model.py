@@ -27,10 +27,12 @@ from common.precision import Precision
 from common.weights import copy_parameters
 from dataset import open_validation
 from metrics import Recorded
-from pretrained import KINDS, MEASURED, continued, form, named_cutoffs, open_pretrained
+from pretrained import KINDS, MEASURED, architecture_of, continued, named_cutoffs, open_pretrained
 
 
 SIZES = modeling_nequip.SIZES | modeling_allegro.SIZES
+# Keys that mean something with one kind of functions of the distance only.
+BY_RADIAL = {"bessel": ("num_bessels", "train_bessels", "cutoff_power"), "spline": ("num_splines", "spline_span")}
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Wanted:
     cutoffs: Cutoffs
     elements: list[str] | None  # None: those of the data
     given: dict  # of MEASURED, what a key sets by hand
-    begun: PotentialConfig | None  # the model that init_from names
+    pretrained: PotentialConfig | None  # of the model that init_from names
 
     def on(self, elements: list[str], statistics: Mapping) -> PotentialConfig:
         """Return the model's configuration for training data with these elements and statistics."""
@@ -50,10 +52,10 @@ class Wanted:
             "num_neighbors": max(statistics["num_neighbors_mean"], 1.0),
             "energy_scales": statistics["forces_rms"] or 1.0, "energy_shifts": statistics["per_element_energy"],
         }  # fmt: skip
-        if self.begun is not None:
-            measured = continued(self.begun, elements, statistics)
+        if self.pretrained is not None:
+            measured = continued(self.pretrained, elements, statistics)
         given = dict(self.given)
-        for name in MEASURED[1:] if self.begun else ():  # of elements that are not named the pretrained numbers stay
+        for name in MEASURED[1:] if self.pretrained else ():  # those of elements that are not named stay
             if isinstance(given[name], Mapping):
                 given[name] = dict(zip(elements, measured[name], strict=True)) | dict(given[name])
         values = {name: by_element(name, given[name], elements, measured[name]) for name in MEASURED}
@@ -129,8 +131,8 @@ def model_config(
     }  # fmt: skip
     if model_tag not in SIZES and not Path(model_tag).exists():
         raise ValueError(f"model_tag={model_tag} must be one of {', '.join(SIZES)}, or the folder of a model.")
-    like = None if model_tag in SIZES else begin_from("model_tag", model_tag)
-    begun = None if init_from is None else begin_from("init_from", init_from)
+    like = None if model_tag in SIZES else config_of("model_tag", model_tag)
+    pretrained = None if init_from is None else config_of("init_from", init_from)
     kind = like.model_type if like else model_tag.partition("_")[0]
     if cutoff is None and like is None:
         raise ValueError("model_kwargs.cutoff=null needs a model_tag that names a model; for a size give a number.")
@@ -138,14 +140,14 @@ def model_config(
         cutoff = like.cutoff if cutoff is None else cutoff
         pair_cutoffs = named_cutoffs(like) if pair_cutoffs is None else pair_cutoffs
         zbl = like.zbl if zbl is None else zbl
-    if begun is not None and elements is None:
-        elements = begun.elements
+    if pretrained is not None and elements is None:
+        elements = pretrained.elements
     known = {field.name for field in fields(KINDS[kind][0])}
     overrides = {name: value for name, value in architecture.items() if value is not None}
     if foreign := sorted(set(overrides) - known):
         unset = " ".join(f"model_kwargs.{name}=null" for name in foreign)
         wrong = f"model_kwargs.{foreign[0]}={overrides[foreign[0]]}"
-        raise ValueError(f"{wrong} is nothing that model_tag={model_tag} has; give {unset}.")
+        raise ValueError(f"{wrong}: model_tag={model_tag} has no {foreign[0]}; give {unset}.")
     if num_features is not None and not (0 < len(num_features) <= 7 and min(num_features) > 0):
         raise ValueError(
             f"model_kwargs.num_features={num_features} must be channels for l = 0, 1, ..., up to 6, each above 0."
@@ -162,17 +164,21 @@ def model_config(
     except ValueError as error:
         raise ValueError(f"model_kwargs.pair_cutoffs: {error}") from error
     overrides = {name: list(value) if name == "num_features" else value for name, value in overrides.items()}
-    options = (SIZES[model_tag] if like is None else form(like)) | overrides
+    options = (SIZES[model_tag] if like is None else architecture_of(like)) | overrides
     options.pop("cutoff", None)
+    other = "bessel" if options.get("radial") == "spline" else "spline"
+    if unused := [name for name in BY_RADIAL[other] if name in overrides]:
+        wrong = f"model_kwargs.{unused[0]}={overrides[unused[0]]}"
+        raise ValueError(f"{wrong} needs radial={other}; without it, give model_kwargs.{unused[0]}=null.")
     embedded = options.get("radial_features") or options.get("num_scalars", 0)
     if options.get("radial", "bessel") == "bessel" and embedded % 2:
         name = "radial_features" if options.get("radial_features") else "num_scalars"
         raise ValueError(f"model_kwargs.{name}={embedded} must be even (half are of the centre), or radial be spline.")
     options |= {"train_scales": train_scales, "train_shifts": train_shifts, "zbl": zbl, "dtype": DTYPES[precision]}
-    return Wanted(kind, options, cutoffs, list(elements) if elements else None, given, begun)
+    return Wanted(kind, options, cutoffs, list(elements) if elements else None, given, pretrained)
 
 
-def begin_from(key: str, source: str) -> PotentialConfig:
+def config_of(key: str, source: str) -> PotentialConfig:
     """Return the configuration of the model at `source`. Raises ValueError that names `key`."""
     try:
         return open_pretrained(source)[0]
@@ -233,7 +239,7 @@ def materialize(
 
 
 def open_potential(source: str | Path) -> Potential:
-    """Open the model of a run, a checkpoint, a final model, or of a package's checkpoint.
+    """Open a run, a checkpoint or a final model, or a checkpoint or package of nequip or allegro.
 
     Raises ValueError for others and damaged ones.
     """

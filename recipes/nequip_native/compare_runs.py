@@ -62,10 +62,13 @@ def compare(runs: list[Path], by: str | None = None) -> list[list[object]]:
         raise ValueError("none of these is a run with a step in it.")
     keys = dict.fromkeys(key for config, _ in found.values() for key in config)
     differ = [k for k in keys if k not in PLACES and len({repr(config.get(k)) for config, _ in found.values()}) > 1]
-    rows = [[run, *(config.get(k) for k in differ), *results.values()] for run, (config, results) in found.items()]
-
-    *names, _ = next(iter(found.values()))[1]
-    columns = [name.removeprefix("validation ") for name in names[1:-1]]
+    # Of runs that do not have the same: every column that one of them has.
+    validations = dict.fromkeys(name for _, results in found.values() for name in [*results][1:-2])
+    columns = [name.removeprefix("validation ") for name in validations]
+    rows = []
+    for run, (config, results) in found.items():
+        steps, *_, train, rate = results.values()
+        rows.append([run, *(config.get(k) for k in differ), steps, *map(results.get, validations), train, rate])
     if by is not None and by not in columns:
         raise ValueError(f"--by {by}: it must be one of {', '.join(columns)}.")
     at = -2 - len(columns) + (columns.index(by) if by else 0)
@@ -74,8 +77,9 @@ def compare(runs: list[Path], by: str | None = None) -> list[list[object]]:
         validation, train = row[at], row[-2]
         return validation is None, validation or 0.0, train is None, train or 0.0
 
-    units = dict.fromkeys(list(results)[-1] for _, results in found.values())
-    return [["run", *differ, *names, " or ".join(units)], *sorted(rows, key=rank)]
+    units = dict.fromkeys([*results][-1] for _, results in found.values())
+    names = ["run", *differ, "steps", *validations, "train loss (last tenth)", " or ".join(units)]
+    return [names, *sorted(rows, key=rank)]
 
 
 def main() -> None:

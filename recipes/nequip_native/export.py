@@ -29,7 +29,7 @@ from atoms.exported import RETURNED, write_package, write_program
 from atoms.final_model import refuse_existing
 from build_model import open_potential
 from common.command import command, writing
-from common.files import whole_folder
+from common.files import short, whole_folder
 from common.own_data import data_names, published, validated_on, weights_of
 from common.step_folder import damage
 
@@ -131,7 +131,7 @@ def error_table(run: dict) -> str:
             validation.get(name.format(kind) if "{}" in name else f"{name}_{kind}") for kind in ("mae", "rmse", "max")
         ]
         if values[0] is not None:
-            lines.append(f"| {title} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
+            lines.append(f"| {title} | " + " | ".join(map(short, values)) + " |")
     if not lines:
         return "It was not validated."
     head = [f"Errors on {validation['num_structures']:,} structures of {validated_on(run)}:", ""]

@@ -57,11 +57,11 @@ def lr_schedule(
     """Warm up linearly, then decay: linearly, as half a cosine wave, or whenever the validation no longer improves."""
     if kind == "plateau":
         return Plateau(optimizer, num_warmup_steps, metric, factor, patience, min_lr_fraction)
-    shape = {
+    rates = {
         "num_warmup_steps": num_warmup_steps, "num_training_steps": num_training_steps,
         "decay_fraction": decay_fraction, "min_lr_fraction": min_lr_fraction,
     }  # fmt: skip
-    return (linear_schedule if kind == "linear" else cosine_schedule)(optimizer, **shape)
+    return (linear_schedule if kind == "linear" else cosine_schedule)(optimizer, **rates)
 
 
 SECTIONS = {
@@ -107,14 +107,14 @@ def check_pairs(config: DictConfig, trainer: str) -> None:
     if unknown := [name for name in schedules.schedules if name not in WEIGHTS]:
         raise ValueError(f"loss_schedules.{unknown[0]} is no weight of the loss; those are {', '.join(WEIGHTS)}.")
     schedules.check_some_left({name: config.loss_kwargs[name] for name in WEIGHTS}, config.num_train_steps)
-    shape, validation = config.lr_scheduler_kwargs, config.validation
-    if shape.kind == "plateau" and not (validation.load_dataset_kwargs and validation.every_n_steps):
+    rates, validation = config.lr_scheduler_kwargs, config.validation
+    if rates.kind == "plateau" and not (validation.load_dataset_kwargs and validation.every_n_steps):
         raise ValueError(
             "lr_scheduler_kwargs.kind=plateau goes by validations: give validation.load_dataset_kwargs and "
             "validation.every_n_steps."
         )
-    if shape.kind == "plateau" and shape.metric not in BETTER:
-        raise ValueError(f"lr_scheduler_kwargs.metric={shape.metric} must be one of {', '.join(BETTER)}.")
+    if rates.kind == "plateau" and rates.metric not in BETTER:
+        raise ValueError(f"lr_scheduler_kwargs.metric={rates.metric} must be one of {', '.join(BETTER)}.")
     # Once on a parameter that nobody trains: what these two refuse shows now.
     optimizer = adamw(torch.nn.Linear(1, 1), **{**config.adamw_kwargs, "groups": None})
     lr_schedule(optimizer, **config.lr_scheduler_kwargs)

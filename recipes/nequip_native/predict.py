@@ -4,8 +4,8 @@
     python predict.py structures.xyz predicted.extxyz MODEL
     torchrun --nproc_per_node=2 predict.py 'frames/*.traj' predicted.parquet MODEL MODEL MODEL
 
-MODEL is a final model, a checkpoint, a run's folder, or a checkpoint of nequip-train. Stopped, the same command goes
-on. The structures come in their order, with `energy` (eV), `forces` (eV/A) and, where they are periodic along all
+MODEL is a final model, a checkpoint, a run's folder, or a checkpoint or package of nequip. Stopped, the same command
+goes on. The structures come in their order, with `energy` (eV), `forces` (eV/A) and, where they are periodic along all
 three directions, `stress` (eV/A^3); of several models the means, and their standard deviations `energy_std` and
 `forces_std` (an atom's: the root of its components' variances). The target is .extxyz, .xyz, .parquet or .arrow, of
 which training reads all.

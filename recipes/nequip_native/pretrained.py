@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Potentials that exist: a final model, a checkpoint or a run, or a checkpoint of `nequip` or `nequip-allegro`."""
+"""Potentials that exist: a final model, a checkpoint or a run, or a checkpoint or package of nequip or allegro."""
 
 import json
 from collections.abc import Mapping
@@ -84,8 +84,8 @@ def read_saved(folder: Path) -> tuple[PotentialConfig, dict[str, Tensor]]:
     return read_config(KINDS[kind][0], values), weights
 
 
-def form(config: PotentialConfig) -> dict:
-    """What makes a model of that form, for any elements."""
+def architecture_of(config: PotentialConfig) -> dict:
+    """The arguments that make a model with this architecture, for any elements."""
     return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in OWN}
 
 
@@ -97,21 +97,21 @@ def named_cutoffs(config: PotentialConfig) -> dict[str, float] | None:
     return {f"{a}-{b}": cutoff for a, row in pairs for b, cutoff in zip(config.elements, row, strict=True)}
 
 
-def continued(begun: PotentialConfig, elements: list[str], statistics: Mapping) -> dict:
+def continued(pretrained: PotentialConfig, elements: list[str], statistics: Mapping) -> dict:
     """`MEASURED` of a model that begins from another one: its own numbers.
 
     A new element's scale is the mean of the others', and its shift a least-squares fit to what their shifts leave of
     the energies; its neighbours are as measured, where the model has a number for each element.
     """
-    new = [i for i, element in enumerate(elements) if element not in begun.elements]
-    old = [i for i, element in enumerate(elements) if element in begun.elements]
+    new = [i for i, element in enumerate(elements) if element not in pretrained.elements]
+    old = [i for i, element in enumerate(elements) if element in pretrained.elements]
 
     def kept(values: list[float], fresh: float | list[float]) -> list[float]:
-        known = dict(zip(begun.elements, values, strict=True))
+        known = dict(zip(pretrained.elements, values, strict=True))
         fresh = fresh if isinstance(fresh, list) else [fresh] * len(elements)
         return [known.get(element, fresh[i]) for i, element in enumerate(elements)]
 
-    neighbors, shifts = begun.num_neighbors, kept(begun.energy_shifts, 0.0)
+    neighbors, shifts = pretrained.num_neighbors, kept(pretrained.energy_shifts, 0.0)
     if isinstance(neighbors, list):
         neighbors = kept(neighbors, [max(number, 1.0) for number in statistics["num_neighbors_per_type"]])
     if new:
@@ -120,15 +120,19 @@ def continued(begun: PotentialConfig, elements: list[str], statistics: Mapping) 
         fitted = np.linalg.lstsq(normal[np.ix_(new, new)], left, rcond=1e-12)[0]
         for i, shift in zip(new, fitted, strict=True):
             shifts[i] = float(shift)
-    scale = float(np.mean(begun.energy_scales))
-    return {"num_neighbors": neighbors, "energy_scales": kept(begun.energy_scales, scale), "energy_shifts": shifts}
+    scale = float(np.mean(pretrained.energy_scales))
+    return {
+        "num_neighbors": neighbors,
+        "energy_scales": kept(pretrained.energy_scales, scale),
+        "energy_shifts": shifts,
+    }
 
 
 def differences(found: PotentialConfig, shape: PotentialConfig) -> dict[str, tuple]:
     """What their architectures, or cutoffs of pairs that both know, differ in: theirs and the model's."""
     if found.model_type != shape.model_type:
         return {"model_type": (found.model_type, shape.model_type)}
-    ours, theirs = form(shape), form(found)
+    ours, theirs = architecture_of(shape), architecture_of(found)
     differ = {name: (theirs[name], ours[name]) for name in ours if theirs[name] != ours[name]}
     reach = [{} if one.pair_cutoffs is None else named_cutoffs(one) for one in (found, shape)]
     both = [element for element in shape.elements if element in found.elements]
@@ -139,7 +143,7 @@ def differences(found: PotentialConfig, shape: PotentialConfig) -> dict[str, tup
     return differ
 
 
-def to_shape(found: PotentialConfig, weights: Mapping[str, Tensor], shape: PotentialConfig, seed: int) -> dict:
+def adapted(found: PotentialConfig, weights: Mapping[str, Tensor], shape: PotentialConfig, seed: int) -> dict:
     """All weights of the model: those that are there, and first ones by the seed for elements that are new."""
     model = KINDS[shape.model_type][1](shape)
     init_parameters(model, seed)
@@ -179,7 +183,7 @@ def read_pretrained(config: DictConfig, shape: PotentialConfig, notes: list[str]
             raise ValueError(
                 f"it has {theirs}, and the model {ours}; give model_tag={source} and in model_kwargs nothing else."
             )
-        state = to_shape(found, weights, shape, config.seed)
+        state = adapted(found, weights, shape, config.seed)
     except ValueError as error:
         raise ValueError(f"init_from={source} cannot be used: {error}") from error
     notes += [*what_is_kept(source, found, shape), *notes_on_continuing(config, highest_lr=2e-3, usual_lr="1e-3")]

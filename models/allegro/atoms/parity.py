@@ -10,16 +10,17 @@ def parity_plot(path: Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], uni
                 groups: dict[str, np.ndarray] | None = None, title: str = "") -> None:  # fmt: skip
     """A panel for each label of `pairs` (true, predicted), with its errors, and their histogram below.
 
-    `groups` colours a label's points, e.g. forces by element. Values that are not finite are left out.
+    `groups` colours a label's points, e.g. forces by element. Values that are not finite are left out; raises
+    ValueError if none are left.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    labels = [label for label, (true, _) in pairs.items() if np.isfinite(true).any()]
+    labels = [label for label, (true, found) in pairs.items() if (np.isfinite(true) & np.isfinite(found)).any()]
     if not labels:
-        raise ValueError("there is no label to compare with; the structures have none.")
+        raise ValueError("there is nothing to compare: the structures have no labels, or no prediction is a number.")
     figure, axes = plt.subplots(2, len(labels), figsize=(4.2 * len(labels), 6), squeeze=False, layout="constrained",
                                 gridspec_kw={"height_ratios": (3, 1)})  # fmt: skip
     for (top, bottom), label in zip(axes.T, labels, strict=True):

@@ -22,12 +22,15 @@ TABLES = re.compile(r"output_mask|w3j|_empty|atomic_numbers|_qqr2exesquare|splin
 HARMLESS = re.compile(r"(en|dis)able_(Triton|CuEquivariance|OpenEquivariance|ForceStressOutput)")
 
 
-def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
+def read_checkpoint(path: Path, later: tuple[Path, ...] = ()) -> tuple[dict, dict[str, Tensor]]:
     """The section `model` of their YAML, resolved, and the weights, averaged (`EMALightningModule`) if it has such.
 
     Takes a checkpoint of `nequip-train`, a package (`*.nequip.zip`), or what `torch.save({"model": section,
-    "state_dict": weights}, path)` wrote. Raises ValueError for anything else.
+    "state_dict": weights}, path)` wrote. Raises ValueError for anything else. `later` are checkpoints that began from
+    this one.
     """
+    if path.resolve() in later:
+        raise ValueError(f"{path} began from itself, by what it says; it names no architecture.")
     if folder := package_folder(path):
         return read_package(path, folder)
     try:
@@ -52,11 +55,11 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
             f"{path} has the weights that a schedule-free optimizer moves, and not their averages; give what "
             "nequip-package makes of it."
         )
-    arguments = first_section(arguments, path)
+    arguments = first_section(arguments, path, (*later, path.resolve()))
     return arguments, averaged(found["state_dict"], arguments)
 
 
-def first_section(section: Mapping, path: Path) -> dict:
+def first_section(section: Mapping, path: Path, seen: tuple[Path, ...]) -> dict:
     """The section that says the architecture: what modifies or loads a model goes back to that model's.
 
     Raises ValueError for a change that we have nothing for, and where the model that was loaded is not there.
@@ -64,7 +67,7 @@ def first_section(section: Mapping, path: Path) -> dict:
     if "type_names" in section:
         return dict(section)
     if "modifiers" in section:
-        found = first_section(section["model"], path)
+        found = first_section(section["model"], path, seen)
         for modifier in section["modifiers"]:
             if modifier["modifier"] == "modify_PerTypeScaleShift":
                 for name in ("scales", "shifts"):
@@ -79,7 +82,7 @@ def first_section(section: Mapping, path: Path) -> dict:
         raise ValueError(
             f"{path} began from {source}, which says the architecture and is not there; put that file there."
         )
-    return read_checkpoint(Path(source))[0]
+    return read_checkpoint(Path(source), seen)[0]
 
 
 def averaged(state: Mapping, arguments: Mapping) -> dict[str, Tensor]:

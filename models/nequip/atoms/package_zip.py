@@ -12,12 +12,16 @@ import yaml
 from torch import Tensor
 
 
+UNPACKED = 10  # so many times as large as the file may be what it holds; packages are not compressed
+
+
 def package_folder(path: Path) -> str | None:
     """The folder that everything in a package is in; None for another file."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as file:
+            found = [name for name in file.namelist() if name.endswith("/model/eager_model.pkl")]
+    except zipfile.BadZipFile:
         return None
-    with zipfile.ZipFile(path) as file:
-        found = [name for name in file.namelist() if name.endswith("/model/eager_model.pkl")]
     return found[0].partition("/")[0] if found else None
 
 
@@ -48,6 +52,7 @@ class PackedTensors(pickle.Unpickler):
     def __init__(self, file: zipfile.ZipFile, folder: str):
         super().__init__(io.BytesIO(file.read(f"{folder}/model/eager_model.pkl")))
         self.file, self.folder = file, folder
+        self.storages: dict[tuple[str, str], Tensor] = {}  # each is read once, however often it is named
 
     def find_class(self, module: str, name: str):
         """Dicts, tensors, and `Nothing` under its own name."""
@@ -63,12 +68,16 @@ class PackedTensors(pickle.Unpickler):
         _, kind, key, *_, size = identity
         dtype = {"FloatStorage": "float32", "DoubleStorage": "float64", "LongStorage": "int64", "IntStorage": "int32",
                  "BoolStorage": "bool"}[kind.__name__]  # fmt: skip
-        content = bytearray(self.file.read(f"{self.folder}/.data/{key}.storage")) if size else b""
-        return torch.frombuffer(content, dtype=getattr(torch, dtype)) if size else torch.empty(0)
+        if not size:
+            return torch.empty(0)
+        if (key, dtype) not in self.storages:
+            content = bytearray(self.file.read(f"{self.folder}/.data/{key}.storage"))
+            self.storages[key, dtype] = torch.frombuffer(content, dtype=getattr(torch, dtype))
+        return self.storages[key, dtype]
 
 
 def _tensor(numbers: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_) -> Tensor:
-    return numbers.as_strided(size, stride, offset).clone()
+    return numbers.as_strided(size, stride, offset)  # takes no memory, whatever size it claims
 
 
 def _parameter(tensor: Tensor, *_) -> Tensor:
@@ -93,10 +102,16 @@ def read_package(path: Path, folder: str) -> tuple[dict, dict[str, Tensor]]:
     """
     with zipfile.ZipFile(path) as file:
         try:
+            largest = UNPACKED * path.stat().st_size
+            if sum(info.file_size for info in file.infolist()) > largest:
+                raise ValueError(f"it unpacks to more than {UNPACKED} times its size")
             section = yaml.safe_load(file.read(f"{folder}/model/config.yaml"))["training_module"]["model"]
             modules = PackedTensors(file, folder).load()
+            weights = dict(tensors_of(modules))
+            if sum(weight.nbytes for weight in weights.values()) > largest:
+                raise ValueError(f"its tensors are more than {UNPACKED} times its size")
             section = section if "type_names" in section else architecture(modules)
-            return section, dict(tensors_of(modules))
+            return section, {name: weight.clone() for name, weight in weights.items()}
         except OSError:
             raise
         except Exception as error:  # bytes that are no pickle raise whatever they happen to mean

@@ -51,6 +51,13 @@ def test_what_is_given_holds_over_what_is_measured():
         ("nequip_S", {"energy_shifts": {"Nl": 1.0}}, "model_kwargs.energy_shifts: Nl is no symbol of an element"),
         ("allegro_S", {"num_scalars": 7}, "num_scalars=7 must be even"),
         ("allegro_S", {"radial_features": 5}, "radial_features=5 must be even"),
+        (
+            "nequip_XS",
+            {"coupled_paths": False, "mlp_depth": 2},
+            "give model_kwargs.coupled_paths=null model_kwargs.mlp",
+        ),
+        ("allegro_S", {"num_splines": 8}, "model_kwargs.num_splines=8 needs radial=spline"),
+        ("allegro_S", {"radial": "spline", "cutoff_power": 4.0}, "model_kwargs.cutoff_power=4.0 needs radial=bessel"),
     ],
 )
 def test_models_that_cannot_be(tag, options, words):

@@ -24,5 +24,7 @@ def test_a_panel_for_each_label(tmp_path):
 
 
 def test_nothing_to_compare_with(tmp_path):
-    with pytest.raises(ValueError, match="no label to compare with"):
-        parity_plot(tmp_path / "none.png", {"energy": (np.full(5, np.nan), np.zeros(5))}, UNITS)
+    none, some = np.full(5, np.nan), np.zeros(5)
+    for pair in ((none, some), (some, none)):  # no labels; no prediction that is a number
+        with pytest.raises(ValueError, match="there is nothing to compare"):
+            parity_plot(tmp_path / "none.png", {"energy": pair}, UNITS)

@@ -37,7 +37,7 @@ PRELOAD = ["datasets", "ase.io", "vesin"]
 # This recipe's own mistakes, and words of the sentence that each ends with.
 BAD_INPUTS = [
     (["model_tag=nequip_XXL"], ["model_tag=nequip_XXL must be one of", "nequip_S", "allegro_L"]),
-    (["model_kwargs.l_max=2"], ["model_kwargs.l_max=2 is nothing that model_tag=nequip_S has"]),
+    (["model_kwargs.l_max=2"], ["model_kwargs.l_max=2: model_tag=nequip_S has no l_max"]),
     (["model_kwargs.elements=[Al,Ni]"], ["there is Cu in the data", "Al, Ni"]),
     (["model_kwargs.pair_cutoffs={Al-Xx: 3.0}"], ["model_kwargs.pair_cutoffs", "Al-Xx"]),
     (["model_kwargs.energy_shifts={Al: -1.0}"], ["model_kwargs.energy_shifts has no number for Ni"]),

@@ -58,6 +58,10 @@ def test_errors_of_potentials_each_have_a_column(tmp_path):
     assert [row[3] for row in compare(runs, "f_mae")[1:]] == [0.3, 0.4]
     with pytest.raises(ValueError, match="--by energy: it must be one of e_mae, f_mae, s_mae"):
         compare(runs, "energy")
+    runs.append(make_run(tmp_path / "old", 2.5, {"seed": 1}))  # of before there were curves
+    first, *rows = compare(runs)
+    assert first[1:-2] == ["steps", "validation e_mae", "validation f_mae", "validation s_mae", "validation loss"]
+    assert [row[2:6] for row in rows] == [[0.1, 0.4, None, None], [0.2, 0.3, None, None], [None, None, None, 2.5]]
 
 
 def test_numbers_as_they_are_read():
