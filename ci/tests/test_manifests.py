@@ -40,6 +40,17 @@ def test_slurm_scripts_differ_in_what_they_start_alone(recipe):
     assert config in config_names(recipe)
 
 
+@recipes_with("slurm.sh")
+def test_what_slurm_starts_has_micro_batches_for_each_gpu(recipe):
+    script = (recipe / "slurm.sh").read_text()
+    nodes, gpus = (
+        int(re.search(rf"^#SBATCH --{name}=(\d+)$", script, re.M)[1]) for name in ("nodes", "gpus-per-node")
+    )
+    words = re.search(r"\[ \$# -gt 0 \] \|\| set -- (.*)", script)[1].split()
+    of_a_step = micro_batches(recipe, words[words.index("--config-name") + 1], words)
+    assert of_a_step in (None, "null") or int(of_a_step) % (nodes * gpus) == 0
+
+
 def micro_batches(recipe, config, words):
     """`micro_batches_per_step` of a command: its own, or that of the configuration or of one that it builds on."""
     if given := [word.partition("=")[2].strip('"') for word in words if word.startswith("micro_batches_per_step=")]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # sbatch slurm.sh                                          two nodes, FSDP2, the bundled alloys
-# sbatch --nodes=4 slurm.sh --config-name L0_sanity seed=1 what follows the name goes to the trainer
+# sbatch --nodes=4 slurm.sh --config-name L0_sanity micro_batches_per_step=32     what follows the name goes to the trainer
 # TRAINER=train_ddp.py sbatch slurm.sh
 # SWEEP=sweep.txt sbatch --array=1-4 --output=%x-%A_%a.out slurm.sh     one run for each line; then: python compare_runs.py
 # Most clusters want to know more: --partition=NAME --account=NAME.
@@ -32,7 +32,7 @@ container=() inside=()
 stop() { echo "error: $*" >&2; exit 2; }
 trainer=${TRAINER:-train_fsdp2.py}
 [ -f "$trainer" ] || stop "TRAINER=$trainer: no such file in $PWD"
-[ $# -gt 0 ] || set -- --config-name L0_sanity
+[ $# -gt 0 ] || set -- micro_batches_per_step=null --config-name L0_sanity
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   sweep=${SWEEP:-sweep.txt}
   [ -f "$sweep" ] || stop "SWEEP=$sweep: no such file in $PWD; each of its lines has the overrides of one run"
