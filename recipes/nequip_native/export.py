@@ -81,13 +81,15 @@ def export(step_folder: Path, target: Path) -> None:
         (folder / "README.md").write_text(model_card(run))
 
 
-def package(source: Path, target: Path, use: str, device: str) -> None:
+def package(source: Path, target: Path, use: str | None = None, device: str | None = None) -> None:
     """Write a program, or if it is named *.nequip.pt2 compile one.
 
-    Raises ValueError for a target that exists, or without what it takes.
+    Raises ValueError for a target that exists, options that a program does not have, and without a compiler or a GPU.
     """
     refuse_existing(target)
     compiles = target.name.endswith(".nequip.pt2")
+    if (use or device) and not compiles:
+        raise ValueError(f"{target} is no compiled file, so --for and --device mean nothing; name it *.nequip.pt2.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here; compile where the file will be used.")
     if compiles and not shutil.which(shlex.split(get_cxx_compiler())[0]):
@@ -95,7 +97,7 @@ def package(source: Path, target: Path, use: str, device: str) -> None:
     potential, partial = open_potential(source), target.with_name(f".partial.{target.name}")
     try:
         if compiles:
-            write_package(potential, partial, use, device)
+            write_package(potential, partial, use or "lammps", device or "cpu")
         else:
             write_program(potential, partial)
         partial.rename(target)
@@ -143,8 +145,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a step_<n> folder, or for *.pt2 a final_model folder too")
     parser.add_argument("target", type=Path, nargs="?", help="default: final_model beside the step folder")
-    parser.add_argument("--for", dest="use", choices=RETURNED, default="lammps", help="who is to open *.nequip.pt2")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where *.nequip.pt2 will run")
+    parser.add_argument("--for", dest="use", choices=RETURNED, help="who is to open *.nequip.pt2; default: lammps")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where *.nequip.pt2 will run; default: cpu")
     a = parser.parse_args()
     target = a.target or a.source.parent / "final_model"
     with command(), writing(target):

@@ -214,12 +214,11 @@ class PerfLogger:
         if self.bar is not None:
             left = (self.num_steps - step) * seconds / window["steps"]
             self.bar.set_postfix_str(f"epoch {self.epoch}, loss {short(losses['loss'])}, {speed:,.0f} {self.unit}/s")
-            parts = {k: v for k, v in losses.items() if k != "loss" and v}  # one without labels or weight is 0
-            parts = ", ".join(f"{k.removesuffix('_loss')} {short(v)}" for k, v in parts.items())
-            parts = f" ({parts})" if parts else ""
             if self.bar.disable:
+                terms = [(k.removesuffix("_loss"), v) for k, v in losses.items() if k != "loss" and v]  # 0: no labels
+                of_terms = f" ({', '.join(f'{name} {short(value)}' for name, value in terms)})" if terms else ""
                 self.distributed.say(
-                    f"step {step}/{self.num_steps}  epoch {self.epoch}  loss {short(losses['loss'])}{parts}  "
+                    f"step {step}/{self.num_steps}  epoch {self.epoch}  loss {short(losses['loss'])}{of_terms}  "
                     f"grad norm {short(grad_norm, 3)}  lr {learning_rate:.2e}  {speed:,.0f} {self.unit}/s  "
                     f"{left / 60:.1f} min left"
                 )

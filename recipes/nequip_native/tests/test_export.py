@@ -53,7 +53,9 @@ def test_a_program_of_torch_alone(kind, tmp_path):
 
 def test_a_final_model_becomes_a_program(tmp_path):
     model = model_in(tmp_path, 0)
-    export.package(Path(model), tmp_path / "potential.pt2", "lammps", "cpu")
+    with pytest.raises(ValueError, match=r"--for and --device mean nothing; name it \*.nequip.pt2"):
+        export.package(Path(model), tmp_path / "potential.pt2", "ase")
+    export.package(Path(model), tmp_path / "potential.pt2")
     assert torch.export.load(tmp_path / "potential.pt2") and not list(tmp_path.glob(".*"))
 
 
