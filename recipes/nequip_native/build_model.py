@@ -22,6 +22,7 @@ from atoms.losses import loss_terms
 from atoms.neighbours import Cutoffs
 from atoms.potential import Potential, PotentialConfig
 from common.batch import Batch
+from common.command import one_line
 from common.distributed import Distributed
 from common.precision import Precision
 from common.weights import copy_parameters
@@ -248,7 +249,7 @@ def open_potential(source: str | Path) -> Potential:
         model = KINDS[config.model_type][1](config)
         model.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{source} cannot be used: {' '.join(str(error).split()):.300}") from error
+        raise ValueError(f"{source} cannot be used: {one_line(error):.300}") from error
     return model
 
 

@@ -37,7 +37,7 @@ def run(models: list[Path], structure: Path, target: Path, temperature: float, s
     """Write `target.traj` and `target.png`; returns the total energy's drift and range, and the mean temperature.
 
     Of several models also the largest `forces_std` of an atom, in eV/A, in all frames that are kept. Raises ValueError
-    for what cannot be, and for atoms that fly apart.
+    for impossible options, and for atoms that fly apart.
     """
     if steps < 1 or every < 1 or not (0 < timestep < inf and 0 <= temperature < inf):
         raise ValueError("--steps, --timestep and --every must be above 0, and --temperature at least 0.")

@@ -22,7 +22,7 @@ from common.command import command, writing
 def run(model: Path, source: Path, target: Path, max_force: float, max_steps: int, cell: bool) -> tuple[int, int]:
     """Write the relaxed structures, `converged` in each; returns how many did not get there, of how many.
 
-    Raises ValueError for a structure that cannot be relaxed, before others are wherever that can be known.
+    Raises ValueError for a structure that cannot be relaxed, if possible before the first is.
     """
     if not max_force > 0 or max_steps < 1:
         raise ValueError("--max-force and --max-steps must be above 0.")

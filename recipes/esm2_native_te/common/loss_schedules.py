@@ -137,11 +137,13 @@ class LossSchedules:
         Not checked where some go by steps and others by epochs.
         """
         units = {schedule.by for schedule in self.schedules.values()}
-        turns = [0, 1, *(n for schedule in self.schedules.values() for n in schedule.turns())]
-        first, last = (0, max(turns)) if units == {"epoch"} else (1, last_step)
-        for count in sorted(n for n in turns if first <= n <= last) if len(units) == 1 else ():
+        if len(units) != 1:
+            return
+        unit, turns = units.pop(), [n for schedule in self.schedules.values() for n in schedule.turns()]
+        first, last = (0, max(turns, default=0)) if unit == "epoch" else (1, last_step)
+        for count in sorted({first, *(n for n in turns if first <= n <= last)}):
             if not any((dict(fixed) | self.coefficients(count, count)).values()):
-                raise ValueError(f"{self.key}: all weights of the loss are 0 at {units.pop()} {count}.")
+                raise ValueError(f"{self.key}: all weights of the loss are 0 at {unit} {count}.")
 
     def state_dict(self) -> dict:
         """What a checkpoint keeps: the schedules, with every value that was not given."""
