@@ -56,9 +56,11 @@ class PackedTensors(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         """Dicts, tensors, and `Nothing` under its own name."""
-        known = {"OrderedDict": dict, "_rebuild_tensor_v2": _tensor, "_rebuild_parameter": _parameter}
-        if module in ("collections", "torch._utils") and name in known:
-            return known[name]
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        known = {"_rebuild_tensor_v2": _tensor, "_rebuild_parameter": _parameter}
+        if module == "torch._utils" and name in known:
+            return lambda *arguments: known[name](*arguments)  # not ours itself: a pickle can set its attributes
         return type(name, (Nothing,), {})
 
     def persistent_load(self, identity: tuple):

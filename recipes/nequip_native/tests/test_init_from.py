@@ -12,6 +12,7 @@ import yaml
 from ase.io import read
 from omegaconf import OmegaConf
 
+from atoms import package_zip
 from atoms.calculator_file import write_potential
 from atoms.final_model import calculator
 from atoms.first_weights import init_parameters
@@ -192,6 +193,18 @@ def test_a_package_is_read_and_nothing_in_it_runs(kind, tmp_path):
     package(tmp_path / "other.zip", later, torch.nn.Module())
     with pytest.raises(ValueError, match="no package of one NequIP or Allegro model that we know"):
         open_pretrained(str(tmp_path / "other.zip"))
+
+
+def test_a_package_changes_none_of_our_functions(tmp_path):
+    """What a pickle gets by name it can set attributes of, as the default values of a function."""
+    words = [b"\x8c" + bytes([len(word)]) + word for word in (b"torch._utils", b"_rebuild_tensor_v2", b"__defaults__")]
+    hostile = b"\x80\x04" + words[0] + words[1] + b"\x93N}" + words[2] + b"K\x01\x85s\x86b."
+    with zipfile.ZipFile(tmp_path / "one.nequip.zip", "w") as file:
+        file.writestr("one/model/config.yaml", "training_module: {model: {type_names: [Al]}}")
+        file.writestr("one/model/eager_model.pkl", hostile)
+    with pytest.raises(ValueError, match="0 models of nequip"):
+        open_pretrained(str(tmp_path / "one.nequip.zip"))
+    assert package_zip._tensor.__defaults__ is None
 
 
 def repacked(source: Path, target: Path) -> None:
