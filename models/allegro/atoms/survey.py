@@ -28,7 +28,7 @@ from common.distributed import Distributed
 from common.sizes import SizeIndex, read_chunk, save, writable
 
 
-VERSION = 5
+VERSION = 6
 CHUNK = 5000  # rows that one process surveys, and saves, at once
 BLOCK = 250  # rows that are in memory at once
 ODD = np.uint32(sum(int(bit) for bit in BITS.values())) & ~BAD
@@ -168,12 +168,21 @@ class Survey:
             start = stop
         return self._deviation(rest, solve(normal, right)[0])
 
-    def _deviation(self, energy: np.ndarray, references: np.ndarray) -> np.ndarray:
-        expected = np.concatenate(
+    def usual_residual(self, references: np.ndarray, of_share: bool) -> float:
+        """Median of what is left of the energies (eV) by the references of elements, by their numbers or shares."""
+        expected = self._expected(references)
+        rest = np.abs(self.energy - (expected / self.atoms if of_share else expected))
+        rest = rest[np.isfinite(rest) & ((self.flags & BAD) == 0)]
+        return float(np.median(rest)) if len(rest) else 0.0
+
+    def _expected(self, references: np.ndarray) -> np.ndarray:
+        return np.concatenate(
             [chunk["counts"].astype(np.float64) @ references[chunk["elements"]] for chunk in self.chunks]
         )
+
+    def _deviation(self, energy: np.ndarray, references: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore", divide="ignore"):
-            deviation = (energy - expected) / self.atoms
+            deviation = (energy - self._expected(references)) / self.atoms
         deviation[~np.isfinite(deviation) | ((self.flags & BAD) > 0) | (self.atoms == 1)] = np.nan
         return deviation - (np.nanmedian(deviation) if np.isfinite(deviation).any() else 0.0)
 

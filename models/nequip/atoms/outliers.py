@@ -12,6 +12,8 @@ LEAST_GAP, WRONG = 0.2, 20.0  # eV per atom: between heaps of energies, and more
 FORCE_OUTLIER, LEAST_FORCE = 12.0, 10.0  # times the median of the frames' largest forces, and eV/A
 FOLLOWED = 0.6  # correlation with the forces of pair potentials where these can be asked
 TURNED, MIXED_UP = -0.5, 0.15  # of a frame: forces of the wrong sign, or of other atoms
+EVIDENCE = 6  # forces of different size in a frame: the one of a dimer can have any sign and strength
+TURNED_SHEAR = -0.9  # correlation of a frame's shear stress with that of pair potentials, for the wrong sign
 OTHER_UNIT, GAP = 8.0, 3.0  # times as strong forces for the same distances: of heaps, and of the gap between them
 
 
@@ -23,14 +25,15 @@ def heaps_of(values: np.ndarray) -> tuple[float, list[np.ndarray]]:
 
 
 def mark_energies(survey) -> None:
-    """By those of the elements; and by pair potentials, where they tell energies well."""
+    """By the energies of their elements; and by pair potentials, where they tell energies well."""
     deviation, misfit, flags = survey.energy_deviation, survey.energy_misfit, survey.flags
     if np.isfinite(deviation).sum() <= 10:
         return
     usual = np.nanmedian(np.abs(deviation))
     odd = np.abs(deviation) > max(OUTLIER * 1.4826 * usual, LEAST_OUTLIER)
     odd[of_two_levels(deviation)] = True
-    wrong = odd & (np.abs(deviation) > WRONG)
+    # Where atoms nearly touch energies have no upper bound, but the forces, in eV/A, then exceed those per atom.
+    wrong = odd & (np.abs(deviation) > WRONG) & ((deviation < 0) | (deviation > survey.max_force))
     flags[wrong] |= BITS["wrong_energy"]
     flags[odd & ~wrong] |= BITS["energy_outlier"]
     if survey.evidence.held[0] > FOLLOWED:
@@ -55,32 +58,35 @@ def mark_forces(survey) -> None:
     usual = np.median(strongest[strongest > 0]) if (strongest > 0).any() else 0.0
     flags[strongest > max(FORCE_OUTLIER * usual, LEAST_FORCE)] |= BITS["force_outlier"]
     agreement, misfit = survey.column("agreement"), survey.column("misfit")
-    known = agreement > 0.3
+    known, number = agreement > 0.3, survey.column("independent")
+    sure = number >= EVIDENCE
     if survey.evidence.held[0] > FOLLOWED and known.any():
         unlike = misfit / max(np.median(misfit[known]), 1e-6)
-        turned, (_, aa, ab, bb) = (agreement < TURNED) & (unlike > 2), survey.evidence.energy_fit
+        against, (_, aa, ab, bb) = (agreement < TURNED) & (unlike > 2), survey.evidence.energy_fit
+        turned = against & sure
         if turned.mean() > 0.4 and ab < -FOLLOWED * np.sqrt(aa * bb):
-            turned = agreement > -TURNED  # of two halves it is the other that goes against the energies
+            turned = (agreement > -TURNED) & sure  # of two halves it is the other that goes against the energies
         mixed = ((np.abs(agreement) < MIXED_UP) & (unlike > 1.8)) | ((np.abs(agreement) < FOLLOWED) & (unlike > 6))
+        mixed = (mixed | against) & (number > 2) & ~turned
         flags[turned] |= BITS["turned_forces"]
         if mixed.sum() <= max(0.1 * len(flags), 1):
-            flags[mixed & ~turned & ((flags & BAD) == 0)] |= BITS["mixed_up_forces"]
+            flags[mixed & ((flags & BAD) == 0)] |= BITS["mixed_up_forces"]
     # Where next to none are predicted, as after a relaxation, forces have any size beside them.
-    told = np.abs(agreement) > FOLLOWED
+    told = sure & (np.abs(agreement) > FOLLOWED)
     strength = survey.column("strength")
     with np.errstate(invalid="ignore", divide="ignore"):
         predicted = misfit / np.sqrt(np.maximum((strength / agreement) ** 2 - 2 * strength + 1, 1e-12))
     usual = np.median(predicted[told]) if told.any() else 0.0
     small = _other_unit(survey, "", told, "usual_strength")
     few = len(small) < 0.25 * told.sum()
-    sure = (predicted[small] > 0.7 * usual) | (agreement[small] > 0.9)
-    flags[small[sure] if few else small] |= BITS["other_strength"]
+    clear = (predicted[small] > 0.7 * usual) | (agreement[small] > 0.9)
+    flags[small[clear] if few else small] |= BITS["other_strength"]
     shear, size = survey.column("shear_agreement"), survey.column("shear")
-    told = np.isfinite(shear) & (size > 0.2 * np.median(size[size > 0]) if (size > 0).any() else False)
+    told &= np.isfinite(shear) & (size > 0.2 * np.median(size[size > 0]) if (size > 0).any() else False)
     if told.sum() > 3 and np.median(np.abs(shear[told])) > 0.9:
         # A sign that most have is taken as right here; whether it is, is asked of the data as a whole.
         most = -1.0 if np.mean(shear[told] < 0) > 0.6 else 1.0
-        flags[told & (shear * most < -FOLLOWED)] |= BITS["turned_stress"]
+        flags[told & (shear * most < TURNED_SHEAR)] |= BITS["turned_stress"]
         told &= np.abs(shear) > FOLLOWED
         flags[_other_unit(survey, "shear_", told, "usual_shear")] |= BITS["other_stress"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import datasets
 import numpy as np
 
-from atoms.checks import BAD, CLOSE, Checked, check
+from atoms.checks import BAD, CLOSE, VACUUM, Checked, check
 from atoms.neighbours import Cutoffs
 from atoms.pair_fit import PairFit, fit, shear_of
 from atoms.structures import NUM_ELEMENTS, Structures, structures_of
@@ -80,13 +80,20 @@ def gather(rows: datasets.Dataset, cutoffs: Cutoffs) -> Evidence:
     )  # fmt: skip
 
 
+def usual(values: np.ndarray) -> np.ndarray:
+    """[N]: all but a few (less than a fifth) that are ten times the median."""
+    if not len(values):
+        return np.zeros(0, bool)
+    size = np.abs(values).reshape(len(values), -1).max(1)
+    few = size > 10 * np.median(size)
+    return ~few if few.mean() < 0.2 else np.ones(len(values), bool)
+
+
 def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """n, a a, a b, b b: of these a slope and how well it holds. A few that are ten times the usual are left out."""
-    for which in (0, 1) if len(a) else ():
-        size = np.abs((a, b)[which]).reshape(len(a), -1).max(1)
-        few = size > 10 * np.median(size)
-        if 0 < few.mean() < 0.2:
-            a, b = a[~few], b[~few]
+    """n, a a, a b, b b of what is usual: of these a slope and how well it holds."""
+    for which in (0, 1):
+        some = usual((a, b)[which])
+        a, b = a[some], b[some]
     return np.array([float(len(a)), (a * a).sum(), (a * b).sum(), (b * b).sum()])
 
 
@@ -100,16 +107,15 @@ def alike(structures: Structures) -> tuple[np.ndarray, np.ndarray]:
 
 
 def against(fitted: PairFit, structures: Structures, checked: Checked) -> dict[str, np.ndarray]:
-    """Energies and shear stress against those of the pair potentials."""
+    """Energies against those of the pair potentials at the same volume, and shear stress where there is no vacuum."""
     energy, _, virial = fitted.predict(structures, checked)
     order, same = alike(structures)
     sound = (checked.flags[order] & BAD) == 0
     volume, change, expected = checked.volume[order], np.diff(structures.energy[order]), np.diff(energy[order])
     same &= np.isfinite(change) & sound[1:] & sound[:-1]
-    # What energies owe to the volume alone is not in the forces.
-    still = same & (np.abs(np.diff(volume)) <= 0.01 * volume[1:])
-    same = still if still.sum() >= 10 else same
+    same &= np.abs(np.diff(volume)) <= 0.01 * volume[1:]  # what energies owe to the volume alone is not in the forces
     solid = structures.pbc.all(1) & np.isfinite(structures.stress).all((1, 2)) & ((checked.flags & BAD) == 0)
+    solid &= checked.gap < VACUUM
     shear, of_pairs = shear_of(structures.stress[solid]), shear_of(virial[solid])
     volume = checked.volume[solid, None, None]
     return {"energy_fit": products(change[same], expected[same]), "shear_fit": products(shear, of_pairs / volume),
@@ -117,11 +123,14 @@ def against(fitted: PairFit, structures: Structures, checked: Checked) -> dict[s
 
 
 def squeeze(structures: Structures, checked: Checked) -> np.ndarray:
-    """How pressure goes with volume between structures of the same atoms: what is stretched is under tension."""
+    """How pressure goes with volume between structures of the same atoms: what is stretched is under tension.
+
+    Not with vacuum, since more of it lets stress fall.
+    """
     order, same = alike(structures)
     volume = (checked.volume / np.maximum(structures.num_atoms, 1))[order]
     dv, dp = np.diff(volume), np.diff(np.trace(structures.stress, axis1=1, axis2=2)[order] / 3)
-    sound = (checked.flags[order] & BAD) == 0
+    sound = ((checked.flags & BAD) == 0)[order] & (checked.gap[order] < VACUUM)
     good = same & np.isfinite(dp) & sound[1:] & sound[:-1] & (np.abs(dv) > 1e-3 * volume[1:])
     return products(dv[good], dp[good])
 
@@ -146,6 +155,7 @@ def bonds(structures: Structures, checked: Checked) -> np.ndarray:
     p = -0.5 * np.einsum("ei,ei->e", apart, vectors[first]) / np.maximum(d, 1e-9)
     a, b = np.sort(np.stack([structures.numbers[centre], structures.numbers[other]]).astype(np.int64), axis=0)
     fine = np.isfinite(p) & (d > CLOSE) & ((checked.flags[structures.structure[centre]] & BAD) == 0)
+    fine[fine] = usual(p[fine])  # a few repulsive walls do not stand for all bonds
     pairs, place = np.unique((a * NUM_ELEMENTS + b)[fine], return_inverse=True)
     d, p = d[fine], p[fine]
     weights = (np.ones_like(d), d, p, d * d, d * p, p * p)

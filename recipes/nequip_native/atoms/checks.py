@@ -20,6 +20,7 @@ OVERLAP, FAR = 0.6, 1.5  # of the sum of two covalent radii
 NET_FORCE, NET_SHARE = 0.005, 0.1  # eV/A per atom, and of the length of all forces: what DFT leaves over is below
 TORQUE, TORQUE_SHARE = 0.02, 0.3  # the same of the moments of forces, eV
 RADII = np.nan_to_num(covalent_radii, nan=1.5)
+VACUUM = 5.0  # A, without an atom along a lattice vector: a slab, layer or molecule
 RADII[[2, 10, 18, 36, 54, 86]] *= 1.6  # noble gases have no bonds
 
 
@@ -37,17 +38,17 @@ KINDS = {
     "no_labels": Kind(True, "energy, forces", "has neither an energy nor forces",
                       "name what the file calls them: +dataset.label_keys.energy=... and "
                       "+dataset.label_keys.forces=..."),
-    "two_names": Kind(False, "energy, forces", "has further energies or forces, of other values, by other names",
-                      "say which count: +dataset.label_keys.energy=..., +dataset.label_keys.forces=..."),
+    "two_names": Kind(False, "energy, forces", "has energies or forces by more than one name, and their values differ",
+                      "say which to use: +dataset.label_keys.energy=..., +dataset.label_keys.forces=..."),
     "not_finite": Kind(True, "energy, forces, stress", "has a label that is infinite or NaN",
                        "take the frame out; its calculation failed"),
     "no_geometry": Kind(True, "positions, cell", "has a position or lattice vector that is infinite or NaN",
                         "take the frame out"),
     "close_atoms": Kind(True, "positions", "has atoms {value:.2f} A apart",
                         "take the frame out, or set +dataset.units.length=... if the file is not in A"),
-    "fractional": Kind(True, "positions", "has fractional coordinates for Cartesian ones: all lie between 0 and 1",
+    "fractional": Kind(True, "positions", "has fractional coordinates in place of Cartesian ones",
                        "multiply them by the cell: atoms.set_scaled_positions(atoms.positions)"),
-    "dense": Kind(True, "cell", "has {value:.2g} A^3 of its cell for each atom",
+    "dense": Kind(True, "cell", "has a cell of only {value:.2g} A^3 per atom",
                   "give the cell in A, or set +dataset.units.length=..."),
     "pbc_without_cell": Kind(True, "pbc", "is periodic along a direction that has no lattice vector",
                              "set pbc to F there, or give the cell"),
@@ -57,41 +58,42 @@ KINDS = {
                         "use a larger cutoff, unless they are meant to be alone"),
     "cell_without_pbc": Kind(False, "pbc", "has a cell full of atoms ({value:.0f} A^3 each), and is not periodic",
                              "set pbc to T T T where it is a crystal or liquid"),
-    "far_apart": Kind(False, "positions", "has atoms at {value:.1f} times the sum of their covalent radii",
+    "far_apart": Kind(False, "positions", "has nearest neighbours {value:.1f} times the sum of covalent radii apart",
                       "set +dataset.units.length=bohr if lengths are in bohr"),
     "half_empty": Kind(False, "cell", "fills {value:.0%} of each side of its periodic cell",
                        "give the cell in A if it is in bohr; vacuum on all sides is for molecules"),
     "left_handed": Kind(False, "cell", "has a left-handed cell (determinant {value:.1f} A^3)",
                         "swap two lattice vectors; some codes then give stress with the wrong sign"),
-    "net_force": Kind(False, "forces", "has forces that do not sum to zero: {value:.2f} eV/A per atom are left",
-                      "look for forces set to zero by constraints, a mixed-up order of atoms, or an outer field"),
-    "net_torque": Kind(False, "forces", "has forces that turn it as a whole: {value:.0%} of their moments are left",
-                       "look for a mixed-up order of atoms, or positions in another orientation than forces"),
+    "net_force": Kind(False, "forces", "has forces that do not sum to zero: {value:.2f} eV/A per atom remain",
+                      "look for forces set to zero by constraints, a mixed-up order of atoms, or an external field"),
+    "net_torque": Kind(False, "forces", "has forces with a net torque: {value:.0%} of their moments remain",
+                       "look for a mixed-up order of atoms, or positions and forces in different orientations"),
     "overlap": Kind(False, "positions", "has two atoms at {value:.2f} of the sum of their covalent radii",
-                    "look at it; this is a bond no material has"),
+                    "look at it: bonds are not this short"),
     "duplicate": Kind(False, "positions", "has the same atoms, cell and positions as a frame before it",
                       "take one of them out"),
-    "wrong_energy": Kind(True, "energy", "has an energy {value:+.0f} eV per atom from what its elements have",
+    "wrong_energy": Kind(True, "energy", "has an energy {value:+.0f} eV per atom off what its composition suggests",
                          "look for another unit (kcal/mol, hartree), or an energy of another kind"),
-    "energy_outlier": Kind(False, "energy", "has an energy {value:+.2f} eV per atom from what its elements have",
+    "energy_outlier": Kind(False, "energy", "has an energy {value:+.2f} eV per atom off what its composition suggests",
                            "look for another functional, an unfinished calculation, or another unit"),
-    "unlike_energy": Kind(False, "energy", "has an energy {value:+.3f} eV per atom from others with such forces",
+    "unlike_energy": Kind(False, "energy", "has an energy {value:+.3f} eV per atom off what the forces suggest",
                           "look for the energy of another frame, or an unfinished calculation"),
     "force_outlier": Kind(False, "forces", "has a force of {value:.1f} eV/A",
                           "take it out, unless such forces are wanted"),
-    "turned_forces": Kind(True, "forces", "has forces against those of other frames for the same distances "
-                          "(correlation {value:.2f})", "it has gradients perhaps: take it out, or turn their sign"),
-    "other_strength": Kind(True, "forces", "has forces {value:.3g} times those of other frames for the same distances",
-                           "look for another unit: kcal/mol/A is 23.06 and hartree/bohr 0.0194 of eV/A"),
-    "turned_stress": Kind(True, "stress", "has stress against that of other frames (correlation of shear {value:.2f})",
-                          "its sign is the other one perhaps: take it out, or turn it"),
-    "other_stress": Kind(True, "stress", "has stress {value:.3g} times that of other frames in like strain",
-                         "look for another unit: GPa is 160.2, kbar 1602 in eV/A^3"),
+    "turned_forces": Kind(True, "forces", "has forces opposite to those of other frames at the same distances "
+                          "(correlation {value:.2f})", "if they are gradients, change their sign, or take it out"),
+    "other_strength": Kind(True, "forces", "has forces {value:.3g} times those of other frames at the same distances",
+                           "look for another unit: a force in kcal/mol/A is 23.06 times that in eV/A, and one in "
+                           "hartree/bohr 0.0194 times"),
+    "turned_stress": Kind(True, "stress", "has stress of the opposite sign to other frames "
+                          "(correlation of shear {value:.2f})", "change its sign, or take the frame out"),
+    "other_stress": Kind(True, "stress", "has stress {value:.3g} times that of other frames under similar strain",
+                         "look for another unit: stress in GPa is 160.2 times that in eV/A^3, in kbar 1602 times"),
     "zero_forces": Kind(True, "forces", "has forces that are all exactly zero, and no symmetry that makes them so",
                         "take the frame out, or its forces"),
     "mixed_up_forces": Kind(False, "forces", "has forces that do not follow the distances of its atoms as in other "
                             "frames (correlation {value:.2f})",
-                            "look for a mixed-up order of atoms, wrong elements, or forces of another frame"),
+                            "look for a mixed-up order of atoms, wrong elements, or forces of another frame or sign"),
 }  # fmt: skip
 BITS = {name: np.uint32(1 << i) for i, name in enumerate(KINDS)}
 NEVER = BITS["no_geometry"] | BITS["pbc_without_cell"]  # have no neighbours that could be found
@@ -113,6 +115,7 @@ class Checked:
     flags: np.ndarray  # [S]
     values: dict[str, np.ndarray]  # [S]
     volume: np.ndarray  # [S]
+    gap: np.ndarray  # [S], A: the widest without an atom along a lattice vector; 0 unless periodic along all
     num_ends: int
 
     @property
@@ -182,7 +185,8 @@ def check(structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = 
     found("cell_without_pbc", filled & (num_atoms > 1), per_atom)
 
     findable = sound & ~without & ~dense & (num_atoms > 0)
-    near = _edges(structures, findable, cutoffs, max_neighbors, flags, values, volume)
+    filled, gap = _room(structures, np.flatnonzero(findable & solid))
+    near = _edges(structures, findable, cutoffs, max_neighbors, flags, values, volume, gap)
     bond = RADII[structures.numbers[near.edges[0]]] + RADII[structures.numbers[near.edges[1]]]
     nearest, ratio = (near.nearest(of_edges, len(owner)) for of_edges in (near.distances, near.distances / bond))
     (nearest, _), (closest, usual) = (_least_and_median(values, structures) for values in (nearest, ratio))
@@ -192,10 +196,9 @@ def check(structures: Structures, cutoffs: Cutoffs, max_neighbors: int | None = 
     found("close_atoms", (nearest < CLOSE) & ~fractional, nearest)
     found("overlap", (closest < OVERLAP) & (nearest >= CLOSE) & ~fractional, closest)
     found("far_apart", (usual > FAR) & np.isfinite(usual) & (num_atoms > 3), usual)
-    if solid.any():
-        filled = _filled(structures, np.flatnonzero(findable & solid & (num_atoms > 10)))
-        found("half_empty", (filled > 0.4).all(1) & (filled < 0.56).all(1), filled.mean(1))
-    alone = findable & (near.num_edges == 0) & (num_atoms > 1)
+    found("half_empty", (filled > 0.4).all(1) & (filled < 0.56).all(1) & (num_atoms > 10), filled.mean(1))
+    # Two atoms that are far apart are the end of a dissociation curve.
+    alone = findable & (near.num_edges == 0) & (num_atoms > 2)
     found("no_neighbours", alone, cutoffs.largest)
     lonely = near.neighbours(len(owner)) == 0
     number = np.bincount(owner, weights=lonely, minlength=size)
@@ -236,17 +239,23 @@ def _least_and_median(of_atoms: np.ndarray, structures: Structures) -> tuple[np.
     return ordered[np.minimum(first, last)], ordered[np.minimum(middle, last)]
 
 
-def _filled(structures: Structures, some: np.ndarray) -> np.ndarray:
-    """[S, 3]: along each lattice vector the share that no gap between atoms leaves free; 0 where it is not asked."""
-    found = np.zeros((len(structures), 3))
+def _room(structures: Structures, some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[S, 3], [S]: along each lattice vector the share that its widest gap leaves, and the widest of these gaps in A.
+
+    Both are 0 for structures that are not among `some`.
+    """
+    filled, gap = np.zeros((len(structures), 3)), np.zeros(len(structures))
     for i in some:
-        at = np.sort(structures.positions[structures.atoms_of(i)] @ np.linalg.inv(structures.cell[i]) % 1.0, axis=0)
-        found[i] = 1 - np.maximum(np.diff(at, axis=0).max(0), at[0] + 1 - at[-1])
-    return found
+        inverse = np.linalg.inv(structures.cell[i])
+        at = np.sort(structures.positions[structures.atoms_of(i)] @ inverse % 1.0, axis=0)
+        free = np.maximum(np.diff(at, axis=0).max(0, initial=0.0), at[0] + 1 - at[-1])
+        filled[i], gap[i] = 1 - free, (free / np.linalg.norm(inverse, axis=0)).max()
+    return filled, gap
 
 
 def _edges(structures: Structures, findable: np.ndarray, cutoffs: Cutoffs, max_neighbors: int | None,
-           flags: np.ndarray, values: dict[str, np.ndarray], volume: np.ndarray) -> Checked:  # fmt: skip
+           flags: np.ndarray, values: dict[str, np.ndarray], volume: np.ndarray,
+           gap: np.ndarray) -> Checked:  # fmt: skip
     """Edges of the structures that have a cell to find them in."""
     half, num_edges = max_neighbors is None and cutoffs.symmetric, np.zeros(len(structures), np.int64)
     found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 3)))]
@@ -260,7 +269,7 @@ def _edges(structures: Structures, findable: np.ndarray, cutoffs: Cutoffs, max_n
         found.append((centres + atoms.start, others + atoms.start, distances, vectors))
     centres, others, distances, vectors = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     ends = 2 if half else 1
-    return Checked(np.stack([centres, others]), vectors, distances, num_edges, flags, values, volume, ends)
+    return Checked(np.stack([centres, others]), vectors, distances, num_edges, flags, values, volume, gap, ends)
 
 
 def fingerprints(structures: Structures) -> np.ndarray:

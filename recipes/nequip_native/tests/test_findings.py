@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from ase.build import bulk, molecule
 from looked_at import look, names, relabel, walk
-from structure_files import labelled, with_labels
+from structure_files import labelled, with_labels, write
 
 from atoms.arrow_cache import open_structures
 from atoms.findings import findings, judge
@@ -136,7 +136,7 @@ def test_energies_by_two_names(tmp_path, distributed):
 
 
 def test_no_neighbours(tmp_path, distributed):
-    far = molecule("H2")
+    far = molecule("H2O")
     far.positions *= 9
     found = names(look([*labelled(3), with_labels(far, stress=False)], tmp_path, distributed))
     assert found["no_neighbours"].rows.tolist() == [3] and "within the cutoff of 4 A" in found["no_neighbours"].text
@@ -145,6 +145,14 @@ def test_no_neighbours(tmp_path, distributed):
     lonely.positions[0] += 50
     found = names(look([*labelled(3), relabel(lonely)], tmp_path, distributed))
     assert found["lonely_atom"].rows.tolist() == [3]
+
+
+def test_a_file_keeps_its_name(tmp_path, distributed):
+    frames = labelled(3)
+    path = write([a.copy() for a in frames], tmp_path / "dataset.extxyz")
+    rows = open_structures("validation", {"path": "structures", "data_files": path})
+    with pytest.raises(ValueError, match=r"dataset\.extxyz, frame 0 .*\+validation\.label_keys\.energy"):
+        judge("validation", survey(distributed, "validation", rows, Cutoffs(4.0)), "refuse", "keep")
 
 
 def test_energies_an_atom(tmp_path, distributed):
@@ -219,7 +227,7 @@ def test_forces_of_a_few_frames_that_have_the_other_sign(tmp_path, distributed):
     found = look(frames, tmp_path, distributed)
     [finding] = [f for f in findings(found) if f.name == "turned_forces"]
     assert finding.rows.tolist() == [0, 30, 44] and finding.bad
-    assert "mine.extxyz, frame 0 (and 30, 44; 3 of 68 in all) has forces against those" in finding.text
+    assert "mine.extxyz, frame 0 (and 30, 44; 3 of 68 in all) has forces opposite to those" in finding.text
     kept, _ = judge("dataset", found, "leave_out", "keep")
     assert np.flatnonzero(~kept).tolist() == [0, 30, 44]
 
