@@ -97,7 +97,6 @@ KINDS = {
 }  # fmt: skip
 BITS = {name: np.uint32(1 << i) for i, name in enumerate(KINDS)}
 NEVER = BITS["no_geometry"] | BITS["pbc_without_cell"]  # have no neighbours that could be found
-LABELS = ("energy", "forces", "stress")  # what a frame can lack, by bits in this order
 BAD = np.uint32(sum(int(BITS[name]) for name, kind in KINDS.items() if kind.bad))
 
 
@@ -287,7 +286,7 @@ def fingerprints(structures: Structures) -> np.ndarray:
 
 
 def lacks(structures: Structures) -> np.ndarray:
-    """[S]: which of `LABELS` a structure lacks, a bit each."""
+    """[S]: which of `LABELS` a structure lacks, a bit each in their order."""
     without = np.bincount(structures.structure, ~np.isfinite(structures.forces).all(-1), len(structures)) > 0
     stress = ~np.isfinite(structures.stress).all((1, 2))
     return (~np.isfinite(structures.energy) + 2 * without + 4 * stress).astype(np.uint8)

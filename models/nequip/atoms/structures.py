@@ -27,7 +27,7 @@ SCHEMA = pa.schema([
     ("spin", pa.float64()), ("data_set", pa.string()), ("source", pa.string()), ("key", pa.string()),
     ("others", pa.string()),
 ])  # fmt: skip
-LABELS = ("energy", "forces", "stress")
+LABELS = ("energy", "forces", "stress")  # what a structure can lack
 
 
 # ---- units: factors to eV, A and eV/A^3 (CODATA 2018)

@@ -17,11 +17,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from atoms.checks import BAD, BITS, LABELS, check, fingerprints, lacks
+from atoms.checks import BAD, BITS, check, fingerprints, lacks
 from atoms.neighbours import Cutoffs
 from atoms.outliers import mark_energies, mark_forces
 from atoms.pair_fit import PairFit
-from atoms.structures import NUM_ELEMENTS, NUMBERS, SYMBOLS, Structures, structures_of
+from atoms.structures import LABELS, NUM_ELEMENTS, NUMBERS, SYMBOLS, Structures, structures_of
 from atoms.units import Evidence, gather
 from common.conversion import in_processes
 from common.distributed import Distributed

@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from atoms.checks import BAD, BITS, KINDS, LABELS, NEVER, check
+from atoms.checks import BAD, BITS, KINDS, NEVER, check
 from atoms.outliers import FOLLOWED
-from atoms.structures import structures_of
+from atoms.structures import LABELS, structures_of
 from atoms.survey import ODD, Survey, solve
 
 
@@ -111,10 +111,17 @@ def _slope(products: np.ndarray, fewest: int = 10) -> tuple[float, float] | None
     return (ab / bb, ab / np.sqrt(aa * bb)) if number >= fewest and aa > 0 and bb > 0 else None
 
 
-def _nearest(slope: float, known: dict[float, str], within: float = 0.15) -> str | None:
+def _nearest(slope: float, known: dict[float, str], within: float) -> str | None:
     """The unit with the nearest factor, if it is near enough."""
     factor = min(known, key=lambda one: abs(np.log(abs(slope) / one)))
     return known[factor] if abs(np.log(abs(slope) / factor)) < within else None
+
+
+def likely(slope: float, known: dict[float, str]) -> str | None:
+    """The unit whose factor is within 5%; or else all within 35%, the nearest first: some differ by a tenth only."""
+    far = {unit: abs(np.log(abs(slope) / factor)) for factor, unit in known.items()}
+    units = sorted((unit for unit in far if far[unit] < 0.3), key=far.__getitem__)
+    return " or ".join(units[:1] if units and far[units[0]] < 0.05 else units) or None
 
 
 def of_units(survey: Survey) -> list[Finding]:
@@ -152,7 +159,7 @@ def of_forces(survey: Survey) -> list[Finding]:
         text += "[energy]; +dataset.units.energy=-eV +dataset.units.forces=eV/Ang."
         found.append(Finding("energy_sign", fitted[1] < -0.8, text))
     if steps and abs(np.log(abs(steps[0]))) > 0.25:
-        guess = _nearest(steps[0], SLOPES)
+        guess = likely(steps[0], SLOPES)
         text = f"Energies change {abs(steps[0]):.3g} times as much between frames as the forces say [energy, forces]; "
         text += f"as with {guess}: " if guess else ""
         found.append(Finding("force_units", True, text + "set +dataset.units.energy=..., forces or length."))

@@ -48,8 +48,8 @@ class Options:
             return given if given in values else None
         return next((name for name in USUAL.get(label, ()) if name in values), None)
 
-    def labels(self, values, factors: dict[str, float], volume: float, length: float = 1.0) -> dict:
-        """Energy, forces, stress, charge, spin and data set among named values, in our units."""
+    def labels(self, values, factors: dict[str, float], volume: float) -> dict:
+        """Energy, forces, stress, charge, spin and data set among named values, in our units; `volume` is in A^3."""
         found = {}
         for label, factor in (
             ("energy", factors["energy"]),
@@ -80,5 +80,6 @@ class Options:
         for name in USUAL[label] if taken and not self.label_keys.get(label) else ():
             if name in values and name != taken and name not in ANOTHER:
                 one, two = (np.asarray(values[k], dtype=np.float64) for k in (taken, name))
-                found += [name] if one.size != two.size or not np.allclose(one.ravel(), two.ravel()) else []
+                same = one.size == two.size and np.allclose(one.ravel(), two.ravel(), equal_nan=True)
+                found += [] if same else [name]
         return found

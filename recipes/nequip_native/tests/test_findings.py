@@ -8,7 +8,8 @@ from looked_at import look, names, relabel, walk
 from structure_files import labelled, with_labels, write
 
 from atoms.arrow_cache import open_structures
-from atoms.findings import findings, judge
+from atoms.findings import SLOPES, findings, judge, likely
+from atoms.label_names import Options
 from atoms.neighbours import Cutoffs
 from atoms.survey import survey
 
@@ -131,6 +132,7 @@ def test_energies_by_two_names(tmp_path, distributed):
     finding = names(found)["two_names"]
     assert finding.rows.tolist() == [4] and "the file has REF_energy." in finding.text and not finding.bad
     assert found.rows[4]["energy"] == frames[4].calc.results["energy"]
+    assert Options("dataset").also("energy", {"energy": np.nan, "REF_energy": np.nan}) == []
     options = {"label_keys": {"energy": "REF_energy"}}
     assert "two_names" not in names(look(frames, tmp_path, distributed, **options))
 
@@ -176,6 +178,12 @@ def test_units_of_energies_and_forces(energy, forces, words, tmp_path, distribut
     ]
     finding = names(look(frames, tmp_path, distributed))["force_units"]
     assert finding.bad and words in finding.text
+
+
+def test_units_that_are_much_alike_are_both_named():
+    assert likely(1 / 23.1, SLOPES) == "forces in kcal/mol/A"
+    assert likely(-0.0339, SLOPES) == "energies in hartree or forces in kcal/mol/A"
+    assert likely(5.0, SLOPES) is None
 
 
 @pytest.mark.parametrize(("factor", "unit"), [(23.06, "kcal/mol/Ang"), (1 / 51.42, "hartree/bohr")])
