@@ -200,13 +200,11 @@ class Large:
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_worker_that_is_killed_while_it_sends_is_not_waited_for(distributed, tmp_path, capfd, num_workers):
     built = make_loader(distributed, write(tmp_path, "parquet"), num_workers=num_workers)
+    others = multiprocessing.active_children()  # of tests before, which end when they are collected
     batches = iter(loader.Loader(distributed, "dataset", built.plan, Large(), num_workers))
     next(batches)
     time.sleep(0.5)  # it has begun to send the next one, and waits for a reader
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-            break
+    next(process for process in multiprocessing.active_children() if process not in others).kill()
     found = []
 
     def go_on():
