@@ -2,7 +2,7 @@
 """Train NequIP or Allegro with DDP: every rank holds the whole model, and gradients are averaged.
 
 python train_ddp.py                                           # one process, on a GPU or the CPU
-torchrun --nproc_per_node=4 train_ddp.py --config-name L0_sanity
+torchrun --nproc_per_node=8 train_ddp.py --config-name L0_sanity
 TRAINER=train_ddp.py sbatch slurm.sh                          # several nodes
 """
 

@@ -2,7 +2,7 @@
 """Train NequIP or Allegro with FSDP2: parameters, gradients and optimizer state are split over the ranks.
 
 python train_fsdp2.py                                         # one process, on a GPU or the CPU
-torchrun --nproc_per_node=4 train_fsdp2.py --config-name L0_sanity
+torchrun --nproc_per_node=8 train_fsdp2.py --config-name L0_sanity
 sbatch slurm.sh                                               # several nodes
 """
 

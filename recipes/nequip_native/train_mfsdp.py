@@ -2,7 +2,7 @@
 """Train NequIP or Allegro with Megatron-FSDP: optimizer state is split over the ranks, parameters are whole on each.
 
 python train_mfsdp.py                                         # one process, on a GPU or the CPU
-torchrun --nproc_per_node=4 train_mfsdp.py --config-name L0_sanity
+torchrun --nproc_per_node=8 train_mfsdp.py --config-name L0_sanity
 TRAINER=train_mfsdp.py sbatch slurm.sh                        # several nodes
 """
 
