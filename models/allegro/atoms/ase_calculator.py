@@ -67,11 +67,8 @@ def open_model(folder: str | Path | None, device: str) -> Potential:
     """The model of a folder, by default of that where this file is."""
     folder = Path(folder) if folder else Path(__file__).parent
     try:
-        values, weights = (
-            json.loads((folder / "config.json").read_text()),
-            read_safetensors(folder / "model.safetensors"),
-        )
-        kind = values["model_type"]
+        values = json.loads((folder / "config.json").read_text())
+        weights, kind = read_safetensors(folder / "model.safetensors"), values["model_type"]
     except (KeyError, ValueError) as error:
         raise ValueError(f"{folder}: its config.json or model.safetensors is damaged ({error}).") from error
     if kind not in POTENTIALS:

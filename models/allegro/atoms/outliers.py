@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which frames have energies or forces unlike those of nearly all others; `flags` of a survey get their bits."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from atoms.checks import BAD, BITS
@@ -77,7 +79,7 @@ def mark_forces(survey) -> None:
     with np.errstate(invalid="ignore", divide="ignore"):
         predicted = misfit / np.sqrt(np.maximum((strength / agreement) ** 2 - 2 * strength + 1, 1e-12))
     usual = np.median(predicted[told]) if told.any() else 0.0
-    small = _other_unit(survey, "", told, "usual_strength")
+    small, survey.usual_strength = _other_unit(strength, told, len)
     few = len(small) < 0.25 * told.sum()
     clear = (predicted[small] > 0.7 * usual) | (agreement[small] > 0.9)
     flags[small[clear] if few else small] |= BITS["other_strength"]
@@ -88,17 +90,24 @@ def mark_forces(survey) -> None:
         most = -1.0 if np.mean(shear[told] < 0) > 0.6 else 1.0
         flags[told & (shear * most < TURNED_SHEAR)] |= BITS["turned_stress"]
         told &= np.abs(shear) > FOLLOWED
-        flags[_other_unit(survey, "shear_", told, "usual_shear")] |= BITS["other_stress"]
+        # Of shear that forces give the size is known; of forces it is that of most.
+        strength = survey.column("shear_strength")
+        other, survey.usual_shear = _other_unit(strength, told, lambda heap: -abs(np.log(_size(strength[heap]))))
+        flags[other] |= BITS["other_stress"]
 
 
-def _other_unit(survey, which: str, told: np.ndarray, usual: str) -> np.ndarray:
-    """Units are heaps with a gap between them: the rows of the smaller; the survey gets the median of the other."""
-    strength = survey.column(f"{which}strength")
+def _size(strength: np.ndarray) -> float:
+    """As usual in a heap."""
+    return float(np.median(np.abs(strength)))
+
+
+def _other_unit(
+    strength: np.ndarray, told: np.ndarray, weight: Callable[[np.ndarray], float]
+) -> tuple[np.ndarray, float]:
+    """Units are heaps with a gap between them: the rows of that with less `weight`, and the median of the other."""
     gap, heaps = heaps_of(np.log(np.where(told, np.maximum(np.abs(strength), 1e-30), np.nan)))
-    medians = [float(np.median(np.abs(strength[heap]))) if len(heap) else 1.0 for heap in heaps]
-    if gap < np.log(GAP) or medians[1] < OTHER_UNIT * medians[0]:
-        return np.zeros(0, np.int64)
-    # Of shear that forces give the size is known; of forces it is that of most.
-    small, large = sorted(heaps, key=(lambda heap: -abs(np.log(np.median(np.abs(strength[heap]))))) if which else len)
-    setattr(survey, usual, float(np.median(strength[large])))
-    return small
+    sizes = [_size(strength[heap]) if len(heap) else 1.0 for heap in heaps]
+    if gap < np.log(GAP) or sizes[1] < OTHER_UNIT * sizes[0]:
+        return np.zeros(0, np.int64), 1.0
+    small, large = sorted(heaps, key=weight)
+    return small, float(np.median(strength[large]))

@@ -17,7 +17,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from atoms.checks import BAD, BITS, check, fingerprints, lacks
+from atoms.checks import BAD, BITS, check, element_counts, fingerprints, lacks
 from atoms.neighbours import Cutoffs
 from atoms.outliers import mark_energies, mark_forces
 from atoms.pair_fit import PairFit
@@ -65,12 +65,6 @@ def survey_chunk(rows: datasets.Dataset, first: int, stop: int, cutoffs: Cutoffs
     arrays["elements"] = np.flatnonzero(counts.any(0))
     arrays["counts"] = counts[:, arrays["elements"]].astype(np.uint16)
     return arrays | {f"sum_{name}": value for name, value in sums.items()}
-
-
-def element_counts(structures: Structures) -> np.ndarray:
-    """[S, 119]: how many atoms of each element a structure has."""
-    flat = structures.structure * NUM_ELEMENTS + structures.numbers
-    return np.bincount(flat, minlength=len(structures) * NUM_ELEMENTS).reshape(-1, NUM_ELEMENTS)
 
 
 def sums_of(structures: Structures, checked, kept: np.ndarray) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 from ase.data import covalent_radii
 
 from atoms.neighbours import Cutoffs, find
-from atoms.structures import SYMBOLS, Structures
+from atoms.structures import NUM_ELEMENTS, SYMBOLS, Structures
 
 
 CLOSE = 0.5  # A
@@ -283,6 +283,12 @@ def fingerprints(structures: Structures) -> np.ndarray:
         content = places[structures.atoms_of(i)].tobytes() + cells[i].tobytes()
         found[i] = int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
     return found
+
+
+def element_counts(structures: Structures) -> np.ndarray:
+    """[S, 119]: how many atoms of each element a structure has."""
+    flat = structures.structure * NUM_ELEMENTS + structures.numbers
+    return np.bincount(flat, minlength=len(structures) * NUM_ELEMENTS).reshape(-1, NUM_ELEMENTS)
 
 
 def lacks(structures: Structures) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import datasets
 import numpy as np
 
-from atoms.checks import BAD, CLOSE, VACUUM, Checked, check
+from atoms.checks import BAD, CLOSE, VACUUM, Checked, check, element_counts
 from atoms.neighbours import Cutoffs
 from atoms.pair_fit import PairFit, fit, shear_of
 from atoms.structures import NUM_ELEMENTS, Structures, structures_of
@@ -68,9 +68,8 @@ def gather(rows: datasets.Dataset, cutoffs: Cutoffs) -> Evidence:
     moved = moved[np.isfinite(moved[:, 3])]
     without = np.bincount(structures.structure, ~np.isfinite(structures.forces).all(-1), len(structures)) > 0
     useful = np.flatnonzero(~without & ((checked.flags & BAD) == 0) & (checked.num_edges > 0))
-    fitted, held = PairFit.none(), np.full(2, np.nan)
-    if len(useful) >= 4 and np.any(structures.take(useful).forces):
-        chosen = structures.take(useful)
+    fitted, held, chosen = PairFit.none(), np.full(2, np.nan), structures.take(useful)
+    if len(chosen) >= 4 and np.any(chosen.forces):
         fitted = fit(chosen, check(chosen, cutoffs), cutoffs.largest)
         held = np.array([fitted.held, 3 * chosen.starts[-1] / fitted.num_used])
     return Evidence(
@@ -99,9 +98,7 @@ def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def alike(structures: Structures) -> tuple[np.ndarray, np.ndarray]:
     """An order in which structures of the same atoms follow each other, and where both neighbours in it are such."""
-    flat = structures.structure * NUM_ELEMENTS + structures.numbers
-    counts = np.bincount(flat, minlength=len(structures) * NUM_ELEMENTS).reshape(-1, NUM_ELEMENTS)
-    kind = np.unique(counts, axis=0, return_inverse=True)[1].reshape(-1)
+    kind = np.unique(element_counts(structures), axis=0, return_inverse=True)[1].reshape(-1)
     order = np.argsort(kind, kind="stable")
     return order, np.diff(kind[order]) == 0
 
@@ -140,10 +137,9 @@ def bonds(structures: Structures, checked: Checked) -> np.ndarray:
 
     Pairs that are too near push: within a kind of pair p falls with d, and rises where forces have the wrong sign.
     """
-    (a, b), vectors = checked.edges, checked.vectors
-    distances, edges = checked.distances, checked.edges
+    edges, vectors, distances = checked.edges, checked.vectors, checked.distances
     if checked.num_ends == 2:
-        edges, vectors = np.concatenate([[a, b], [b, a]], axis=1), np.concatenate([vectors, -vectors])
+        edges, vectors = np.concatenate([edges, edges[::-1]], axis=1), np.concatenate([vectors, -vectors])
         distances = np.concatenate([distances, distances])
     nearest = checked.nearest(checked.distances, len(structures.numbers))
     ties = np.flatnonzero(distances == nearest[edges[0]])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from atoms.calculator_file import write_potential
-from atoms.package_zip import package_folder, read_package
+from atoms.package_zip import first_words, package_folder, read_package
 from atoms.potential import read_config
 from common.command import command, new_folder, writing
 from common.weights import open_weights
@@ -38,9 +38,8 @@ def read_checkpoint(path: Path, later: tuple[Path, ...] = ()) -> tuple[dict, dic
     except OSError:
         raise
     except Exception as error:  # bytes that are no pickle raise whatever they happen to mean
-        what = (str(error) or type(error).__name__).splitlines()[0][:100]
         compiled = path.suffix in (".pt2", ".pth")
-        reason = "a compiled model keeps no weights that can be read" if compiled else what
+        reason = "a compiled model keeps no weights that can be read" if compiled else first_words(error)
         raise ValueError(
             f"{path} is no checkpoint of tensors and plain values ({reason}); give the .ckpt of nequip-train, a "
             '.nequip.zip, or what torch.save({"model": its section of the YAML, "state_dict": ...}, path) wrote.'

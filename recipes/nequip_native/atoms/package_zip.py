@@ -15,6 +15,11 @@ from torch import Tensor
 UNPACKED = 10  # so many times as large as the file may be what it holds; packages are not compressed
 
 
+def first_words(error: Exception) -> str:
+    """The beginning of what an error says."""
+    return (str(error) or type(error).__name__).splitlines()[0][:100]
+
+
 def package_folder(path: Path) -> str | None:
     """The folder that everything in a package is in; None for another file."""
     try:
@@ -117,8 +122,9 @@ def read_package(path: Path, folder: str) -> tuple[dict, dict[str, Tensor]]:
         except OSError:
             raise
         except Exception as error:  # bytes that are no pickle raise whatever they happen to mean
-            what = (str(error) or type(error).__name__).splitlines()[0][:100]
-            raise ValueError(f"{path} is no package of one NequIP or Allegro model that we know ({what}).") from error
+            raise ValueError(
+                f"{path} is no package of one NequIP or Allegro model that we know ({first_words(error)})."
+            ) from error
 
 
 # ---- the arguments that modules were made with
